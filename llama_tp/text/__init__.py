@@ -1,0 +1,1 @@
+"""Strings to token ids and back: tokenizers, chat format, streaming text. No torch, no ranks."""
