@@ -1,0 +1,62 @@
+# Everything runs from .venv, which these targets make and keep. `make` alone lists them.
+
+PYTHON ?= python3
+# What to install as torch. An exact version, because a bare `torch` may pull gigabytes of CUDA libraries.
+# TORCH=installed keeps the torch (>= 2.11) that $(PYTHON) already has: the way for GPU machines.
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+# -qq: errors only; what a newcomer can do nothing about (a newer pip, an unused index) stays off the screen.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow check clean
+
+help:  ## show this list
+	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  TORCH=installed   use the torch >= 2.11 of \$$(PYTHON) (GPU machines) instead of $(TORCH)"
+	@echo "  PYTHON=python3.12 make .venv from this Python (3.10 or newer)"
+
+setup: $(VENV)/.test  ## make .venv with everything that tests need (about 1 GB on disk)
+
+demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
+	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \
+	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --max_gen_len 300 --device cpu
+
+test: $(VENV)/.test  ## run the tests (about 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test  ## run all tests, also many ranks, big files and peers
+	$(BIN)/python -m pytest --slow
+
+check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+clean:  ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+
+# Stamps, so that a second `make` costs nothing and a changed pyproject.toml installs again.
+$(VENV)/.core: pyproject.toml Makefile
+	@echo "setup: $(VENV) with $(TORCH)" >&2
+ifeq ($(TORCH),installed)
+	@test -d $(VENV) || $(PYTHON) -m venv --system-site-packages $(VENV)
+	@$(BIN)/python -c 'import torch; v = torch.__version__; print("setup: keeping torch", v); \
+	    exit(tuple(map(int, v.split(".")[:2])) < (2, 11))' >&2 \
+	    || { echo "setup: no torch >= 2.11 in $(VENV) - run 'make clean', then name the Python that has it:" \
+	         "make setup TORCH=installed PYTHON=..." >&2; exit 1; }
+else
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+endif
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.core
+	@echo "setup: what the tests need" >&2
+	@$(PIP) -e '.[test]'
+	@touch $@
