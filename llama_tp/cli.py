@@ -1,0 +1,254 @@
+"""Runs a command: every flag is checked before anything heavy is imported, and bad input ends in one clear line.
+
+A command is a module whose top is light (no torch) with one function
+
+    def main(*, ckpt_dir: str, prompt: str = "", temperature: float = 0.6):
+        '''One line that says what it does.
+
+        Sampling:
+            temperature: 0 is greedy; higher is more varied.
+        '''
+
+    if __name__ == "__main__":
+        run(main)
+
+whose annotations are the types of its flags, and whose docstring is its --help: a line `name: text`, indented under a
+title, documents --name. Known types: str, int, float, bool, Literal of texts, each also `| None`, and list[...] or
+tuple[..., ...] for a flag that may be given several times.
+
+Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every rank, after the load;
+it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the words are read here, and fire is left to call
+`main` with the values found. This module knows no command by name, and nothing of torch or the engine.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+import types
+import typing
+
+import fire
+
+from llama_tp.spec.errors import UserError
+
+# torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the driver has failed
+# too, it gets to say why, and torchrun ends the worker before the time is up. If not, the worker speaks.
+DRIVER_SPEAKS_FIRST_S = 3.0
+
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad flags, a UserError out of main, Ctrl-C
+
+SWITCH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+# Kind -> (its name in --help, what a value must be, as an error says it).
+KINDS = {str: ("TEXT", "a text"), int: ("INT", "a whole number, such as 8"), float: ("NUMBER", "a number, such as 0.6"),
+         bool: ("", "true or false")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a command, as `main` declares it."""
+
+    name: str
+    kind: type  # str, int, float or bool
+    choices: tuple[str, ...] = ()  # the texts allowed; () = any
+    repeats: bool = False  # may be given several times, arrives as a tuple
+    optional: bool = False  # None is a value
+    default: object = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def value(self, text: str):
+        """What `text` means for this flag; UserError when it means nothing."""
+        if self.optional and self.kind is not str and text.lower() == "none":
+            return None
+        need = f"one of {', '.join(self.choices)}" if self.choices else KINDS[self.kind][1]
+        refusal = UserError(f"--{self.name} needs {need}", f"found {text!r}", "--help lists the flags")
+        if self.choices and text not in self.choices:
+            raise refusal
+        try:
+            value = SWITCH_WORDS[text.lower()] if self.kind is bool else self.kind(text)
+        except (KeyError, ValueError):
+            raise refusal from None
+        if self.kind is float and not math.isfinite(value):
+            raise refusal
+        return value
+
+
+def run(main, argv: list[str] | None = None) -> None:
+    """Check `argv` (default: the process's own) against `main`, call it, and turn UserError into one line and a code.
+
+    Returns when `main` has; else leaves the process: 0 after --help, 2 for bad flags, 1 for a UserError out of `main`,
+    130 for Ctrl-C. Any other exception is our bug and keeps its traceback. Under torchrun the driver speaks for all;
+    a worker only about what happened to it alone.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    flags = flags_of(main)
+    try:
+        values = parse(flags, argv)
+    except UserError as error:
+        _leave(error, USAGE)
+    if values is None:
+        if _is_driver():
+            print(help_text(main, flags))
+        sys.exit(0)
+    # fire sees only the names: each value is handed over as it was read here, never guessed from its text again.
+    fire.decorators.SetParseFns(**{name: lambda _, value=value: value for name, value in values.items()})(main)
+    try:
+        fire.Fire(main, command=[f"--{name}=" for name in values], name=_command(), serialize=lambda _: None)
+    except UserError as error:
+        _leave(error, FAILURE)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def flags_of(main) -> dict[str, Flag]:
+    """The flags that `main` declares, by name. TypeError for an annotation that no flag can have (our bug)."""
+    hints = typing.get_type_hints(main)
+    flags = {}
+    for name, parameter in inspect.signature(main).parameters.items():
+        kind, found = hints[name], {}
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):
+            kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
+            kind, found["optional"] = kinds[0], True
+        if typing.get_origin(kind) in (list, tuple):
+            kind, found["repeats"] = typing.get_args(kind)[0], True
+        if typing.get_origin(kind) is typing.Literal:
+            kind, found["choices"] = str, typing.get_args(kind)
+        if kind not in KINDS:
+            raise TypeError(f"{main.__module__}.main: no flag can have the type {hints[name]} of {name}")
+        flags[name] = Flag(name, kind, default=parameter.default, **found)
+    return flags
+
+
+def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
+    """The values that `argv` gives to `flags`, by name, in the types `main` asks for; None when it asks for help.
+
+    Accepts --a_b and --a-b, `--flag value` and `--flag=value`, a bare --switch and --no_switch.
+
+    Raises:
+        UserError: a word that is no flag, a flag without value or given twice, a value of the wrong type, a missing flag.
+    """
+    values, words = {}, list(argv)
+    previous = None  # the flag before, to explain a word that stands where a flag should
+    while words:
+        word = words.pop(0)
+        if word in ("--help", "-h"):
+            return None
+        if not re.match(r"-+[A-Za-z]", word):
+            raise _stray_word(word, previous, values, flags)
+        name, equals, text = word.lstrip("-").partition("=")
+        name = name.replace("-", "_")
+        off = name not in flags and name.startswith("no_") and name[3:] in flags and flags[name[3:]].kind is bool
+        flag = flags.get(name[3:] if off else name)
+        if flag is None or not word.startswith("--"):
+            raise _unknown(word.partition("=")[0], name, flags)
+        if off and equals:
+            raise UserError(f"--{name} takes no value", f"found {text!r}", f"write --{name} or --{flag.name}")
+        if flag.kind is bool and not equals:  # a bare switch; no other word can stand after one, so a word is its value
+            text = "false" if off else "true"
+            if not off and words and not words[0].startswith("-"):
+                text = words.pop(0)
+        elif not equals:
+            if not words or words[0].startswith("--"):
+                found = f"found {words[0]} next" if words else "found the end of the line"
+                raise UserError(f"--{flag.name} needs a value", found, f"a value that begins with -- is written "
+                                f"--{flag.name}=VALUE")
+            text = words.pop(0)
+        value = flag.value(text)
+        if flag.repeats:
+            value = (*values.get(flag.name, ()), value)
+        elif flag.name in values:
+            raise UserError(f"--{flag.name} is given twice", f"{values[flag.name]!r} and {value!r}", "keep one of them")
+        values[flag.name] = value
+        previous = flag
+    missing = [f"--{flag.name}" for flag in flags.values() if flag.required and flag.name not in values]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}", "", "--help lists the flags")
+    return values
+
+
+def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
+    near = difflib.get_close_matches(name, flags, n=1)
+    return UserError(f"unknown flag {word}", f"did you mean --{near[0]}?" if near else "", "--help lists them")
+
+
+def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]) -> UserError:
+    if "prompt" in flags and "prompt" not in values:
+        fix = f'did you mean --prompt "{word}"?'
+    elif previous is not None and previous.kind is str:
+        given = values[previous.name][-1] if previous.repeats else values[previous.name]
+        fix = f'a text of several words needs quotes: --{previous.name} "{given} {word} ..."'
+    else:
+        fix = "values are given with their flag: --flag value; --help lists them"
+    return UserError("a word without a flag", f"found {word!r}", fix)
+
+
+def help_text(main, flags: dict[str, Flag]) -> str:
+    """`main`'s docstring, with each line that documents a flag turned into `--flag TYPE  text (default)`."""
+    width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+    lines, entries = [], {}  # entries: flag name -> [index of its line, its text]
+    entry = None
+    for line in inspect.cleandoc(main.__doc__ or "").splitlines():
+        match = re.match(r" {4}(\w+): +(.*)", line)
+        if match and match[1] in flags:
+            entry = entries[match[1]] = [len(lines), match[2]]
+            lines.append("")
+        elif entry and line.startswith(" " * 8):
+            entry[1] += " " + line.strip()
+        else:
+            entry = None
+            lines.append(line)
+    undocumented = [name for name in flags if name not in entries]
+    if undocumented:
+        lines += ["", "Other flags:"]
+        for name in undocumented:
+            entries[name] = [len(lines), ""]
+            lines.append("")
+    for name, (index, text) in entries.items():
+        lines[index] = _help_entry(flags[name], text, width)
+    return "\n".join([f"{_command()} [flags]", "", *lines])
+
+
+def _help_entry(flag: Flag, text: str, width: int) -> str:
+    kind = "|".join(flag.choices) or KINDS[flag.kind][0]
+    if flag.required:
+        text += " (required)"
+    elif flag.kind is bool and flag.default:
+        text += f" (on by default; --no_{flag.name})"
+    elif flag.default not in (None, "", (), False):
+        text += f" (default {flag.default})"
+    if flag.repeats:
+        text += " (may be given several times)"
+    name = f"  --{flag.name} {kind}".rstrip()
+    column = 30
+    first = name.ljust(column) if len(name) < column - 1 else name + "  "
+    return textwrap.fill(text.strip() or "(not documented)", width, initial_indent=first, subsequent_indent=" " * column)
+
+
+def _leave(error: UserError, code: int) -> typing.NoReturn:
+    """Say `error` in one line and leave the process; a worker says it only if the driver is still there after a while."""
+    who = "error"
+    if not _is_driver():
+        time.sleep(DRIVER_SPEAKS_FIRST_S)
+        who = f"error on rank {os.environ['RANK']}"
+    if _is_driver() or code != USAGE:  # all ranks have the same flags: the driver's word about them is enough
+        print(f"{who}:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _is_driver() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # torchrun sets RANK; without it there is one rank
+
+
+def _command() -> str:
+    """How this process was started, as a person would type it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else os.path.basename(sys.argv[0])
