@@ -1,0 +1,115 @@
+"""Runs a step on this rank: plain ints in, the model's pass over its shard, the driver's choice back to all.
+
+The same code on every rank; only `choose` and `score` are the driver's. What a row sampled last is kept here, on
+every rank, so that a decode row travels without its token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llama_tp.engine.step import Step, StepRow
+from llama_tp.model.attention import Span, plan
+from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.model.transformer import Batch, Transformer
+from llama_tp.parallel.collectives import broadcast, gather_to_driver
+
+SCORE_ROWS = 64                 # prompt positions whose logits exist at once when prompt logprobs are asked for
+
+Choose = Callable[[list[StepRow], torch.Tensor], list[int]]
+Score = Callable[[StepRow, int, torch.Tensor], None]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The driver's part of a step.
+
+    choose: the rows that sample and their logits (R, V) fp32 -> one token id each.
+    score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
+    """
+
+    choose: Choose
+    score: Score
+
+
+class Runner:
+    """One rank's model, cache and per-row memory.
+
+    Args:
+        max_rows: the most sequences at once; rows are numbered below it.
+        n_vocab: ids that may be sampled; the head's rows beyond are padding or have no text.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, max_rows: int, n_vocab: int):
+        self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
+        self.tables: list[list[int]] = [[] for _ in range(max_rows)]
+        self.last = torch.zeros(max_rows, dtype=torch.int64, device=model.ranks.device)
+        self.trash = cache.n_blocks - 1                             # the block that padding rows write to
+
+    @torch.inference_mode()
+    def run(self, step: Step, judge: Judge | None) -> None:
+        """One step. `judge` is given on the driver and None elsewhere."""
+        for row in step.rows:
+            self._own(row)
+        batch, ends = self._batch(step)
+        hidden = self.model(batch, self.cache)                      # (T, D)
+        for row, end in zip(step.rows, ends):
+            if row.prompt_logits:
+                self._score(row, hidden[end - row.n:end], judge)
+        sampling = [(row, end - 1) for row, end in zip(step.rows, ends) if row.sample]
+        if sampling:
+            self._sample([row for row, _ in sampling], hidden[[at for _, at in sampling]], judge)
+
+    def _own(self, row: StepRow) -> None:
+        """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
+        table = self.tables[row.row]
+        del table[row.block_start:]
+        table.extend(row.blocks)
+        n_reused = row.start // self.cache.block_size if row.block_start == 0 else 0
+        self.cache.clear(list(row.blocks[n_reused:]))
+
+    def _batch(self, step: Step) -> tuple[Batch, list[int]]:
+        """The step as tensors, and where each row's tokens end in it."""
+        S, device = self.cache.block_size, self.ranks.device
+        ids: list[int] = []
+        positions: list[int] = []
+        blocks: list[int] = []
+        spans, ends, decodes = [], [], []
+        for row in step.rows:
+            spans.append(Span(len(ids), row.start, row.n, self.tables[row.row]))
+            if not row.ids:
+                decodes.append((len(ids), row.row))
+            ids += row.ids or [0]
+            span = range(row.start, row.start + row.n)
+            positions += span
+            blocks += [self.tables[row.row][p // S] for p in span]
+            ends.append(len(ids))
+        padding = max(0, self.model.rows_floor - len(ids))
+        ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.trash] * padding
+        flat = torch.tensor([ids, positions, blocks], device=device)                   # (3, T)
+        if decodes:
+            at, rows = torch.tensor(decodes, device=device).T
+            flat[0, at] = self.last[rows]
+        groups = plan(spans, self.model.config.n_heads // self.ranks.tp, S, device)
+        return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), groups), ends
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """(R, D) -> (R, n_vocab) on the driver, None elsewhere."""
+        shards = gather_to_driver(self.model.logits(hidden), self.ranks)
+        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.n_vocab]
+
+    def _score(self, row: StepRow, hidden: torch.Tensor, judge: Judge | None) -> None:
+        for at in range(0, row.n, SCORE_ROWS):
+            logits = self._logits(hidden[at:at + SCORE_ROWS])
+            if judge is not None:
+                judge.score(row, row.start + at, logits)
+
+    def _sample(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> None:
+        """The driver's choice, broadcast, becomes every rank's memory of what these rows sampled last."""
+        logits = self._logits(hidden)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=self.ranks.device)
+        if judge is not None:
+            tokens.copy_(torch.tensor(judge.choose(rows, logits)))
+        broadcast(tokens, self.ranks)
+        self.last[torch.tensor([row.row for row in rows], device=self.ranks.device)] = tokens

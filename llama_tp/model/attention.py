@@ -1,0 +1,126 @@
+"""Paged grouped-query attention for one rank's heads: prefill chunks and decodes of a step, in a fixed order.
+
+Pure torch, the same on CPU and CUDA. Every query row gets the same bits whatever else is in the step, however the
+prompt was cut into chunks and on however many ranks the heads are spread:
+
+* a row's scores and weighted values are rows of fp32 matrix products with at least ROWS_FLOOR rows: from 4 rows on
+  MKL's bits for a row do not depend on the number of rows, of columns or of matrices in the batch (measured: torch
+  2.13, AVX512, head dims 32, 64, 128, 1 and 2 threads; below it takes a matrix-vector kernel);
+* the context is padded to whole tiles of TILE slots; torch's softmax over a row does not change when -inf is
+  appended in multiples of the vector width;
+* the weighted sum of values runs tile by tile, in order: later, masked tiles add exact zeros.
+
+It knows blocks and positions, not requests.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TILE = 256                      # context slots summed by one matrix product; a multiple of every block size
+ROWS_FLOOR = 16                 # rows of every product: 4 suffice as measured, 16 leaves room for other kernels
+QUERY_CHUNK = 128               # prefill rows attended at once: keeps early rows from scoring a long chunk's end
+SCORES_LIMIT = 1 << 25          # fp32 scores held at once (128 MiB)
+
+
+@dataclass
+class Group:
+    """B sequences with n query rows each, attended together."""
+
+    rows: torch.Tensor          # (B * n,) int64: their rows in the step
+    n: int
+    table: torch.Tensor         # (B, M / S) int64 block ids, padded with block 0 (masked)
+    hidden: torch.Tensor        # (B, 1, n, 1, M) bool: True where a query must not see the slot
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive tokens of one sequence in a step: rows [row, row + n) are positions [start, start + n)."""
+
+    row: int
+    start: int
+    n: int
+    blocks: list[int]           # the sequence's block table, at least up to position start + n - 1
+
+
+def plan(spans: list[Span], n_heads: int, block_size: int, device: torch.device) -> list[Group]:
+    """Cuts a step into groups, once for all layers: decodes of like context together, prefills in chunks of rows.
+
+    Args:
+        spans: the step's sequences.
+        n_heads: query heads on this rank, to bound the scores held at once.
+    """
+    decodes: dict[int, list[Span]] = {}
+    groups = []
+    for span in spans:
+        if span.n == 1:
+            tiles = -(-(span.start + 1) // TILE)
+            decodes.setdefault(1 << (tiles - 1).bit_length(), []).append(span)      # at most 2x padding
+            continue
+        step = max(1, min(QUERY_CHUNK, SCORES_LIMIT // (n_heads * (span.start + span.n))))
+        for at in range(0, span.n, step):
+            part = Span(span.row + at, span.start + at, min(step, span.n - at), span.blocks)
+            groups.append(_group([part], block_size, device))
+    for tiles, alike in sorted(decodes.items()):
+        step = max(1, SCORES_LIMIT // (tiles * TILE * max(n_heads, ROWS_FLOOR)))
+        groups += [_group(alike[at:at + step], block_size, device) for at in range(0, len(alike), step)]
+    return groups
+
+
+def _group(spans: list[Span], block_size: int, device: torch.device) -> Group:
+    n = spans[0].n
+    M = TILE * max(-(-(s.start + n) // TILE) for s in spans)
+    table = torch.zeros(len(spans), M // block_size, dtype=torch.int64)
+    for i, span in enumerate(spans):
+        used = -(-(span.start + n) // block_size)
+        table[i, :used] = torch.tensor(span.blocks[:used])
+    first = torch.tensor([[s.row, s.start] for s in spans])                          # (B, 2)
+    rows = (first[:, :1] + torch.arange(n)).flatten()                                # (B * n,)
+    positions = first[:, 1:] + torch.arange(n)                                       # (B, n)
+    hidden = torch.arange(M) > positions[:, :, None]                                 # (B, n, M)
+    return Group(rows.to(device), n, table.to(device), hidden[:, None, :, None].to(device))
+
+
+def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+    """Softmax attention of every query row over its sequence's cached context, its own position included.
+
+    Args:
+        q: (T, H, E), rotated.
+        k_cache, v_cache: (N, K, S, E), one layer; this step's keys and values already written.
+
+    Returns: (T, H, E) in q's dtype; rows outside all groups are zero.
+    """
+    out = torch.zeros_like(q)
+    for group in groups:
+        out[group.rows] = _attend_group(q[group.rows], k_cache, v_cache, group).to(q.dtype)
+    return out
+
+
+def _attend_group(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: Group) -> torch.Tensor:
+    (B, n_blocks), n = group.table.shape, group.n
+    _, K, S, E = k_cache.shape
+    G, M = q.shape[1] // K, n_blocks * S
+    q = q.float().view(B, n, K, G, E).transpose(1, 2).reshape(B * K, n * G, E) * (1 / math.sqrt(E))
+    if n * G < ROWS_FLOOR:
+        q = F.pad(q, (0, 0, 0, ROWS_FLOOR - n * G))                           # (B * K, R, E)
+    k = _gather(k_cache, group.table)                                         # (B * K, M, E)
+    scores = torch.bmm(q, k.transpose(1, 2))[:, :n * G]                       # (B * K, n * G, M)
+    scores = scores.reshape(B, K, n, G, M).masked_fill_(group.hidden, -math.inf)
+    weights = torch.softmax(scores, dim=-1).view(B * K, n * G, M)
+    if n * G < ROWS_FLOOR:
+        weights = F.pad(weights, (0, 0, 0, ROWS_FLOOR - n * G))               # (B * K, R, M)
+    v = _gather(v_cache, group.table)                                         # (B * K, M, E)
+    out = torch.bmm(weights[:, :, :TILE], v[:, :TILE])                        # (B * K, R, E)
+    for at in range(TILE, M, TILE):
+        out += torch.bmm(weights[:, :, at:at + TILE], v[:, at:at + TILE])
+    return out[:, :n * G].reshape(B, K, n, G, E).transpose(1, 2).reshape(B * n, K * G, E)
+
+
+def _gather(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The blocks of B sequences side by side, one matrix a head. (N, K, S, E), (B, n) -> (B * K, n * S, E) fp32."""
+    _, K, S, E = cache.shape
+    B, n = table.shape
+    blocks = cache.index_select(0, table.flatten()).view(B, n, K, S, E).transpose(1, 2)  # (B, K, n, S, E)
+    return blocks.to(torch.float32, memory_format=torch.contiguous_format).reshape(B * K, n * S, E)

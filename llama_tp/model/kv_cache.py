@@ -1,0 +1,48 @@
+"""The paged KV cache of one rank: its own KV heads only, in blocks that sequences own through block tables."""
+
+import math
+
+import numpy as np
+import torch
+
+from llama_tp.spec.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the block, head dim.
+
+    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix.
+    """
+
+    def __init__(self, config: ModelConfig, tp: int, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (config.n_layers, n_blocks, config.local_kv_heads(tp), block_size, config.head_dim)
+        self.n_blocks, self.block_size = n_blocks, block_size
+        self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
+
+    def write(self, layer: int, slots: "Slots", k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores this step's keys and values. k, v: (T, K, E)."""
+        self.k[layer][slots.blocks, :, slots.offsets] = k
+        self.v[layer][slots.blocks, :, slots.offsets] = v
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero weights: without
+        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN)."""
+        if blocks:
+            at = torch.tensor(blocks, device=self.k.device)
+            self.k[:, at] = 0
+            self.v[:, at] = 0
+
+
+class Slots:
+    """Where each of a step's T tokens is stored: block ids and offsets, (T,) int64 each."""
+
+    def __init__(self, blocks: torch.Tensor, offsets: torch.Tensor):
+        self.blocks, self.offsets = blocks, offsets
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages, on CPU, are not touched before they are used: numpy's zeros is calloc, torch's is a memset,
+    which would make a large, mostly idle cache resident at once."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

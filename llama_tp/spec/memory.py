@@ -1,0 +1,62 @@
+"""Memory arithmetic: what a rank needs for weights, KV cache and workspace, known before a byte of weights is read."""
+
+from dataclasses import dataclass
+
+from llama_tp.spec.config import ModelConfig
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.weights import table
+
+GIB = 1 << 30
+
+
+def weight_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
+    """Resident weights of one rank, padding included (all ranks hold the same)."""
+    total = 0
+    for weight in table(config):
+        size = itemsize
+        for n in weight.local_shape(config, tp):
+            size *= n
+        total += size
+    return total
+
+
+def kv_bytes_per_token(config: ModelConfig, tp: int, itemsize: int) -> int:
+    """Keys and values of one position on one rank."""
+    return 2 * config.n_layers * config.local_kv_heads(tp) * config.head_dim * itemsize
+
+
+def workspace_bytes(config: ModelConfig, tp: int, step_tokens: int, max_rows: int, max_seq_len: int) -> int:
+    """Rotary tables, activations of the widest layer, logits and attention scores; fp32 sizes, measured generous."""
+    rope = max_seq_len * config.head_dim * 4
+    heads = config.n_heads // tp + 2 * config.local_kv_heads(tp)
+    activations = step_tokens * 4 * (4 * config.dim + 4 * config.local_ffn(tp) + 4 * heads * config.head_dim)
+    logits = max(max_rows, 64) * 4 * 3 * config.vocab_size
+    attention = 3 * (128 << 20) + 4 * 2 * config.local_kv_heads(tp) * config.head_dim * max_seq_len
+    return rope + activations + logits + attention
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one rank may use, and what it needs, in bytes."""
+
+    free: int
+    weights: int
+    workspace: int
+    kv_per_block: int
+
+    @property
+    def for_kv(self) -> int:
+        return self.free - self.weights - self.workspace
+
+    def n_blocks(self, wanted: int, least: int, block_size: int) -> int:
+        """Blocks of the KV cache: `wanted`, or as many as fit. Raises UserError with the sum when fewer than `least`
+        (one sequence of max_seq_len) fit."""
+        fit = max(0, self.for_kv) // self.kv_per_block
+        if fit < least:
+            raise UserError(
+                "this launch does not fit in memory",
+                f"each rank needs {self.weights / GIB:.2f} GiB weights + {least * self.kv_per_block / GIB:.2f} GiB KV cache for one "
+                f"sequence of {least * block_size} tokens + {self.workspace / GIB:.2f} GiB workspace = "
+                f"{(self.weights + least * self.kv_per_block + self.workspace) / GIB:.2f} GiB, and {self.free / GIB:.2f} GiB is free",
+                "use more ranks, a smaller --max_seq_len or --max_batch_size, or a smaller --dtype")
+        return min(wanted, fit)
