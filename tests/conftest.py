@@ -1,4 +1,7 @@
-"""The --slow switch: tests marked slow (many ranks, big files, peers) are skipped without it."""
+"""The --slow switch: tests marked slow (many ranks, big files, peers) are skipped without it.
+
+`-m slow` chooses only them, and so runs them too.
+"""
 
 import pytest
 
@@ -8,7 +11,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
+    if config.getoption("--slow") or "slow" in (config.getoption("-m") or "").split():
         return
     skip = pytest.mark.skip(reason="slow: run with --slow (make test-slow)")
     for item in items:

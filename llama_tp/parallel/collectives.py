@@ -1,0 +1,117 @@
+"""What ranks say to each other: sums, gathers and small messages, each a plain function that takes `ranks`.
+
+The model group carries tensors on the device; the control group carries CPU integers and bytes. With one rank every
+function is a no-op that returns what the only rank would get. Nothing is pickled. Refuses to know what is sent.
+"""
+
+import torch
+import torch.distributed as dist
+
+from llama_tp.parallel.groups import Ranks
+
+# One broadcast of this many int64 (8 KB) carries a usual step; longer messages take a second one.
+MESSAGE_INTS = 1024
+
+
+def all_reduce(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Sums `x` over the ranks, in place. The order of the sum is the backend's: see `tree_sum` for a fixed one."""
+    if ranks.tp > 1:
+        ranks.tally.collectives += 1
+        dist.all_reduce(x, group=ranks.group)
+    return x
+
+
+def gather_stack(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Every rank's `x` on every rank, in rank order: (tp, *x.shape). Shapes and dtypes must agree."""
+    out = x.new_empty((ranks.tp, *x.shape))
+    if ranks.tp == 1:
+        out[0] = x
+        return out
+    ranks.tally.collectives += 1
+    # The list form works on gloo and nccl in every torch we support; all_gather_into_tensor is deprecated from 2.13.
+    dist.all_gather(list(out.unbind()), x.contiguous(), group=ranks.group)
+    return out
+
+
+def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Sums the parts as a binary tree, ((0+1)+(2+3))+...: neighbours first, an odd one out waits for the next round.
+
+    With 2**k parts, a rank that tree-adds its own run of parts computes exactly one subtree of the whole tree; hence
+    `tree_sum` of such partial sums has the same bits for every tp that divides the number of parts.
+    """
+    while len(parts) > 1:
+        pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[len(parts) - len(parts) % 2:]
+    return parts[0]
+
+
+def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on every rank."""
+    return tree_add(list(gather_stack(x, ranks).unbind()))
+
+
+def gather_to_driver(x: torch.Tensor, ranks: Ranks) -> list[torch.Tensor] | None:
+    """Every rank's `x` in rank order on the driver, None on workers. Built on all-gather: old NCCL has no gather."""
+    stack = gather_stack(x, ranks)
+    return list(stack.unbind()) if ranks.is_driver else None
+
+
+def broadcast(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Overwrites `x` (contiguous, on the device) with the driver's, in place."""
+    if ranks.tp > 1:
+        ranks.tally.collectives += 1
+        dist.broadcast(x, src=0, group=ranks.group)
+    return x
+
+
+def barrier(ranks: Ranks) -> None:
+    """Waits for every rank, on the control group: as long as it takes (health watches meanwhile)."""
+    if ranks.tp > 1:
+        ranks.tally.collectives += 1
+        dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=ranks.control)
+
+
+def send_ints(ints: list[int], ranks: Ranks) -> None:
+    """Driver: sends int64s to all workers, which call `recv_ints`."""
+    if ranks.tp == 1:
+        return
+    first = torch.zeros(MESSAGE_INTS, dtype=torch.int64)
+    message = torch.tensor([len(ints), *ints], dtype=torch.int64)
+    n_first = min(len(message), MESSAGE_INTS)
+    first[:n_first] = message[:n_first]
+    _control(first, ranks)
+    if len(message) > MESSAGE_INTS:
+        _control(message[MESSAGE_INTS:], ranks)
+
+
+def recv_ints(ranks: Ranks) -> list[int]:
+    """Worker: the driver's next `send_ints`, waiting for it as long as it takes."""
+    first = torch.empty(MESSAGE_INTS, dtype=torch.int64)
+    _control(first, ranks)
+    n = int(first[0])
+    ints = first[1:n + 1].tolist()
+    if n >= MESSAGE_INTS:
+        rest = torch.empty(n + 1 - MESSAGE_INTS, dtype=torch.int64)
+        _control(rest, ranks)
+        ints += rest.tolist()
+    return ints
+
+
+def broadcast_bytes(data: bytes | None, ranks: Ranks) -> bytes:
+    """The driver's `data` on every rank; workers pass None."""
+    if ranks.tp == 1:
+        return data
+    if ranks.is_driver:
+        send_ints([len(data)], ranks)
+        if data:
+            _control(torch.frombuffer(bytearray(data), dtype=torch.uint8), ranks)
+        return data
+    buffer = torch.empty(recv_ints(ranks)[0], dtype=torch.uint8)
+    if len(buffer):
+        _control(buffer, ranks)
+    return buffer.numpy().tobytes()
+
+
+def _control(x: torch.Tensor, ranks: Ranks) -> None:
+    ranks.tally.collectives += 1
+    dist.broadcast(x, src=0, group=ranks.control)

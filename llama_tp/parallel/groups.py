@@ -1,0 +1,215 @@
+"""Who am I: this process's rank, its device, and the process groups it shares with the others.
+
+Reads torchrun's or Slurm's environment, starts `torch.distributed`, fills in fairscale's model-parallel groups and
+hands everything on as one frozen `Ranks`, which callers pass along; nothing here is kept in a global of ours. Refuses
+to know: what is computed (model), what is sent (collectives) and whether the others are still alive (health).
+"""
+
+import contextlib
+import functools
+import os
+import re
+import socket
+import sys
+import threading
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+from torch.distributed.rendezvous import rendezvous
+
+from llama_tp.spec.errors import UserError
+
+# Workers wait for the next step on the control group while a user thinks: that wait must never run out by itself.
+CONTROL_TIMEOUT = timedelta(days=365)
+CLOSE_TIMEOUT_S = 20
+
+
+@dataclass
+class Tally:
+    """What this rank has done so far; health compares it between ranks to find the one that lags behind."""
+
+    collectives: int = 0
+    watches: int = 0
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among its peers.
+
+    Attributes:
+        rank: 0 <= rank < tp; rank 0 is the driver, the others are workers.
+        tp: how many ranks share the model.
+        device: where this rank computes.
+        group: the model group (nccl on CUDA, gloo on CPU); None with a single rank that was not launched.
+        control: gloo group for CPU tensors that tell ranks what to do; waits in it practically never time out.
+        local_rank, local_size: place and number of ranks on this node.
+        n_nodes: how many nodes there are.
+        master: host name or address of the driver, for sockets of our own.
+        store: the key-value store of the launch, or None.
+        tally: counts that change; the only mutable part.
+    """
+
+    rank: int
+    tp: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    control: dist.ProcessGroup | None = None
+    local_rank: int = 0
+    local_size: int = 1
+    n_nodes: int = 1
+    master: str = "127.0.0.1"
+    store: dist.Store | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
+
+    @property
+    def is_driver(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher's environment says; no torch in it, so that it can be tested with a dict."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_size: int
+    n_nodes: int
+    master: str
+    port: int
+
+
+def read_launch(env: dict[str, str]) -> Launch | None:
+    """Reads torchrun's variables, else Slurm's; None if this is a plain process (one rank).
+
+    Raises:
+        UserError: if a variable is missing, or not a number.
+    """
+    def number(name: str, default: int | None = None) -> int:
+        text = env.get(name, "" if default is None else str(default))
+        if not text.isdigit():
+            raise UserError(f"the launcher's environment variable {name} is not a number", repr(text) if text else
+                            "it is not set", "start the ranks with torchrun, or srun, or plain python for one rank")
+        return int(text)
+
+    if "RANK" in env:
+        world = number("WORLD_SIZE")
+        local_size = number("LOCAL_WORLD_SIZE", world)
+        if "MASTER_ADDR" not in env:
+            raise UserError("RANK is set but MASTER_ADDR is not", "", "start the ranks with torchrun, or unset RANK")
+        return Launch(number("RANK"), world, number("LOCAL_RANK", number("RANK") % local_size), local_size,
+                      -(-world // local_size), env["MASTER_ADDR"], number("MASTER_PORT"))
+    if "SLURM_PROCID" in env and number("SLURM_NTASKS", 1) > 1:
+        world = number("SLURM_NTASKS")
+        n_nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
+        nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+        # Any port will do as long as all tasks of the step agree and two jobs on a node differ.
+        port = number("MASTER_PORT", 20000 + number("SLURM_JOB_ID", 0) % 20000)
+        return Launch(number("SLURM_PROCID"), world, number("SLURM_LOCALID"), -(-world // n_nodes), n_nodes,
+                      env.get("MASTER_ADDR", first_host(nodes)), port)
+    return None
+
+
+def first_host(nodes: str) -> str:
+    """The first name in Slurm's short form: "gpu[003-010,12],cpu1" -> "gpu003"."""
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.match(r"[^,\[]*(\[[^]]*\])?[^,]*", nodes).group())
+
+
+def init_ranks(device: str | torch.device | None = None, model_parallel_size: int | None = None,
+               timeout_s: float = 600) -> Ranks:
+    """Joins the other ranks of this launch; every rank calls it once, and `close` at the end.
+
+    Args:
+        device: "cpu", "cuda" or a torch device; None takes CUDA if there is any.
+        model_parallel_size: what the caller expects; must be the number of ranks.
+        timeout_s: longest wait for the others, here and in each collective of the model group. Let it be longer than
+            health's step timeout, so that health can name the culprit before the collective gives up.
+
+    Raises:
+        UserError: wrong launch, no such device, or other ranks that do not come.
+    """
+    launch = read_launch(dict(os.environ))
+    world = launch.world if launch else 1
+    if model_parallel_size not in (None, world):
+        raise UserError(f"model_parallel_size is {model_parallel_size}", f"{world} rank(s) were started",
+                        f"start it with torchrun --nproc_per_node {model_parallel_size}, or leave the size out")
+    if launch is None:
+        return single_rank(pick_device(device, 0))
+    where = pick_device(device, launch.local_rank)
+    set_threads(launch.local_size)
+    if launch.n_nodes == 1:
+        listen_on_loopback()
+    timeout = timedelta(seconds=timeout_s)
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    store.set_timeout(timeout)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
+                            rank=launch.rank, world_size=launch.world, timeout=timeout)
+    with groups_get(timeout), contextlib.redirect_stdout(sys.stderr):
+        fairscale_groups.initialize_model_parallel(launch.world)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    return Ranks(launch.rank, launch.world, where, fairscale_groups.get_model_parallel_group(), control,
+                 launch.local_rank, launch.local_size, launch.n_nodes, launch.master, store)
+
+
+def single_rank(device: str | torch.device = "cpu") -> Ranks:
+    """One rank by itself, without any process group: plain `python -m`, and tests."""
+    return Ranks(0, 1, torch.device(device))
+
+
+def close(ranks: Ranks) -> None:
+    """Takes the groups down, in bounded time; safe to call twice, and with a single rank."""
+    if ranks.group is None or not dist.is_initialized():
+        return
+    fairscale_groups.destroy_model_parallel()
+    # NCCL waits in here for work that a vanished rank never joins; the process is about to end, so leave it behind.
+    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    worker.start()
+    worker.join(CLOSE_TIMEOUT_S)
+
+
+def pick_device(wanted: str | torch.device | None, local_rank: int) -> torch.device:
+    """The device of this rank: `wanted`, with the local rank as index of a bare "cuda"; made current if CUDA."""
+    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return device
+    n_gpus = torch.cuda.device_count()
+    index = local_rank if device.index is None else device.index
+    if index >= n_gpus:
+        raise UserError(f"local rank {local_rank} has no GPU", f"this node shows {n_gpus}",
+                        "start one rank a GPU (torchrun --nproc_per_node), or pass --device cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def set_threads(local_size: int) -> None:
+    """Divides the cores among the ranks of this node.
+
+    torchrun sets OMP_NUM_THREADS=1 when the user has not, which then looks like the user's own wish: it is ignored,
+    and LLAMA_TP_THREADS is the way to choose.
+    """
+    wanted = os.environ.get("LLAMA_TP_THREADS", "")
+    if wanted and not (wanted.isdigit() and int(wanted) > 0):
+        raise UserError("LLAMA_TP_THREADS is not a number of threads", repr(wanted), "set it to 1 or more, or unset it")
+    torch.set_num_threads(int(wanted) if wanted else max(1, os.cpu_count() // local_size))
+
+
+def listen_on_loopback() -> None:
+    """Keeps gloo's unauthenticated sockets on the loopback interface when all ranks are on this machine."""
+    names = [name for _, name in socket.if_nameindex()]
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+@contextlib.contextmanager
+def groups_get(timeout: timedelta):
+    """Gives groups made inside the block our timeout: fairscale 0.4.13 asks for none and would get torch's 30 min."""
+    new_group = dist.new_group
+    dist.new_group = functools.partial(new_group, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.new_group = new_group

@@ -1,0 +1,67 @@
+"""Ranks from the environment, fairscale's getters, devices, threads."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fairscale_groups
+
+from llama_tp.parallel.groups import Launch, close, first_host, init_ranks, pick_device, read_launch
+from llama_tp.spec.errors import UserError
+from tests.ranks import run
+
+
+def getters(ranks):
+    group = fairscale_groups.get_model_parallel_group()
+    timeouts = [g._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                for g in (group, fairscale_groups.get_data_parallel_group(), ranks.control)]
+    return (group is ranks.group, fairscale_groups.get_model_parallel_rank() == ranks.rank,
+            fairscale_groups.get_model_parallel_world_size() == ranks.tp,
+            fairscale_groups.get_model_parallel_src_rank() == 0, dist.get_backend(ranks.control) == "gloo",
+            timeouts == [120, 120, 365 * 86400], torch.get_num_threads() == 1)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_fairscale_agrees_with_ranks(tp):
+    assert run(tp, getters) == [(True,) * 7] * tp
+
+
+def test_a_plain_process_is_one_rank_without_groups(monkeypatch):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = init_ranks("cpu")
+    assert (ranks.rank, ranks.tp, ranks.group, ranks.control) == (0, 1, None, None) and ranks.is_driver
+    assert not dist.is_initialized()
+    close(ranks)
+    with pytest.raises(UserError, match="model_parallel_size is 2.*1 rank.*torchrun --nproc_per_node 2"):
+        init_ranks("cpu", model_parallel_size=2)
+
+
+def test_torchrun_environment():
+    env = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4", MASTER_ADDR="a", MASTER_PORT="29500")
+    assert read_launch(env) == Launch(5, 8, 1, 4, 2, "a", 29500)
+    assert read_launch({}) is None
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        read_launch({k: v for k, v in env.items() if k != "MASTER_ADDR"})
+    with pytest.raises(UserError, match="WORLD_SIZE is not a number - 'x'"):
+        read_launch({**env, "WORLD_SIZE": "x"})
+
+
+def test_slurm_environment():
+    env = dict(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_STEP_NUM_NODES="2",
+               SLURM_STEP_NODELIST="gpu[007-008]", SLURM_JOB_ID="123456")
+    assert read_launch(env) == Launch(5, 8, 1, 4, 2, "gpu007", 20000 + 123456 % 20000)
+    assert read_launch({**env, "MASTER_ADDR": "h", "MASTER_PORT": "1"}) == Launch(5, 8, 1, 4, 2, "h", 1)
+    assert read_launch({**env, "SLURM_NTASKS": "1"}) is None
+
+
+@pytest.mark.parametrize("nodes, host", [("a", "a"), ("a,b", "a"), ("gpu[003-010,12],cpu1", "gpu003"),
+                                         ("n[1,4]-ib,b", "n1-ib"), ("x1.cluster.org,y", "x1.cluster.org")])
+def test_first_host(nodes, host):
+    assert first_host(nodes) == host
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_devices_without_cuda():
+    assert pick_device(None, 3) == torch.device("cpu")
+    with pytest.raises(UserError, match="no GPU"):
+        pick_device("cuda", 0)

@@ -1,0 +1,230 @@
+"""Real ranks for tests: a pool of gloo processes that run functions, and a torchrun that cannot outlive its test.
+
+    from tests.ranks import run, torchrun
+
+    def adds(ranks, n):                       # module level, so that the other processes find it
+        return all_reduce(torch.full((n,), 1.0), ranks).tolist()
+
+    def test_adds():
+        assert run(2, adds, 3) == [[2.0] * 3] * 2
+
+The pool of each size is started at its first use and lives until the session ends. Results and arguments are pickled:
+that is for tests only.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from llama_tp.parallel.groups import close, init_ranks, single_rank
+
+ROOT = Path(__file__).parent.parent
+_pools: dict[int, "Pool"] = {}
+
+
+class RankFailed(AssertionError):
+    """A function raised, or hung, in a rank of the pool; the text holds that rank's traceback."""
+
+
+def run(tp: int, fn, *args, timeout: float = 60, **kwargs) -> list:
+    """Calls `fn(ranks, *args, **kwargs)` on `tp` ranks at once; their results in rank order.
+
+    `fn` must be a module-level function of a test module. tp 1 runs in this process. After a failure the pool is
+    thrown away, so the next call starts with fresh ranks.
+    """
+    if tp == 1:
+        return [fn(single_rank(), *args, **kwargs)]
+    return pool(tp).run(fn, *args, timeout=timeout, **kwargs)
+
+
+def pool(tp: int) -> "Pool":
+    """The session's pool of `tp` ranks."""
+    if tp not in _pools:
+        _pools[tp] = Pool(tp)
+    return _pools[tp]
+
+
+class Pool:
+    """tp processes, each with `Ranks` of its own, waiting for functions to call."""
+
+    def __init__(self, tp: int):
+        context = multiprocessing.get_context("spawn")
+        port = free_port()
+        self.tp, self.pipes, self.processes = tp, [], []
+        for rank in range(tp):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_rank_main, args=(rank, tp, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, fn, *args, timeout: float = 60, **kwargs) -> list:
+        answers, deadline = [], time.monotonic() + timeout
+        try:
+            for pipe in self.pipes:
+                pipe.send((fn, args, kwargs))
+            waiting = dict(enumerate(self.pipes))
+            while waiting and time.monotonic() < deadline:
+                ready = multiprocessing.connection.wait(list(waiting.values()), deadline - time.monotonic())
+                for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
+                    answers.append((rank, *waiting.pop(rank).recv()))
+                if any(error for _, _, error in answers):
+                    deadline = min(deadline, time.monotonic() + 2)          # the others' errors, if they come soon
+        except (EOFError, OSError) as error:
+            answers.append((-1, None, f"a rank of the pool died: {error!r}"))
+        errors = [f"rank {rank}:\n{error}" for rank, _, error in answers if error]
+        if errors or len(answers) < self.tp:
+            self.stop()
+            late = sorted(set(range(self.tp)) - {rank for rank, _, _ in answers})
+            raise RankFailed("\n".join(errors) + (f"\nno answer from ranks {late}" if late else ""))
+        return [result for _, result, _ in sorted(answers, key=lambda answer: answer[0])]
+
+    def stop(self) -> None:
+        _pools.pop(self.tp, None)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(10)
+
+
+def _rank_main(rank: int, tp: int, port: int, pipe) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LLAMA_TP_THREADS="1")
+    ranks = init_ranks("cpu", timeout_s=120)
+    while True:
+        try:
+            fn, args, kwargs = pipe.recv()
+        except EOFError:
+            break
+        except Exception:
+            pipe.send((None, traceback.format_exc()))       # the function could not be imported here
+            continue
+        try:
+            answer = (fn(ranks, *args, **kwargs), None)
+        except BaseException:
+            answer = (None, traceback.format_exc())
+        pipe.send(answer)
+    close(ranks)
+
+
+@atexit.register
+def stop_pools() -> None:
+    """Ends all pools."""
+    for each in list(_pools.values()):
+        each.stop()
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Launched:
+    """A running torchrun: `.process`, `.pids()` of its ranks, `.wait()`; stdout and stderr go to files."""
+
+    def __init__(self, process: subprocess.Popen, folder: Path):
+        self.process, self.folder = process, folder
+        self.started = time.monotonic()
+        self.seen: set[int] = set()
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace")
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks, in rank order: the agent's children carry RANK in their environment."""
+        ranks = {}
+        for pid in children(self.process.pid):
+            with contextlib.suppress(OSError):
+                env = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                rank = [line[5:] for line in env if line.startswith(b"RANK=")]
+                if rank:
+                    ranks[int(rank[0])] = pid
+        self.seen |= set(ranks.values())
+        return [ranks[rank] for rank in sorted(ranks)]
+
+    def wait_for(self, text: str, timeout: float = 60, where: str = "stderr") -> None:
+        """Waits until `text` has been printed."""
+        deadline = time.monotonic() + timeout
+        while text not in getattr(self, where):
+            assert self.process.poll() is None, f"ended before {text!r}:\n{self.stderr}"
+            assert time.monotonic() < deadline, f"no {text!r} after {timeout} s:\n{self.stderr}"
+            time.sleep(0.05)
+        self.pids()
+
+    def wait(self, timeout: float = 60) -> int:
+        """The exit code; fails the test if it does not end in time."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}") from None
+
+    def left_over(self, within: float = 0) -> list[int]:
+        """Ranks once seen by `pids` that still live after `within` seconds."""
+        deadline = time.monotonic() + within
+        while (alive := [pid for pid in self.seen if is_alive(pid)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return alive
+
+
+@contextlib.contextmanager
+def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None):
+    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks; kills all of it at the end.
+
+    `options` replaces torchrun's `--standalone`.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]),
+                   "--nproc_per_node", str(n), *argv]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
+            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT,
+                                       env={**os.environ, "PYTHONPATH": path, "LLAMA_TP_THREADS": "1", **(env or {})})
+        launched = Launched(process, folder)
+        try:
+            yield launched
+        finally:
+            if process.poll() is None:
+                launched.pids()
+                process.kill()
+            process.wait()
+            for pid in launched.seen:
+                with contextlib.suppress(ProcessLookupError):
+                    if is_alive(pid):
+                        os.kill(pid, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process (Linux)."""
+    with contextlib.suppress(OSError):
+        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+                for child in (task / "children").read_text().split()]
+    return []
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs or is stopped; a zombie has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
