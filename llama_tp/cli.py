@@ -134,7 +134,7 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
     Accepts --a_b and --a-b, `--flag value` and `--flag=value`, a bare --switch and --no_switch.
 
     Raises:
-        UserError: a word that is no flag, a flag without value or given twice, a value of the wrong type, a missing flag.
+        UserError: a word that is no flag, a flag without value or given twice, a wrong value, a missing flag.
     """
     values, words = {}, list(argv)
     previous = None  # the flag before, to explain a word that stands where a flag should
@@ -227,25 +227,31 @@ def _help_entry(flag: Flag, text: str, width: int) -> str:
         text += f" (default {flag.default})"
     if flag.repeats:
         text += " (may be given several times)"
-    name = f"  --{flag.name} {kind}".rstrip()
-    column = 30
+    name = f"    --{flag.name} {kind}".rstrip()
+    column = 32
     first = name.ljust(column) if len(name) < column - 1 else name + "  "
-    return textwrap.fill(text.strip() or "(not documented)", width, initial_indent=first, subsequent_indent=" " * column)
+    text = text.strip() or "(not documented)"
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=" " * column)
 
 
 def _leave(error: UserError, code: int) -> typing.NoReturn:
-    """Say `error` in one line and leave the process; a worker says it only if the driver is still there after a while."""
+    """Say `error` in one line and leave the process; a worker speaks only if torchrun has not ended it by then."""
     who = "error"
     if not _is_driver():
         time.sleep(DRIVER_SPEAKS_FIRST_S)
-        who = f"error on rank {os.environ['RANK']}"
+        who = f"[rank {_rank()}] error"
     if _is_driver() or code != USAGE:  # all ranks have the same flags: the driver's word about them is enough
         print(f"{who}:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _is_driver() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # torchrun sets RANK; without it there is one rank
+    return _rank() == "0"
+
+
+def _rank() -> str:
+    """This process's rank as torchrun or Slurm numbers it; without them there is one rank, the driver."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 
 def _command() -> str:
