@@ -61,7 +61,8 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
     value = () if value is None else value
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
         raise _refuse(name, "a list of token ids", value)
-    return tuple(_whole(name, one, 0) for one in value)
+    # plain ints, all but always, skip the slow check: a prompt may hold a million
+    return tuple(one if type(one) is int and 0 <= one <= MAX_COUNT else _whole(name, one, 0) for one in value)
 
 
 def _biases(value: object) -> dict[int, float] | None:
