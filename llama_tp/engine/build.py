@@ -1,0 +1,172 @@
+"""From a checkpoint folder to an engine: the one place where all rooms meet, in the order that fails early.
+
+Every rank runs this. What can be known without reading weights is checked first (layout, shapes, tokenizer, tp,
+memory), so that a bad launch ends in seconds with one message.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llama_tp.checkpoint.load import load
+from llama_tp.checkpoint.source import Source, fetch, open_checkpoint
+from llama_tp.engine.blocks import BlockManager
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.runner import Runner
+from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.collectives import barrier, gather_ints
+from llama_tp.parallel.groups import Ranks, init_ranks
+from llama_tp.parallel.health import Watch
+from llama_tp.parallel.log import say
+from llama_tp.spec.config import ModelConfig
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.memory import GIB, Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
+
+BLOCK_SIZE = 16                 # slots a KV block: small enough that short prompts share prefixes
+DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
+MEMORY_SHARE = 0.9              # of what is free: the rest is for what no estimate sees
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+          "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a launch may choose; the names are the flags'. None means: chosen by what is there."""
+
+    ckpt_dir: str
+    tokenizer_path: str | None = None
+    max_seq_len: int | None = None
+    max_batch_size: int = 32
+    model_parallel_size: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    deterministic: bool = False
+    seed: int = 1
+    rope_factor: float | None = None
+    max_step_tokens: int | None = None
+    prefix_cache: bool = True
+    step_timeout: float = 300.0
+    load_timeout: float = 3600.0
+    quiet: bool = False
+
+
+def build(options: EngineOptions) -> Engine:
+    """Joins the other ranks, loads this rank's shard and returns its engine. Raises UserError on a single rank; under
+    a launcher a failure on any rank ends the whole job with one message (health)."""
+    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0))
+    watch = Watch(ranks, options.step_timeout, options.load_timeout)
+    try:
+        with watch.loading():
+            return _build(options, ranks, watch)
+    except Exception as e:
+        watch.fail(e)
+        raise
+
+
+def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
+    started = time.perf_counter()
+    folder = _fetched(options.ckpt_dir, ranks)
+    source = open_checkpoint(folder, options.rope_factor)
+    source.config.check_tp(ranks.tp)
+    tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
+    check_vocab(tokenizer, source.config.vocab_size)
+    same_everywhere(source.digest(), ranks)
+    config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
+    max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
+    step_tokens = options.max_step_tokens or (512 if ranks.device.type == "cpu" else 8192)
+    n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
+    for note in [*source.notes, *said_aloud(options, config, ranks, max_seq_len)]:
+        say(note, ranks, options.quiet)
+
+    model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)
+    load_into(model, source, ranks, watch, options.quiet)
+    barrier(ranks)
+    cache = KVCache(config, ranks.tp, n_blocks + 1, BLOCK_SIZE, dtype, ranks.device)      # + 1: padding rows write there
+    runner = Runner(model, cache, options.max_batch_size, min(tokenizer.n_vocab, config.vocab_size))
+    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, options.prefix_cache), options.max_batch_size, step_tokens,
+                          max_seq_len)
+    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {config.n_params / 1e9:.2f} B parameters, "
+        f"{ranks.tp} rank(s) on {ranks.device.type}, {str(dtype)[6:]}, KV cache for {n_blocks * BLOCK_SIZE:,} tokens",
+        ranks, options.quiet)
+    return Engine(runner, scheduler, tokenizer, ranks, watch, options.seed)
+
+
+def _fetched(ckpt_dir: str, ranks: Ranks) -> str:
+    """The checkpoint's folder; a hub name is downloaded by the first rank of each node while the others wait."""
+    if os.path.exists(ckpt_dir) or ranks.tp == 1:
+        return fetch(ckpt_dir)
+    if ranks.local_rank == 0:
+        fetch(ckpt_dir)
+    barrier(ranks)
+    return fetch(ckpt_dir)
+
+
+def same_everywhere(digest: bytes, ranks: Ranks) -> None:
+    """Refuses ranks that see different checkpoints (another node's folder, a half-finished copy)."""
+    mine = int.from_bytes(digest[:7], "big")
+    all_of_them = gather_ints(mine, ranks)
+    odd = [rank for rank, value in enumerate(all_of_them) if value != all_of_them[0]]
+    if odd:
+        raise UserError("the ranks see different checkpoints", f"rank(s) {', '.join(map(str, odd))} differ from rank 0 in file "
+                        "names, sizes or headers", "copy the same folder to every node")
+
+
+def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype asked for, else the stored one (fp16 becomes bf16 on CPU, which has no fast fp16)."""
+    if wanted is None:
+        return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
+    if wanted not in DTYPES:
+        raise UserError("--dtype is not one that llama_tp computes in", f"found {wanted!r}", f"use one of {', '.join(DTYPES)}")
+    return DTYPES[wanted]
+
+
+def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int) -> int:
+    """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on the tightest rank.
+    Raises UserError with the sum if not even one sequence fits."""
+    budget = Budget(
+        free=int(free_bytes(ranks) * MEMORY_SHARE), weights=weight_bytes(config, ranks.tp, dtype.itemsize),
+        workspace=workspace_bytes(config, ranks.tp, step_tokens, max_rows, max_seq_len),
+        kv_per_block=BLOCK_SIZE * kv_bytes_per_token(config, ranks.tp, dtype.itemsize))
+    longest = -(-max_seq_len // BLOCK_SIZE)
+    return min(gather_ints(budget.n_blocks(longest * max_rows, longest, BLOCK_SIZE), ranks))
+
+
+def free_bytes(ranks: Ranks) -> int:
+    """Memory this rank may take now: the GPU's free memory, or its share of the host's (cgroup limits included)."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":") for line in f)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+        if os.path.exists(limit):
+            with open(limit) as f, open(used) as g:
+                most, now = f.read().strip(), int(g.read())
+            if most.isdigit():
+                free = min(free, int(most) - now)
+    return free // ranks.local_size
+
+
+def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, max_seq_len: int) -> list[str]:
+    """What the user did not ask for, or may wrongly expect."""
+    notes = []
+    if (options.max_seq_len or 0) > max_seq_len:
+        notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
+    if options.deterministic and config.n_chunks(ranks.tp) == ranks.tp and ranks.tp not in (1, 2, 4, 8):
+        notes.append(f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of tp 1, 2, 4 and 8")
+    if options.deterministic and ranks.device.type == "cuda":
+        notes.append("--deterministic on CUDA: sums over the ranks have a fixed order; cuBLAS may still choose other kernels for "
+                     "other batch sizes, so bits can depend on the batch")
+    return notes
+
+
+def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool) -> None:
+    """Reads this rank's bytes into the model; the driver shows how far all ranks are."""
+    for weight in load(source, ranks.rank, ranks.tp, model.into, watch.loaded_bytes):
+        model.loaded(weight)

@@ -1,0 +1,203 @@
+"""The loop: requests in, tokens and text out. The driver plans, every rank runs, the driver reads the choices.
+
+`submit` and `step` are the driver's; workers sit in `follow`. The engine knows no sockets, files or terminals, and
+nothing of how it was built (build.py) or of who calls it (calls.py).
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from llama_tp.engine.request import Request, Sequence
+from llama_tp.engine.runner import Judge, Runner
+from llama_tp.engine.sampler import Choice, TokenLogprobs, choose, score
+from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.step import Step, StepRow
+from llama_tp.parallel.collectives import recv_ints, send_ints
+from llama_tp.parallel.groups import Ranks
+from llama_tp.parallel.health import Watch
+from llama_tp.spec.errors import UserError
+from llama_tp.text.stream import TextStream
+from llama_tp.text.tokenizer import Tokenizer
+
+BYE = -1                        # a message whose first int is negative is not a step: the driver has ended
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What one sample of a request gained in a step.
+
+    `ids` hold no stop ids; `text` may lag behind them by half a character or the beginning of a stop string, and may
+    be cut before a stop string that the ids still spell. `finish_reason` is set on the last delta: "stop", "length"
+    or "abort", the last with an `error` when it was not the caller's wish. `prompt_logprobs` come once, with sample
+    0's first delta: one entry a prompt token, None for the first.
+    """
+
+    request_id: str
+    index: int
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@dataclass
+class Stats:
+    """Sums since the engine was built; times are wall seconds on the driver.
+
+    A step with any prompt tokens counts as prefill, the others as decode.
+    """
+
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+    n_requests: int = 0
+
+
+@dataclass
+class _Track:
+    """The engine's own book about one sequence: its text so far, its prompt's logprobs by position."""
+
+    stream: TextStream
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+
+
+class Engine:
+    """One rank's engine.
+
+    Args:
+        runner: this rank's model and cache.
+        scheduler: the driver's policy; workers have one too and never ask it.
+        tokenizer: for stop ids and text.
+        watch: liveness, told what this rank is busy with.
+        seed: for requests that bring none.
+    """
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, ranks: Ranks, watch: Watch, seed: int = 1):
+        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.ranks, self.watch, self.seed = ranks, watch, seed
+        self.stats = Stats()
+        self._tracks: dict[Sequence, _Track] = {}
+        self._choices: dict[Sequence, Choice] = {}          # of the step that runs
+        self._judge = Judge(self._choose, self._score)
+
+    @property
+    def is_driver(self) -> bool:
+        return self.ranks.is_driver
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._tracks)
+
+    # ------------------------------------------------------------------------------------------------------ driver
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises UserError, and queues nothing, if it can never run."""
+        request.check(self.runner.n_vocab)
+        self.scheduler.check_fits(len(request.prompt_ids))
+        if any(sequence.request.id == request.id for sequence in self._tracks):
+            raise UserError("a request's id must be its own", f"{request.id!r} is still running", "give it another id")
+        seed = request.params.seed
+        if seed is None:
+            seed = (self.seed << 32) + self.stats.n_requests
+        self.stats.n_requests += 1
+        for index in range(request.params.n):
+            sequence = Sequence(request, index, seed)
+            self.scheduler.add(sequence)
+            self._tracks[sequence] = _Track(TextStream(self.tokenizer, request.params.stop))
+
+    def abort(self, request_id: str) -> list[Delta]:
+        """Ends a request; its blocks are free at once. Nothing happens if it is unknown."""
+        return [self._finished(sequence) for sequence in self.scheduler.abort(request_id)]
+
+    def step(self) -> list[Delta]:
+        """One step of whatever is queued, on all ranks. -> what every sequence gained; [] when there is no work."""
+        started = time.perf_counter()
+        step = self.scheduler.plan()
+        if step is None:
+            return []
+        send_ints(step.encode(), self.ranks)
+        self._choices.clear()
+        self._run(step, self._judge)
+        sampled = {sequence.row: _token(choice) for sequence, choice in self._choices.items()}
+        deltas = [self._gained(sequence) for sequence, _ in self.scheduler.update(step, sampled)]
+        self._count(step, time.perf_counter() - started)
+        return deltas
+
+    def _run(self, step: Step, judge: Judge | None) -> None:
+        with self.watch.busy(f"step {step.number}"):
+            self.runner.run(step, judge)
+
+    def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
+        sequences = [self.scheduler.rows[row.row] for row in rows]
+        choices = choose(sequences, logits, self.tokenizer.stop_ids)
+        self._choices.update(zip(sequences, choices))
+        return [_token(choice) for choice in choices]
+
+    def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
+        """Prompt logprobs: the logits at position p are those of the token at p + 1."""
+        sequence = self.scheduler.rows[row.row]
+        targets = sequence.ids[first + 1:min(first + 1 + len(logits), sequence.n_prompt)]
+        scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs)
+        self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
+
+    def _gained(self, sequence: Sequence) -> Delta:
+        """The delta of a sequence that has just sampled, and the decision whether it ends here."""
+        track, params, choice = self._tracks[sequence], sequence.params, self._choices[sequence]
+        if choice.token is None:
+            return self._finished(sequence, error="the model's logits are not finite (NaN or inf): weights or dtype are at "
+                                  "fault, try --dtype float32")
+        token = choice.token
+        if token in params.stop_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
+            self.scheduler.finish(sequence, "stop")
+            return self._finished(sequence)
+        text = track.stream.push([token])
+        if track.stream.stopped:
+            self.scheduler.finish(sequence, "stop")
+        logprobs = (choice.logprobs,) if choice.logprobs else ()
+        if sequence.finish_reason:
+            return self._finished(sequence, (token,), text, logprobs)
+        return Delta(sequence.request.id, sequence.index, (token,), text, logprobs,
+                     prompt_logprobs=self._prompt_logprobs(sequence))
+
+    def _finished(self, sequence: Sequence, ids: tuple[int, ...] = (), text: str = "",
+                  logprobs: tuple[TokenLogprobs, ...] = (), error: str | None = None) -> Delta:
+        prompt_logprobs = self._prompt_logprobs(sequence)
+        track = self._tracks.pop(sequence)
+        return Delta(sequence.request.id, sequence.index, ids, text + track.stream.finish(), logprobs,
+                     sequence.finish_reason, error, prompt_logprobs)
+
+    def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+        """Handed over once: with the delta of sample 0's first token."""
+        scores = self._tracks[sequence].prompt_logprobs
+        if sequence.params.prompt_logprobs is None or sequence.index or sequence.n_output > 1:
+            return None
+        return tuple(scores.get(position) for position in range(sequence.n_prompt))
+
+    def _count(self, step: Step, seconds: float) -> None:
+        n_prompt = sum(row.n for row in step.rows if not row.decodes)
+        if n_prompt:
+            self.stats.prefill_tokens += n_prompt
+            self.stats.prefill_s += seconds
+        else:
+            self.stats.decode_tokens += len(step.rows)
+            self.stats.decode_s += seconds
+
+    # ----------------------------------------------------------------------------------------------------- workers
+
+    def follow(self) -> list[int]:
+        """Worker: runs the driver's steps until it sends another message, which is returned."""
+        while True:
+            ints = recv_ints(self.ranks)
+            if ints[0] < 0:
+                return ints
+            self._run(Step.decode(ints), None)
+
+
+def _token(choice: Choice) -> int:
+    """The token as the scheduler and the ranks hear of it: negative when the row's logits were not finite."""
+    return -1 if choice.token is None else choice.token
