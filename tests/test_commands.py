@@ -1,4 +1,4 @@
-"""The commands as a person meets them: flags, help, exit codes. The last part holds for every command of the package."""
+"""The commands as a person meets them: flags, help, exit codes. The last part holds for every command there is."""
 
 import os
 import subprocess
