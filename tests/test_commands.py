@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llama_tp import cli
 from llama_tp.spec.errors import UserError
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run(main)" in p.read_text())
@@ -223,13 +224,10 @@ def test_torchrun_passes_one_clear_line_on(tmp_path):
     path = tmp_path / "thing.py"
     path.write_text(textwrap.dedent(COMMAND))
     for words, line in [("--hwo x", "error: unknown flag --hwo - did you mean"), ("--how user", "error: bad file - ")]:
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", str(path),
-             *words.split()], env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=120)
-        assert done.returncode != 0
-        assert sum(spoken.startswith(("error:", "[rank")) for spoken in done.stderr.splitlines()) == 1, done.stderr
-        assert line in done.stderr
+        with torchrun(3, [str(path), *words.split()]) as job:
+            assert job.wait() != 0
+            said = [said for said in job.stderr.splitlines() if said.startswith(("error:", "[rank"))]
+        assert len(said) == 1 and said[0].startswith(line)
 
 
 # Every command of the package.
