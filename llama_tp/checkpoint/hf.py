@@ -1,0 +1,153 @@
+"""Hugging Face's layout: config.json beside one or many .safetensors files, with or without an index.
+
+Reads the headers itself, because the safetensors library lets a key stand twice (the last wins) and says neither
+file nor fix. Format: u64 little-endian header length, JSON header, data (huggingface/safetensors README, "Format").
+"""
+
+import json
+import os
+import re
+from math import prod
+
+import torch
+
+from llama_tp.checkpoint.files import AGAIN, Files, list_folder, open_regular, read_json, unique_keys
+from llama_tp.checkpoint.stored import Shard, Stored, contiguous
+from llama_tp.spec.config import ModelConfig, from_hf
+from llama_tp.spec.errors import UserError
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000       # the library's own limit
+_OF_N = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+# Other codes than those that can run are known too, so that a refusal can name what was found.
+_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16,
+    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+}
+
+
+def has_safetensors(folder: str) -> bool:
+    """Whether the folder has, or by its index should have, safetensors files."""
+    return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in list_folder(folder))
+
+
+def open_hf(folder: str, files: Files) -> tuple[ModelConfig, tuple[Shard, ...]]:
+    """The config as config.json has it, and one Shard with the tensors of all files. Reads headers only.
+
+    Raises UserError for missing or doubtful files; whether the tensors are those of the config is not judged here.
+    """
+    where = os.path.join(folder, "config.json")
+    config = from_hf(read_json(where), where)
+    index = os.path.join(folder, INDEX_NAME)
+    if os.path.lexists(index):
+        placed = _weight_map(index)
+        names = sorted(set(placed.values()))
+    else:
+        placed, names = {}, _without_index(folder)
+    tensors: dict[str, Stored] = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        for key, stored in read_header(path, files).items():
+            if key in tensors:
+                raise UserError(f"{key} is in two files", f"{tensors[key].path} and {path}",
+                                "remove the file that does not belong to this model, or " + AGAIN)
+            tensors[key] = stored
+    for key, name in placed.items():
+        if key not in tensors or os.path.basename(tensors[key].path) != name:
+            raise UserError(f"{key} is not in the file that {index} names for it", os.path.join(folder, name), AGAIN)
+    return config, (Shard(os.path.join(folder, names[0]) if len(names) == 1 else folder, tensors),)
+
+
+def _weight_map(index: str) -> dict[str, str]:
+    """{key: file name} of an index, all files there and inside the folder."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index} has no weight_map", f"found {type(found).__name__}", AGAIN)
+    for key, name in found.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise UserError(f"{index}: weight_map must name files of its own folder", f"{key} is in {name!r}",
+                            "do not use this checkpoint, or " + AGAIN)
+    folder = os.path.dirname(index)
+    names = sorted(set(found.values()))
+    absent = [name for name in names if not os.path.lexists(os.path.join(folder, name))]
+    if absent:
+        raise UserError(f"{len(absent)} of the {len(names)} files in {index} are missing",
+                        ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else ""), AGAIN)
+    return found
+
+
+def _without_index(folder: str) -> list[str]:
+    """Names of the safetensors files of a folder that has no index: model.safetensors, else all of them."""
+    names = [name for name in list_folder(folder) if name.endswith(".safetensors")]
+    if "model.safetensors" in names:
+        return ["model.safetensors"]
+    for name in names:
+        numbered = _OF_N.fullmatch(name)
+        if numbered:
+            series = {f"{numbered[1]}-{i:05d}-of-{numbered[3]}.safetensors" for i in range(1, int(numbered[3]) + 1)}
+            absent = sorted(series - set(names))
+            if absent:
+                raise UserError(f"{folder}: {len(absent)} of {len(series)} safetensors files are missing",
+                                ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else ""), AGAIN)
+    return names
+
+
+def read_header(path: str, files: Files) -> dict[str, Stored]:
+    """{key: Stored} of one safetensors file, every number in its header checked against the file's length."""
+    with open(open_regular(path), "rb") as file:
+        files.watch(path, file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UserError(f"{path} is cut short or not a safetensors file",
+                            f"its header would be {length} bytes long, the file is {size}", AGAIN)
+        raw = file.read(length)
+    try:
+        if not raw.startswith(b"{"):
+            raise ValueError(f"it begins with {raw[:8]!r}")
+        header = json.loads(raw.decode(), object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} has a damaged header", str(error), AGAIN) from error
+    header.pop("__metadata__", None)
+    start = 8 + length
+    spans = []
+    tensors = {}
+    for key, entry in header.items():
+        dtype, shape, (begin, end) = _entry(path, key, entry)
+        tensors[key] = Stored(path, start + begin, dtype, shape, contiguous(shape))
+        spans.append((begin, end, key))
+    _check_spans(path, sorted(spans), size - start)
+    return tensors
+
+
+def _entry(path: str, key: str, entry) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
+    """dtype, shape and span of one header entry that agree with each other."""
+    def bad(found: str) -> UserError:
+        return UserError(f"{path}: the header's entry for {key} is damaged", found, AGAIN)
+
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise bad(f"found {str(entry)[:80]}")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise bad(f"unknown dtype {dtype!r}")
+    for name, numbers in (("shape", shape), ("data_offsets", span)):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise bad(f"{name} is {str(numbers)[:80]}")
+    if len(span) != 2 or prod(shape) * _DTYPES[dtype].itemsize != span[1] - span[0]:
+        raise bad(f"shape {shape} of {dtype} does not fill bytes {span}")
+    return _DTYPES[dtype], tuple(shape), (span[0], span[1])
+
+
+def _check_spans(path: str, spans: list[tuple[int, int, str]], n_bytes: int) -> None:
+    """The tensors must cover the data without overlap or hole, and end where the file ends."""
+    reached = 0
+    for begin, end, key in spans:
+        if begin != reached:
+            raise UserError(f"{path}: the header is damaged at {key}", f"it {'overlaps' if begin < reached else 'leaves a hole'}: "
+                            f"begins at byte {begin} of the data, the one before ends at {reached}", AGAIN)
+        reached = end
+    if reached != n_bytes:
+        raise UserError(f"{path} {'is cut short' if reached > n_bytes else 'has bytes that belong to no tensor'}",
+                        f"its tensors take {reached} bytes, {n_bytes} are there"
+                        f"{f'; {spans[-1][2]} is not whole' if reached > n_bytes else ''}", AGAIN)

@@ -1,0 +1,47 @@
+"""One rank's tensors out of an opened checkpoint: which part of each weight, and zeros where it is padded.
+
+Rank and degree are plain integers: any rank's load can be run, and tested, in one process without a group.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from llama_tp.checkpoint.source import Source
+from llama_tp.spec.weights import Weight, table
+
+
+def load(source: Source, rank: int, tp: int, into: Callable[[Weight], torch.Tensor],
+         progress: Callable[[int], None] | None = None) -> Iterator[Weight]:
+    """Yields every weight of the table once its destination is filled.
+
+    Args:
+        source: the opened checkpoint.
+        rank, tp: which part of how many; UserError before anything is read if the head counts do not allow tp.
+        into: gives a weight's destination: the local, padded shape (`weight.local_shape`), any float dtype, any
+            device and strides.
+        progress: called with stored bytes as they are done; they add up to `source.rank_bytes(rank, tp)`.
+
+    Raises UserError when a file is cut short or changes meanwhile.
+    """
+    source.config.check_tp(tp)
+    if not 0 <= rank < tp:
+        raise ValueError(f"rank {rank} of {tp} ranks")
+    return _load(source, rank, tp, into, progress)
+
+
+def _load(source, rank, tp, into, progress) -> Iterator[Weight]:
+    config = source.config
+    try:
+        for weight in table(config):
+            part, out = weight.part(config, rank, tp), into(weight).detach()
+            if tuple(out.shape) != weight.local_shape(config, tp):
+                raise ValueError(f"{weight.name}: destination is {tuple(out.shape)}, not {weight.local_shape(config, tp)}")
+            n = part.stop - part.start
+            dim = part.dim or 0
+            source.read(weight, part, out.narrow(dim, 0, n), progress)
+            out.narrow(dim, n, part.width - n).zero_()
+            yield weight
+        source.check_unchanged()
+    finally:
+        source.close()
