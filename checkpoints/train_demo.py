@@ -1,0 +1,338 @@
+"""Trains the demo model: a byte-level BPE and a small Llama on one text file, written as a Meta checkpoint in shards.
+
+    python checkpoints/train_demo.py --data some_text.txt --out checkpoints/demo
+
+A script, not a room: the model below is the plainest Llama that trains (no KV cache, no ranks). From llama_tp it takes
+only `spec`, so that the shards it writes are cut as the loader expects. The text is plays: speeches separated by an
+empty line, each beginning with "NAME:". The last tenth is held out, also from the tokenizer.
+"""
+
+import argparse
+import base64
+import json
+import math
+import os
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import regex
+import tiktoken
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama_tp.spec.config import ModelConfig, from_params
+from llama_tp.spec.weights import table
+
+# Llama 3's way to cut text into words before merging (the pattern is part of the format: llama-models `tokenizer.py`).
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+N_SPECIALS = 256                # implicit after the merges; the first is <|begin_of_text|>
+IGNORED = -100                  # target of padding
+
+
+# ---------------------------------------------------------------------------------------------------- the tokenizer
+
+def train_bpe(text: str, n_merges: int) -> list[bytes]:
+    """Tokens in rank order: the 256 bytes by value, then up to `n_merges` merges, most frequent pair first.
+
+    No merge joins a line break with anything but line breaks: a prompt that ends in "ROMEO:" then has the same ids
+    as the "ROMEO:" of the text, where a break follows. Ties go to the smaller pair of ids, so the result is one.
+    """
+    words = Counter(piece for word in regex.findall(SPLIT, text) for piece in regex.findall(r"\n+|[^\n]+", word))
+    spelled = [list(word.encode()) for word in words]
+    counts = list(words.values())
+    tokens = [bytes([value]) for value in range(256)]
+    pairs, where = Counter(), defaultdict(set)                  # pair -> occurrences, pair -> words that have it
+    for w, ids in enumerate(spelled):
+        for pair in zip(ids, ids[1:]):
+            pairs[pair] += counts[w]
+            where[pair].add(w)
+    for _ in range(n_merges):
+        best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]), default=None)
+        if best is None or pairs[best] < 2:
+            break
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        for w in where.pop(best):
+            for pair in zip(spelled[w], spelled[w][1:]):
+                pairs[pair] -= counts[w]
+            spelled[w] = merged(spelled[w], best, len(tokens) - 1)
+            for pair in zip(spelled[w], spelled[w][1:]):
+                pairs[pair] += counts[w]
+                where[pair].add(w)
+        del pairs[best]
+    return tokens
+
+
+def merged(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`ids` with every occurrence of `pair`, from the left, replaced by `new`."""
+    out, i = [], 0
+    while i < len(ids):
+        hit = i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair
+        out.append(new if hit else ids[i])
+        i += 2 if hit else 1
+    return out
+
+
+def write_tokenizer(tokens: list[bytes], path: Path) -> None:
+    """Meta's tokenizer.model: a line "base64 rank" a token; the specials are not in the file."""
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+
+
+def read_tokenizer(path: Path) -> tiktoken.Encoding:
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    return tiktoken.Encoding("demo", pat_str=SPLIT, mergeable_ranks={base64.b64decode(b): int(r) for b, r in lines},
+                             special_tokens={})
+
+
+# -------------------------------------------------------------------------------------------------------- the model
+
+def rotary(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of position x frequency, each (length, E/2), fp32."""
+    freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    angles = torch.outer(torch.arange(length).float(), freqs)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns Meta's adjacent pairs (2i, 2i+1) of x (B, T, heads, E)."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)                                 # (B, T, heads, E/2)
+    cos, sin = cos[:, None], sin[:, None]                                                   # (T, 1, E/2)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim, self.groups = config.head_dim, config.n_heads // config.n_kv_heads
+        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+
+    def forward(self, x, cos, sin):
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                                     # (B, T, H or K, E)
+        k, v = (t.repeat_interleave(self.groups, dim=2) for t in (k, v))                    # (B, T, H, E)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        return self.wo(y.transpose(1, 2).flatten(2))                                        # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, dropout: float):
+        super().__init__()
+        self.attention, self.feed_forward = Attention(config), FeedForward(config)
+        self.attention_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, cos, sin):
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
+        return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
+
+
+class Llama(nn.Module):
+    """Module names are Meta's, so that the state dict has the checkpoint's names."""
+
+    def __init__(self, config: ModelConfig, dropout: float = 0.0):
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, dropout) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        cos, sin = rotary(config, config.max_context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                last = name.endswith(("wo.weight", "w2.weight"))        # these add to the residual, 2 a layer
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * config.n_layers) if last else 0.02)
+
+    def forward(self, ids, targets=None, reduction="mean"):
+        """ids (B, T) -> logits (B, T, V), or with targets (B, T) their cross entropy in nats."""
+        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]                         # (T, E/2)
+        x = self.dropout(self.tok_embeddings(ids))                                          # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        logits = self.output(self.norm(x)).float()                                          # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+# ------------------------------------------------------------------------------------------- windows of the text
+
+def speech_starts(ids: list[int], tokens: list[bytes]) -> list[int]:
+    """Where a speech begins: at 0 and after every empty line."""
+    return [0] + [i + 1 for i, t in enumerate(ids[:-1]) if tokens[t].endswith(b"\n\n")]
+
+
+def batches(ids: torch.Tensor, starts: torch.Tensor, bos: int, batch: int, length: int, seed: int):
+    """Endless (inputs, targets), each (batch, length). Half of the rows begin with BOS and a speech, as prompts do;
+    the others begin anywhere, so that the 1 MB gives as many different windows as it can."""
+    draw = torch.Generator().manual_seed(seed)
+    starts = starts[starts <= len(ids) - length]
+    while True:
+        rows = []
+        for i in range(batch):
+            if i % 2:
+                at = int(starts[torch.randint(len(starts), (), generator=draw)])
+                rows.append(torch.cat((torch.tensor([bos]), ids[at:at + length])))
+            else:
+                at = int(torch.randint(len(ids) - length, (), generator=draw))
+                rows.append(ids[at:at + length + 1])
+        rows = torch.stack(rows)                                                            # (batch, length + 1)
+        yield rows[:, :-1], rows[:, 1:]
+
+
+def held_out_windows(ids: torch.Tensor, starts: list[int], bos: int, batch: int, length: int) -> list:
+    """Batches that score every held-out token exactly once. A window is BOS and then whole speeches, as many as fit."""
+    rows, at = [], 0
+    while at < len(ids):
+        full = min(at + length, len(ids))
+        end = full if full == len(ids) else max((s for s in starts if at < s <= full), default=full)
+        inputs, targets = torch.full((length,), bos), torch.full((length,), IGNORED)
+        inputs[1:end - at] = ids[at:end - 1]
+        targets[:end - at] = ids[at:end]
+        rows.append((inputs, targets))
+        at = end
+    rows += [(torch.full((length,), bos), torch.full((length,), IGNORED))] * (-len(rows) % batch)   # one shape for all
+    return [tuple(map(torch.stack, zip(*rows[i:i + batch]))) for i in range(0, len(rows), batch)]
+
+
+# ------------------------------------------------------------------------------------------------------- the output
+
+def write_weights(out: Path, config: ModelConfig, weights: dict[str, torch.Tensor], mp: int) -> None:
+    """consolidated.NN.pth x mp in bf16, cut as `spec.weights` says. Each file appears whole or not at all."""
+    for rank in range(mp):
+        shard = {}
+        for weight in table(config):
+            part, whole = weight.part(config, rank, mp), weights[weight.name].to(torch.bfloat16)
+            cut = whole if part.dim is None else whole.narrow(part.dim, part.start, part.stop - part.start)
+            shard[weight.name] = cut.clone(memory_format=torch.contiguous_format)   # a view would save all of it
+        path = out / f"consolidated.{rank:02d}.pth"
+        torch.save(shard, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+@torch.no_grad()
+def sample(model: Llama, encoding, bos: int, prompt: str, n_tokens: int, temperature: float = 0.8, seed: int = 1) -> str:
+    """Plain sampling without a cache; at most `max_context` tokens. Specials, which no text has, are never drawn."""
+    model.eval()
+    draw = torch.Generator().manual_seed(seed)
+    ids = [bos] + encoding.encode(prompt)
+    for _ in range(min(n_tokens, len(model.cos) - len(ids))):
+        logits = model(torch.tensor([ids]))[0, -1, :bos] / temperature
+        ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=draw)))
+    return encoding.decode(ids[1:])
+
+
+@torch.no_grad()
+def held_out_loss(model, windows: list, autocast) -> float:
+    """Sum of nats over all held-out tokens."""
+    model.eval()
+    with autocast():
+        total = sum(float(model(inputs, targets, "sum")) for inputs, targets in windows)
+    model.train()
+    return total
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warmup over 100 steps, then a cosine down to a twentieth."""
+    done = max(0, step - 100) / max(1, args.steps - 100)
+    return args.lr * min(1, (step + 1) / 100) * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train the demo model on a text of plays.")
+    parser.add_argument("--data", type=Path, required=True, help="UTF-8 text; its last tenth is held out")
+    parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
+    for name, default in (("merges", 1000), ("dim", 256), ("layers", 4), ("heads", 8), ("kv-heads", 4), ("context", 512),
+                          ("shards", 2), ("steps", 3000), ("batch", 8), ("every", 150), ("patience", 5), ("threads", 2),
+                          ("seed", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in (("lr", 2e-3), ("dropout", 0.15), ("decay", 0.1)):
+        parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--prompt", default="ROMEO:", help="what the sample at the end begins with")
+    parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has AVX512-BF16 or AMX")
+    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = flags()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    text = args.data.read_text(encoding="utf-8")
+    cut = text.index("\n\n", len(text) * 9 // 10) + 2
+    tokens = train_bpe(text[:cut], args.merges)
+    write_tokenizer(tokens, args.out / "tokenizer.model")
+    encoding, bos = read_tokenizer(args.out / "tokenizer.model"), len(tokens)
+    train, held = encoding.encode(text[:cut]), encoding.encode(text[cut:])
+    if encoding.decode(train + held) != text:
+        raise SystemExit("the tokenizer does not give the text back")
+    held_bytes = len(text[cut:].encode())
+    print(f"{len(tokens)} tokens; train {len(train)}, held out {len(held)} ({held_bytes / len(held):.2f} bytes a token)")
+
+    params = {"dim": args.dim, "multiple_of": 64, "n_heads": args.heads, "n_kv_heads": args.kv_heads,
+              "n_layers": args.layers, "norm_eps": 1e-5, "rope_theta": 10000.0, "use_scaled_rope": False,
+              "vocab_size": len(tokens) + N_SPECIALS, "max_context": args.context}
+    (args.out / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+    config = from_params(params)
+    model = Llama(config, args.dropout)
+    print(f"{config.n_params / 1e6:.2f} M parameters, ffn {config.ffn_dim}", flush=True)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.decay},
+                                   {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}],
+                                  betas=(0.9, 0.95), fused=True)
+    compiled = torch.compile(model) if args.compile else model
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)
+
+    windows = held_out_windows(torch.tensor(held), speech_starts(held, tokens), bos, args.batch, args.context)
+    rows = batches(torch.tensor(train), torch.tensor(speech_starts(train, tokens)), bos, args.batch, args.context, args.seed)
+    best, best_step, began, running = math.inf, 0, time.monotonic(), 0.0
+    for step in range(1, args.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with autocast():
+            loss = compiled(*next(rows))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        running += float(loss.detach())
+        if step % args.every and step != args.steps:
+            continue
+        nats = held_out_loss(compiled, windows, autocast)
+        if nats < best:
+            best, best_step = nats, step
+            write_weights(args.out, config, model.state_dict(), args.shards)
+        print(f"step {step:5d}  train {running / ((step - 1) % args.every + 1):.3f}  held out {nats / len(held):.4f} nats a token, "
+              f"{nats / held_bytes / math.log(2):.4f} bits a byte  {time.monotonic() - began:.0f} s", flush=True)
+        running = 0.0
+        if step - best_step >= args.patience * args.every:
+            print(f"no better for {args.patience} looks: stopped")
+            break
+    print(f"kept step {best_step}: {best / len(held):.4f} nats a token, {best / held_bytes / math.log(2):.4f} bits a byte")
+    print(sample(model, encoding, bos, args.prompt, 300))
+
+
+if __name__ == "__main__":
+    main()
