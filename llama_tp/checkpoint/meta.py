@@ -89,12 +89,12 @@ def _records(path: str, file) -> dict[int, int]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise UserError(f"{path} has compressed records", "torch.save never writes them", AGAIN)
             leaves = {entry.filename.split("/", 1)[-1]: entry for entry in entries}
             if "constants.pkl" in leaves:
                 raise UserError(f"{path} is a TorchScript program", "found constants.pkl in it",
                                 "use the model's plain state dict, or its safetensors files")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise UserError(f"{path} has compressed records", "torch.save never writes them", AGAIN)
             if "byteorder" in leaves and archive.read(leaves["byteorder"]) == b"big":
                 raise UserError(f"{path} was written on a big-endian machine", "byteorder is big",
                                 "save it again on a little-endian one")

@@ -11,8 +11,8 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
  4. A decode that needs a block when none is free takes it from the newest running sequence, which goes back to the head
     of the queue and is computed anew, its output as if it were prompt; tokens once sampled never change. The newest
     itself, having nobody to take from, sits the step out and keeps what it has.
- 5. So the oldest sequence gets on in every step (or those that decode before it come to their end, at most `limit`
-    tokens later): everything finishes.
+ 5. A newcomer is let in when every running sequence has got on and the step has a token left for it. So no more run
+    than a step has tokens, the oldest gets on in every step, and everything finishes.
 
 `plan()` may be called again before `update()` has told it what the last step sampled: `in_flight` then holds both
 steps, and a sequence that ends meanwhile is dropped from the later one, whose row is computed in vain. Ranks run steps
@@ -106,7 +106,7 @@ class Scheduler:
         for sequence in list(self.running):
             # a sequence that this loop has preempted decodes no more; one at its limit has its last token in flight
             ready = sequence.decoding and sequence.n_ids < sequence.limit
-            if ready and len(rows) < self.max_step_tokens and self._has_block(sequence):
+            if ready and self._has_block(sequence):
                 rows.append(self._row(sequence, 1))
         budget = self.max_step_tokens - len(rows)
         for sequence in self.running:

@@ -1,0 +1,122 @@
+"""HF's tokenizer.json, run by the `tokenizers` library: byte-level BPE (Llama 3) and sentencepiece-made ones.
+
+The library is an extra, imported when such a file is opened. Only its encoder is used: token bytes are read from the
+vocabulary, so that streaming and decoding are the same code for every tokenizer. Refuses to know where files lie.
+"""
+
+import json
+import re
+
+from llama_tp.spec.errors import UserError
+from llama_tp.text.token_table import Tokenizer
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HfTokenizer(Tokenizer):
+    """HF's fast tokenizer, ids as transformers gives them with split_special_tokens=True.
+
+    Args:
+        data: content of tokenizer.json; where: its name for messages.
+        tokenizer_config, generation_config, config: the JSON files of these names, {} where there is none.
+
+    bos_id is what tokenizer.json itself puts first; else the configs' bos token, unless they say it is not added.
+    stop_ids are generation_config's eos_token_id, else config's, else tokenizer_config's eos_token.
+    The space that sentencepiece puts before a text's first word stays in decoded text: a completion needs it.
+
+    Raises UserError without the `tokenizers` package, and for a broken file or a decoder of another family.
+    """
+
+    def __init__(self, data: bytes, where: str, tokenizer_config: dict, generation_config: dict, config: dict):
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{where} needs the tokenizers package", "it is not installed",
+                            "pip install 'llama_tp[hf]'") from None
+        try:
+            text = data.decode("utf-8-sig")
+            decoder = json.loads(text).get("decoder")
+            library = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:                          # the library raises bare Exception
+            raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
+                            "download it again, or write it with a current transformers") from None
+        library.encode_special_tokens = True                # "<|eot_id|>" in a text is seven plain characters and more
+        library.no_truncation()
+        library.no_padding()
+        vocab = library.get_vocab(with_added_tokens=True)
+        specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
+        super().__init__(
+            _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
+            _bos_id(library, specials, tokenizer_config, generation_config, config),
+            _stop_ids(library, tokenizer_config, generation_config, config),
+            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids)
+
+
+def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
+    table = [b""] * (max(vocab.values()) + 1)               # ids may have gaps: not len(vocab)
+    for token, i in vocab.items():
+        if token not in specials:
+            table[i] = to_bytes(token)
+    return table
+
+
+def _byte_reader(decoder: dict | None, where: str):
+    """The function from a token as tokenizer.json spells it to its bytes, chosen by the file's decoder."""
+    steps = (decoder or {}).get("decoders") or [decoder or {}]
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if kinds & {"ByteFallback", "Metaspace"}:
+        return _sentencepiece
+    raise UserError(f"{where}: this kind of tokenizer is not supported", f"its decoder is {sorted(map(str, kinds))}",
+                    "llama_tp reads byte-level BPE and sentencepiece-made tokenizer.json files")
+
+
+# Byte-level BPE spells every byte as one visible character: the visible Latin-1 ones as themselves, the other 68 as
+# U+0100 onwards in order (the GPT-2 convention that all ByteLevel tokenizers follow).
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_HIDDEN = [value for value in range(256) if value not in _VISIBLE]
+_BYTE_OF = {chr(value): value for value in _VISIBLE} | {chr(0x100 + i): value for i, value in enumerate(_HIDDEN)}
+
+
+def _byte_level(token: str) -> bytes:
+    try:
+        return bytes(_BYTE_OF[char] for char in token)
+    except KeyError:                                        # an added token, spelled as it is
+        return token.encode("utf-8")
+
+
+def _sentencepiece(token: str) -> bytes:
+    byte = _BYTE_FALLBACK.fullmatch(token)
+    return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode("utf-8")
+
+
+def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict, config: dict) -> int | None:
+    plain, whole = library.encode("a", add_special_tokens=False).ids, library.encode("a", add_special_tokens=True).ids
+    if whole[:len(plain)] != plain:                         # tokenizer.json's own template puts something first
+        return whole[0]
+    # GPT-2's class (SmolLM and others) names a bos token and never adds it.
+    by_default = not str(tokenizer_config.get("tokenizer_class", "")).startswith("GPT2")
+    if not tokenizer_config.get("add_bos_token", by_default):
+        return None
+    candidates = (_named_id(library, tokenizer_config.get("bos_token")), generation_config.get("bos_token_id"),
+                  config.get("bos_token_id"))
+    # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer can be the one.
+    return next((i for i in candidates if i in specials.values()), None)
+
+
+def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: dict) -> list[int]:
+    candidates = (generation_config.get("eos_token_id"), config.get("eos_token_id"),
+                  _named_id(library, tokenizer_config.get("eos_token")))
+    found = next((value for value in candidates if value is not None), [])
+    ids = found if isinstance(found, list) else [found]
+    if not all(type(i) is int for i in ids):
+        raise UserError("eos_token_id must be a token id or a list of them", f"found {found!r}",
+                        "correct generation_config.json or config.json")
+    return ids
+
+
+def _named_id(library, token: str | dict | None) -> int | None:
+    """Id of a token that tokenizer_config.json names, as a string or as {"content": string}."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return library.token_to_id(name) if name else None
