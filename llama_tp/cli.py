@@ -152,17 +152,7 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
             raise _unknown(word.partition("=")[0], name, flags)
         if off and equals:
             raise UserError(f"--{name} takes no value", f"found {text!r}", f"write --{name} or --{flag.name}")
-        if flag.kind is bool and not equals:  # a bare switch; no other word can stand after one, so a word is its value
-            text = "false" if off else "true"
-            if not off and words and not words[0].startswith("-"):
-                text = words.pop(0)
-        elif not equals:
-            if not words or words[0].startswith("--"):
-                found = f"found {words[0]} next" if words else "found the end of the line"
-                raise UserError(f"--{flag.name} needs a value", found, f"a value that begins with -- is written "
-                                f"--{flag.name}=VALUE")
-            text = words.pop(0)
-        value = flag.value(text)
+        value = flag.value("false" if off else text if equals else _next_text(flag, words))
         if flag.repeats:
             value = (*values.get(flag.name, ()), value)
         elif flag.name in values:
@@ -173,6 +163,17 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
     if missing:
         raise UserError(f"missing {', '.join(missing)}", "", "--help lists the flags")
     return values
+
+
+def _next_text(flag: Flag, words: list[str]) -> str:
+    """Takes the text of `flag` from the words that follow it."""
+    if flag.kind is bool:  # a bare switch is true; no other word can stand after one, so a word is its value
+        return words.pop(0) if words and not words[0].startswith("-") else "true"
+    if not words or words[0].startswith("--"):
+        found = f"found {words[0]} next" if words else "found the end of the line"
+        raise UserError(f"--{flag.name} needs a value", found,
+                        f"a value that begins with -- is written --{flag.name}=VALUE")
+    return words.pop(0)
 
 
 def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
