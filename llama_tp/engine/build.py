@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from llama_tp.checkpoint.load import load
-from llama_tp.checkpoint.source import Source, fetch, open_checkpoint
+from llama_tp.checkpoint.hub import fetch, is_repo
+from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
@@ -21,7 +22,7 @@ from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
-from llama_tp.parallel.log import say
+from llama_tp.parallel.log import Progress, say
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import GIB, Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
@@ -61,7 +62,7 @@ def build(options: EngineOptions) -> Engine:
     ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0))
     watch = Watch(ranks, options.step_timeout, options.load_timeout)
     try:
-        with watch.loading():
+        with watch.busy("load", options.load_timeout):
             return _build(options, ranks, watch)
     except Exception as e:
         watch.fail(e)
@@ -70,8 +71,8 @@ def build(options: EngineOptions) -> Engine:
 
 def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     started = time.perf_counter()
-    folder = _fetched(options.ckpt_dir, ranks)
-    source = open_checkpoint(folder, options.rope_factor)
+    _download(options.ckpt_dir, ranks)
+    source = open_checkpoint(options.ckpt_dir, options.rope_factor)
     source.config.check_tp(ranks.tp)
     tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
     check_vocab(tokenizer, source.config.vocab_size)
@@ -85,7 +86,6 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
 
     model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)
     load_into(model, source, ranks, watch, options.quiet)
-    barrier(ranks)
     cache = KVCache(config, ranks.tp, n_blocks + 1, BLOCK_SIZE, dtype, ranks.device)      # + 1: padding rows write there
     runner = Runner(model, cache, options.max_batch_size, min(tokenizer.n_vocab, config.vocab_size))
     scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, options.prefix_cache), options.max_batch_size, step_tokens,
@@ -96,14 +96,12 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     return Engine(runner, scheduler, tokenizer, ranks, watch, options.seed)
 
 
-def _fetched(ckpt_dir: str, ranks: Ranks) -> str:
-    """The checkpoint's folder; a hub name is downloaded by the first rank of each node while the others wait."""
-    if os.path.exists(ckpt_dir) or ranks.tp == 1:
-        return fetch(ckpt_dir)
-    if ranks.local_rank == 0:
-        fetch(ckpt_dir)
-    barrier(ranks)
-    return fetch(ckpt_dir)
+def _download(ckpt_dir: str, ranks: Ranks) -> None:
+    """A hub name is downloaded by the first rank of each node while the others wait; a folder is left alone."""
+    if is_repo(ckpt_dir):
+        if ranks.local_rank == 0:
+            fetch(ckpt_dir)
+        barrier(ranks)
 
 
 def same_everywhere(digest: bytes, ranks: Ranks) -> None:
@@ -167,6 +165,14 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, max_se
 
 
 def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool) -> None:
-    """Reads this rank's bytes into the model; the driver shows how far all ranks are."""
-    for weight in load(source, ranks.rank, ranks.tp, model.into, watch.loaded_bytes):
-        model.loaded(weight)
+    """Reads this rank's bytes into the model; the driver shows how far all ranks are together."""
+    total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
+    with Progress("loading", total, shown=ranks.is_driver and not quiet) as bar:
+        def done(n: int) -> None:
+            watch.add_done(n)
+            bar.at(watch.all_done())
+
+        for weight in load(source, ranks.rank, ranks.tp, model.into, done):
+            model.loaded(weight)
+        barrier(ranks)
+        bar.at(total)

@@ -15,7 +15,7 @@ from llama_tp.engine.sampler import Choice, TokenLogprobs, choose, score
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints
-from llama_tp.parallel.groups import Ranks
+from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
 from llama_tp.text.stream import TextStream
@@ -80,7 +80,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, ranks: Ranks, watch: Watch, seed: int = 1):
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.ranks, self.watch, self.seed = ranks, watch, seed
-        self.stats = Stats()
+        self.stats, self.n_steps, self.closed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
         self._choices: dict[Sequence, Choice] = {}          # of the step that runs
         self._judge = Judge(self._choose, self._score)
@@ -129,6 +129,7 @@ class Engine:
         return deltas
 
     def _run(self, step: Step, judge: Judge | None) -> None:
+        self.n_steps = step.number
         with self.watch.busy(f"step {step.number}"):
             self.runner.run(step, judge)
 
@@ -186,6 +187,15 @@ class Engine:
         else:
             self.stats.decode_tokens += len(step.rows)
             self.stats.decode_s += seconds
+
+    def close(self) -> None:
+        """Ends the workers' `follow` (if they are in it), then this rank's part in the group. Safe to call twice."""
+        if not self.closed:
+            self.closed = True
+            if self.is_driver:
+                send_ints([BYE], self.ranks)
+            self.watch.close()
+            close(self.ranks)
 
     # ----------------------------------------------------------------------------------------------------- workers
 

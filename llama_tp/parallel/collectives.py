@@ -71,6 +71,16 @@ def barrier(ranks: Ranks) -> None:
         dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=ranks.control)
 
 
+def gather_ints(value: int, ranks: Ranks) -> list[int]:
+    """Every rank's `value` (int64), in rank order, on every rank; over the control group."""
+    if ranks.tp == 1:
+        return [value]
+    ranks.tally.collectives += 1
+    values = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.tp)]
+    dist.all_gather(values, torch.tensor([value]), group=ranks.control)
+    return [int(each) for each in values]
+
+
 def send_ints(ints: list[int], ranks: Ranks) -> None:
     """Driver: sends int64s to all workers, which call `recv_ints`."""
     if ranks.tp == 1:

@@ -29,8 +29,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-import torch.distributed as dist
-
 from llama_tp.parallel import log
 from llama_tp.parallel.groups import Ranks
 from llama_tp.parallel.verdict import Seen, Sign, silent, verdict
@@ -59,7 +57,7 @@ class Watch:
     def __init__(self, ranks: Ranks, step_timeout_s: float = 120, load_timeout_s: float = 1800):
         self.ranks, self.step_timeout_s, self.load_timeout_s = ranks, step_timeout_s, load_timeout_s
         self._mark = ("", 0.0, math.inf)                    # what the main thread does, since when, limit in s
-        self._call = self._step = 0
+        self._call = self._step = self._done = 0
         self._error, self._echo, self._left = "", False, False
         self._signal, self._signalled_at = 0, math.inf
         self._noticed_at = None                             # when the first symptom was seen
@@ -88,6 +86,15 @@ class Watch:
     def progress(self, call: int, step: int) -> None:
         """How far this rank is, for the messages: calls of the API begun, steps begun."""
         self._call, self._step = call, step
+
+    def add_done(self, n: int) -> None:
+        """Counts work of this rank (bytes loaded), which travels with its signs of life."""
+        self._done += n
+
+    def all_done(self) -> int:
+        """Driver: what all ranks have counted, as last heard."""
+        others = self._table[1:] if self._thread is not None else []
+        return self._done + sum(seen.sign.done for seen in others)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends the job because of `error`: one message from the driver, exit code 1 on every rank, within 10 s.
@@ -185,7 +192,7 @@ class Watch:
         self._me.heard = now
         self._me.sign = Sign(self._call, self._step, self.ranks.tally.collectives, what, now - since if what else 0.0,
                              limit_s, place(self._main), self._error, self._echo, self._left,
-                             signal.Signals(self._signal).name if self._signal else "")
+                             signal.Signals(self._signal).name if self._signal else "", self._done)
         if self.ranks.is_driver:
             # Workers are to judge the driver's silence only: its errors and delays it judges itself.
             told = replace(self._me.sign, busy_s=0.0, error="", echo=False)
@@ -213,4 +220,126 @@ class Watch:
             self._end(128 + self._signal, "", now)
 
     def _end(self, code: int, text: str, now: float) -> NoReturn:
-        stopped = [[seen.pid, seen.host] for seen in silent(self._table, now)] if self.ranks.is_driver or ...
+        """Tells everyone to leave, takes stopped ranks of this host along (only SIGKILL reaches them), and leaves."""
+        within_sight = self._table if self.ranks.is_driver else self._table[:1]
+        stopped = [[seen.pid, seen.host] for seen in silent(within_sight, now)]
+        for line in self._lines.values():
+            line.send({"leave": code, "stopped": stopped})
+        kill_here(stopped)
+        leave(code, text)
+
+    # What the sockets bring.
+
+    def _ring(self) -> None:
+        """Wakes the thread: there is something to say now."""
+        with contextlib.suppress(OSError):
+            self._bell.send(b"\0")
+
+    def _on_bell(self) -> None:
+        for number in self._ear.recv(4096):                 # a zero from `_ring`, or a signal's number
+            if number and not self._signal:
+                self._signal, self._signalled_at = number, time.monotonic()
+
+    def _on_connect(self) -> None:
+        line = Line(self._listener.accept()[0], rank=-1)
+        self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
+
+    def _on_line(self, line: "Line") -> None:
+        messages = line.receive()
+        if messages is None:
+            self._selector.unregister(line.sock)
+            if line.rank >= 0:
+                self._table[line.rank].lost = True
+            return
+        for message in messages:
+            if line.rank < 0:
+                self._greet(line, message)
+            else:
+                self._hear(self._table[line.rank], message)
+
+    def _greet(self, line: "Line", message: object) -> None:
+        """The first line of a worker: the launch's token, its rank, pid and host. Anybody else is cut off."""
+        good = isinstance(message, list) and len(message) == 4 and hmac.compare_digest(str(message[0]), self._token)
+        if not good or message[1] not in range(1, self.ranks.tp):
+            self._selector.unregister(line.sock)
+            line.sock.close()
+            return
+        line.rank = message[1]
+        seen = self._table[line.rank]
+        seen.pid, seen.host, seen.heard = message[2], message[3], time.monotonic()
+        self._lines[line.rank] = line
+
+    def _hear(self, seen: Seen, message: dict) -> None:
+        seen.heard = time.monotonic()
+        if "leave" in message:
+            kill_here(message["stopped"])
+            leave(message["leave"], "")
+        seen.sign = Sign(**message["sign"])
+        self._lowest = message.get("lowest", self._lowest)
+
+
+class Line:
+    """JSON lines over a socket. A peer that does not read is not waited for: its messages are dropped."""
+
+    def __init__(self, sock: socket.socket, rank: int):
+        self.sock, self.rank, self._buffer = sock, rank, b""
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(0.5)
+
+    def send(self, message: object) -> None:
+        with contextlib.suppress(OSError):
+            self.sock.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self) -> list | None:
+        """The messages that have come in; None once the peer has gone, or talks nonsense."""
+        try:
+            data = self.sock.recv(1 << 16)
+            *lines, self._buffer = (self._buffer + data).split(b"\n")
+            messages = [json.loads(line) for line in lines]
+        except TimeoutError:
+            return []
+        except (OSError, ValueError):
+            return None
+        return messages if data and len(self._buffer) <= LINE_BYTES else None
+
+
+def listen(ranks: Ranks) -> tuple[socket.socket, tuple[str, int]]:
+    """The driver's listening socket: on the loopback when all ranks are on this machine, else on every interface."""
+    host = "127.0.0.1" if ranks.n_nodes == 1 else ""
+    sock = socket.create_server((host, 0), backlog=ranks.tp)
+    return sock, (host or ranks.master, sock.getsockname()[1])
+
+
+def kill_here(stopped: list) -> None:
+    """Ends processes that were stopped, if they are on this host."""
+    for pid, host in stopped:
+        if pid and host == socket.gethostname() and pid != os.getpid():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def leave(code: int, text: str) -> NoReturn:
+    """Ends this process at once: no collective, no teardown, no exit handlers, any of which may hang."""
+    if text:
+        log.write(f"error: {text}\n")
+    os._exit(code)
+
+
+def describe(error: BaseException) -> str:
+    """What to print of an error: a UserError's sentence, or the end of anything else's traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    trace = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {error}\n{trace[-ERROR_CHARS:]}".rstrip()
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether the error only says that another rank went away, as gloo and NCCL put it."""
+    return isinstance(error, (RuntimeError, OSError)) and re.search(
+        r"onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL communicator|peer", str(error)) is not None
+
+
+def place(thread: int) -> str:
+    """Where a thread is: "file.py:12 in function"."""
+    frame = sys._current_frames().get(thread)
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else ""

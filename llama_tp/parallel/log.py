@@ -5,6 +5,9 @@ Plain prints and no logging tree: a rank has one reader, the terminal or the lau
 
 import os
 import sys
+import time
+
+from tqdm import tqdm
 
 from llama_tp.parallel.groups import Ranks
 
@@ -28,3 +31,33 @@ def write(text: str) -> None:
         os.write(sys.stderr.fileno(), text.encode(errors="replace"))
     except (OSError, ValueError):
         return
+
+
+class Progress:
+    """How far a long piece of work in bytes is: a bar on a terminal, a plain line every few seconds elsewhere."""
+
+    LINE_EVERY_S = 5.0
+
+    def __init__(self, what: str, total: int, shown: bool = True):
+        self.what, self.total, self.shown = what, total, shown
+        self.started = self.said_at = time.monotonic()
+        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False) if shown and sys.stderr.isatty() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def at(self, done: int) -> None:
+        """Shows that `done` bytes are behind us."""
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+        elif self.shown and now - self.said_at >= self.LINE_EVERY_S:
+            self.said_at = now
+            say(f"{self.what}: {done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {done / 1e9 / (now - self.started):.2f} GB/s")
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if kind is None and self.shown:
+            seconds = max(time.monotonic() - self.started, 1e-9)
+            say(f"{self.what}: {self.total / 1e9:.2f} GB in {seconds:.1f} s ({self.total / 1e9 / seconds:.2f} GB/s over all ranks)")

@@ -34,6 +34,7 @@ class Sign:
     echo: bool = False
     left: bool = False          # said good-bye
     signal: str = ""            # the signal that told it to end; it does so in a moment
+    done: int = 0               # work counted so far (bytes loaded), for a progress bar over all ranks
 
 
 @dataclass

@@ -93,4 +93,5 @@ def test_peak_memory_of_a_rank(tmp_path, layout):
         print(layout, f"rank {rank} of {tp}", {key: f"{n / 1e6:.0f} MB" for key, n in found.items()})
         assert found["resident"] > 1.0e9 / tp
         assert found["peak"] < 1.25 * found["resident"] + 500e6
-        assert found["read"] < 1.05 * found["share"]
+        # HF, tp 2: the columns of wo are 2 kB wide, less than a page, so its whole rows are read (33 of 621 MB).
+        assert found["read"] < 1.06 * found["share"]
