@@ -35,8 +35,8 @@ def check(config: ModelConfig, layout: str, shards: tuple[Shard, ...]) -> None:
         for key in weights.keys() & shard.tensors.keys():
             stored, allowed = shard.tensors[key], _allowed_shapes(weights[key], shards, shards[0].tensors.get(key))
             if stored.shape not in allowed:
-                misshapen.append(f"{key} is {list(stored.shape)}, not {' or '.join(str(list(s)) for s in allowed) or 'divisible'} "
-                                 f"({stored.path})")
+                wanted = " or ".join(str(list(shape)) for shape in allowed) or "divisible"
+                misshapen.append(f"{key} is {list(stored.shape)}, not {wanted} ({stored.path})")
             elif not stored.readable():
                 unreadable.append(f"{key} ({stored.path})")
     parts = f"{len(shards)} shard{'s' * (len(shards) > 1)}"

@@ -35,9 +35,8 @@ def open_regular(path: str) -> int:
                             "an interrupted download leaves such links: " + AGAIN) from None
         raise UserError(f"{path} is not there", "", AGAIN) from None
     except PermissionError:
-        raise UserError(f"{path} cannot be read", "permission denied",
-                        f"allow it (`chmod a+r`, and `a+x` on its folders) or run as its owner; we are uid {os.geteuid()}"
-                        ) from None
+        raise UserError(f"{path} cannot be read", f"permission denied to uid {os.geteuid()}",
+                        "allow it (`chmod a+r`, and `a+x` on its folders) or run as its owner") from None
     except OSError as error:
         raise UserError(f"{path} cannot be opened", str(error.strerror), "check the link or the mount") from error
     try:
@@ -64,7 +63,8 @@ def list_folder(path: str) -> list[str]:
     try:
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
     except PermissionError:
-        raise UserError(f"{path} cannot be read", "permission denied", "allow it (`chmod a+rx`)") from None
+        raise UserError(f"{path} cannot be read", f"permission denied to uid {os.geteuid()}",
+                        "allow it (`chmod a+rx`) or run as its owner") from None
     except OSError as error:
         raise UserError(f"{path} is not a folder that can be read", str(error.strerror),
                         "point --ckpt_dir at the checkpoint's folder") from error
@@ -138,7 +138,8 @@ class Files:
                 raise UserError(f"{path} cannot be read at byte {offset + done}", str(error.strerror),
                                 "check the disk or the mount, or " + AGAIN) from error
             if n == 0:
-                raise UserError(f"{path} is shorter than when it was opened", f"it ends before byte {offset + len(memory)}",
+                raise UserError(f"{path} is shorter than when it was opened",
+                                f"it ends before byte {offset + len(memory)}",
                                 "let the copy or download finish, then start again")
             done += n
 

@@ -21,9 +21,9 @@ _MAX_HEADER = 100_000_000       # the library's own limit
 _OF_N = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 # Other codes than those that can run are known too, so that a refusal can name what was found.
 _DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16,
-    "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8,
+    "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
 }
 
 
@@ -144,8 +144,9 @@ def _check_spans(path: str, spans: list[tuple[int, int, str]], n_bytes: int) -> 
     reached = 0
     for begin, end, key in spans:
         if begin != reached:
-            raise UserError(f"{path}: the header is damaged at {key}", f"it {'overlaps' if begin < reached else 'leaves a hole'}: "
-                            f"begins at byte {begin} of the data, the one before ends at {reached}", AGAIN)
+            raise UserError(f"{path}: the header is damaged at {key}",
+                            f"it {'overlaps' if begin < reached else 'leaves a hole'}: begins at byte {begin} of the data, "
+                            f"the one before ends at {reached}", AGAIN)
         reached = end
     if reached != n_bytes:
         raise UserError(f"{path} {'is cut short' if reached > n_bytes else 'has bytes that belong to no tensor'}",

@@ -35,5 +35,6 @@ def fetch(path: str, cached_only: bool = False) -> str:
         wanted = _HF_FILES if any(name.endswith(".safetensors") for name in names) else _META_FILES
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
     except Exception as error:  # the hub's errors, the HTTP library's and the disk's have no base class of their own
-        raise UserError(f"{path} is no folder here and did not come from the hub", f"{type(error).__name__}: {str(error)[:200]}",
-                        "check the name and the network, accept the model's licence on its page and set HF_TOKEN") from error
+        raise UserError(f"{path} is no folder here and did not come from the hub",
+                        f"{type(error).__name__}: {str(error)[:200]}",
+                        "check the name and the network, accept the model's licence and set HF_TOKEN") from error

@@ -35,8 +35,9 @@ def _load(source, rank, tp, into, progress) -> Iterator[Weight]:
     try:
         for weight in table(config):
             part, out = weight.part(config, rank, tp), into(weight).detach()
-            if tuple(out.shape) != weight.local_shape(config, tp):
-                raise ValueError(f"{weight.name}: destination is {tuple(out.shape)}, not {weight.local_shape(config, tp)}")
+            shape = weight.local_shape(config, tp)
+            if tuple(out.shape) != shape:
+                raise ValueError(f"{weight.name}: the destination is {tuple(out.shape)}, not {shape}")
             n = part.stop - part.start
             dim = part.dim or 0
             source.read(weight, part, out.narrow(dim, 0, n), progress)

@@ -17,7 +17,7 @@ from llama_tp.spec.config import ModelConfig, from_params
 from llama_tp.spec.errors import UserError
 
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
-_SAFE = "use the safetensors files of this model, or the original .pth files from Meta; never load this one any other way"
+_SAFE = "use this model's safetensors files, or the original .pth files from Meta; load this one in no other way"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = 30              # bytes of a zip local header before its name (PKZIP APPNOTE 4.3.7)
 
@@ -58,7 +58,8 @@ def _open_shard(path: str, files: Files) -> Shard:
     with open(open_regular(path), "rb") as file:
         files.watch(path, file.fileno())
         if file.read(4) != _ZIP_MAGIC:
-            raise UserError(f"{path} is not a zip-format .pth file", "it was saved by torch < 1.6, or is no checkpoint at all",
+            raise UserError(f"{path} is not a zip-format .pth file",
+                            "it was saved by torch < 1.6, or is no checkpoint at all",
                             f"save it again as a plain state dict where you trust it: python -c \"import torch; "
                             f"f = '{os.path.basename(path)}'; torch.save(torch.load(f, weights_only=True), f)\"")
         records = _records(path, file)
@@ -85,7 +86,7 @@ def _reason(error: Exception) -> str:
 
 
 def _records(path: str, file) -> dict[int, int]:
-    """{offset of a record's data: its bytes} for every record of the zip. Refuses TorchScript and compressed records."""
+    """{offset of a record's data: its bytes} of all records in the zip. Refuses TorchScript and compressed records."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -98,7 +99,7 @@ def _records(path: str, file) -> dict[int, int]:
             if "byteorder" in leaves and archive.read(leaves["byteorder"]) == b"big":
                 raise UserError(f"{path} was written on a big-endian machine", "byteorder is big",
                                 "save it again on a little-endian one")
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path} is cut short or damaged", f"{os.fstat(file.fileno()).st_size} bytes; {error}",
                         AGAIN) from error
     return {_data_offset(path, file.fileno(), entry): entry.file_size for entry in entries}

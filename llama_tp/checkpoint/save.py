@@ -53,7 +53,7 @@ def _shard(weight: Weight, whole: torch.Tensor, i: int, mp: int, copies: int, he
 
 
 def save_hf(folder: str, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1) -> None:
-    """Writes config.json and `shards` safetensors files, with an index if there are several. `weights` as in `save_meta`."""
+    """Writes config.json and `shards` safetensors files, several with an index. `folder`, `weights` as in `save_meta`."""
     rows = table(config)
     if not 1 <= shards <= len(rows):
         raise UserError(f"{len(rows)} weights cannot be stored in {shards} files", "", "ask for fewer files")
@@ -99,8 +99,9 @@ def _size(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> int:
     for weight in table(config):
         found = weights.get(weight.name)
         if found is None or tuple(found.shape) != weight.shape:
-            raise UserError(f"{weight.name} cannot be saved", f"found {'nothing' if found is None else list(found.shape)}, "
-                            f"the config needs {list(weight.shape)}", "save all weights of one model with its own config")
+            shape = "nothing" if found is None else list(found.shape)
+            raise UserError(f"{weight.name} cannot be saved", f"found {shape}, the config needs {list(weight.shape)}",
+                            "save all weights of one model with its own config")
         total += found.nbytes
     return total
 
@@ -116,7 +117,7 @@ def _completed(folder: str, n_bytes: int) -> Iterator[str]:
     """A new sibling folder to write into, which takes the final name only when all of it is on the disk."""
     folder = os.path.abspath(folder)
     if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise UserError(f"{folder} exists and is not an empty folder", "", "name a new folder, or remove that one first")
+        raise UserError(f"{folder} exists and is not an empty folder", "", "name a new folder, or remove that one")
     parent = os.path.dirname(folder)
     partial = f"{folder}.partial-{os.urandom(4).hex()}"
     try:
@@ -132,7 +133,7 @@ def _completed(folder: str, n_bytes: int) -> Iterator[str]:
         os.replace(partial, folder)             # an empty folder of that name gives way
         _sync(parent)
     except OSError as error:
-        raise UserError(f"{folder} could not be written", str(error), "check the disk's space and permissions") from error
+        raise UserError(f"{folder} could not be written", str(error), "check the disk's space and rights") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

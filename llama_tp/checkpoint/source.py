@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import gcd
 
 import torch
@@ -112,7 +113,7 @@ class Source:
         repeat = 0
         for name in ("layers.0.attention.wk.weight", "layers.0.attention.wv.weight"):
             run, heads = 1, self._heads(self._weight(name))
-            for before, head in zip(heads, heads[1:], strict=False):
+            for before, head in pairwise(heads):
                 if self._reader.same(before, head):
                     run += 1
                     continue
@@ -124,7 +125,8 @@ class Source:
 
     # --------------------------------------------------------------------------------------------------- reading
 
-    def read(self, weight: Weight, part: Part, out: torch.Tensor, progress: Callable[[int], None] | None = None) -> None:
+    def read(self, weight: Weight, part: Part, out: torch.Tensor,
+             progress: Callable[[int], None] | None = None) -> None:
         """Reads [part.start, part.stop) of dimension part.dim of a weight into `out`, which has that part's shape (no
         padding) and any dtype, device and strides. Only the bytes of the part are read (column cuts narrower than a
         page: whole rows). `progress` is called with stored bytes as they are done."""
@@ -139,9 +141,9 @@ class Source:
                 continue
             for copy in piece.copies:
                 if not self._reader.same(piece.stored, copy):
-                    raise UserError(f"{copy.path}: {weight.name} differs between stored KV heads that are copies in layer 0",
-                                    f"{self.config.n_kv_heads * self.config.kv_repeat} heads stored, "
-                                    f"{self.config.n_kv_heads} expected", AGAIN)
+                    raise UserError(f"{copy.path}: {weight.name} differs between KV heads that are copies in layer 0",
+                                    f"layer 0 stores each of its {self.config.n_kv_heads} KV heads "
+                                    f"{self.config.kv_repeat} times", AGAIN)
             self._reader.read(piece.stored, (r0 - piece.row, r1 - piece.row), (c0 - piece.col, c1 - piece.col),
                               out[r0 - top:r1 - top, c0 - left:c1 - left], permuted, progress)
 
@@ -201,10 +203,11 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
     found = _layouts(folder)
     if not found:
         names = list_folder(folder)
+        seen = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise UserError(
             f"{folder} holds no checkpoint",
             f"looked for config.json with *.safetensors, and params.json with consolidated.NN.pth there and in "
-            f"{', '.join(_META_FOLDERS[1:])}; found {', '.join(names[:10]) + (', ...' if len(names) > 10 else '') or 'nothing'}",
+            f"{', '.join(_META_FOLDERS[1:])}; found {seen or 'nothing'}",
             "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files are not read)")
     failure = None
     for layout, where in found:

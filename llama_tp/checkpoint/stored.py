@@ -66,7 +66,9 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    """The memory of a contiguous CPU tensor."""
+    flat = tensor.as_strided((tensor.numel(),), (1,))           # also where a dimension of 1 has an odd stride
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 class BoxReader:

@@ -4,6 +4,7 @@
 nothing of how it was built (build.py) or of who calls it (calls.py).
 """
 
+import contextlib
 import time
 from dataclasses import dataclass, field
 
@@ -54,8 +55,10 @@ class Stats:
     prefill_tokens: int = 0
     prefill_s: float = 0.0
     decode_tokens: int = 0
+    decode_steps: int = 0
     decode_s: float = 0.0
     n_requests: int = 0
+    first_token_s: float = 0.0          # from the first submit to the first token of all
 
 
 @dataclass
@@ -80,7 +83,7 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, ranks: Ranks, watch: Watch, seed: int = 1):
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.ranks, self.watch, self.seed = ranks, watch, seed
-        self.stats, self.n_steps, self.closed = Stats(), 0, False
+        self.stats, self.n_steps, self.dismissed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
         self._choices: dict[Sequence, Choice] = {}          # of the step that runs
         self._judge = Judge(self._choose, self._score)
@@ -95,20 +98,26 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ driver
 
-    def submit(self, request: Request) -> None:
-        """Queues a request. Raises UserError, and queues nothing, if it can never run."""
+    def check(self, request: Request) -> None:
+        """Raises UserError if the request can never run: ids outside the vocabulary, a prompt too long."""
         request.check(self.runner.n_vocab)
         self.scheduler.check_fits(len(request.prompt_ids))
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises UserError, and queues nothing, if it can never run."""
+        self.check(request)
         if any(sequence.request.id == request.id for sequence in self._tracks):
             raise UserError("a request's id must be its own", f"{request.id!r} is still running", "give it another id")
         seed = request.params.seed
         if seed is None:
             seed = (self.seed << 32) + self.stats.n_requests
+        if not self.stats.n_requests:
+            self._first_submit = time.perf_counter()
         self.stats.n_requests += 1
         for index in range(request.params.n):
             sequence = Sequence(request, index, seed)
             self.scheduler.add(sequence)
-            self._tracks[sequence] = _Track(TextStream(self.tokenizer, request.params.stop))
+            self._tracks[sequence] = _Track(TextStream(self.tokenizer, () if request.params.min_tokens else request.params.stop))
 
     def abort(self, request_id: str) -> list[Delta]:
         """Ends a request; its blocks are free at once. Nothing happens if it is unknown."""
@@ -126,6 +135,8 @@ class Engine:
         sampled = {sequence.row: _token(choice) for sequence, choice in self._choices.items()}
         deltas = [self._gained(sequence) for sequence, _ in self.scheduler.update(step, sampled)]
         self._count(step, time.perf_counter() - started)
+        if deltas and not self.stats.first_token_s:
+            self.stats.first_token_s = time.perf_counter() - self._first_submit
         return deltas
 
     def _run(self, step: Step, judge: Judge | None) -> None:
@@ -157,6 +168,8 @@ class Engine:
             self.scheduler.finish(sequence, "stop")
             return self._finished(sequence)
         text = track.stream.push([token])
+        if sequence.n_output == params.min_tokens:
+            track.stream.heed(params.stop)
         if track.stream.stopped:
             self.scheduler.finish(sequence, "stop")
         logprobs = (choice.logprobs,) if choice.logprobs else ()
@@ -185,17 +198,22 @@ class Engine:
             self.stats.prefill_tokens += n_prompt
             self.stats.prefill_s += seconds
         else:
+            self.stats.decode_steps += 1
             self.stats.decode_tokens += len(step.rows)
             self.stats.decode_s += seconds
 
-    def close(self) -> None:
-        """Ends the workers' `follow` (if they are in it), then this rank's part in the group. Safe to call twice."""
-        if not self.closed:
-            self.closed = True
-            if self.is_driver:
+    def dismiss(self) -> None:
+        """Driver: ends the workers' `follow`. A worker that has left already needs no word."""
+        if not self.dismissed and self.is_driver:
+            with contextlib.suppress(RuntimeError):
                 send_ints([BYE], self.ranks)
-            self.watch.close()
-            close(self.ranks)
+        self.dismissed = True
+
+    def close(self) -> None:
+        """Dismisses the workers, stops watching and takes down this rank's part of the groups. Safe to call twice."""
+        self.dismiss()
+        self.watch.close()
+        close(self.ranks)
 
     # ----------------------------------------------------------------------------------------------------- workers
 

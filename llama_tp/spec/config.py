@@ -4,6 +4,8 @@ Sources: meta-llama/llama-models `models/llama3/args.py` (key names, FFN width r
 `LlamaConfig` (HF names, rope spellings). Nothing is looked up by model name: the file is the truth.
 """
 
+import json
+import os
 from dataclasses import dataclass, fields, replace
 
 from llama_tp.spec.errors import UserError
@@ -254,3 +256,15 @@ def as_params(config: ModelConfig) -> dict:
              if f.name not in ("rope_scaling", "kv_repeat", "notes", "tied")}
     scaling = config.rope_scaling
     return plain | {"use_scaled_rope": scaling is not None} | ({"rope_scaling_factor": scaling.factor} if scaling else {})
+
+
+def check_launch(ckpt_dir: str, tp: int) -> None:
+    """Refuses an impossible tp from the JSON alone, before torch is imported: a launch of eight ranks then ends in a
+    second. Anything else that is wrong with the folder is left for `open_checkpoint` to explain."""
+    for name, read in (("config.json", from_hf), ("params.json", from_params), ("original/params.json", from_params)):
+        try:
+            with open(os.path.join(ckpt_dir, name), encoding="utf-8-sig") as f:
+                config = read(json.load(f), vocab_size=1) if read is from_params else read(json.load(f))
+        except (OSError, ValueError, UserError, AttributeError):
+            continue
+        return config.check_tp(tp)

@@ -21,13 +21,17 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
         self.stopped: str | None = None
+        self.heed(stop)
+        self._token_bytes = tokenizer.token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def heed(self, stop: str | Sequence[str]) -> None:
+        """Looks for these stop strings from now on, in text that is still held or yet to come."""
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:
             raise UserError("a stop string must not be empty", f"found {list(self._stop)!r}", "leave the empty one out")
         self._longest = max(map(len, self._stop), default=1)
-        self._token_bytes = tokenizer.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
 
     def push(self, ids: Iterable[int]) -> str:
         """Text that has become certain with `ids`; "" once stopped."""

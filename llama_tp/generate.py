@@ -1,0 +1,179 @@
+"""Command: prompts in, text streams out.
+
+Text goes to stdout as it is made, or one JSON line a prompt with --json; everything else goes to stderr.
+"""
+
+import json
+import os
+import sys
+
+from llama_tp.cli import run
+from llama_tp.spec.config import check_launch
+from llama_tp.spec.errors import UserError
+
+
+def main(
+    *, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None, prompts_file: str | None = None,
+    chat: bool = False, system: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
+    max_gen_len: int | None = None, min_tokens: int = 0, temperature: float = 0.6, top_p: float = 0.9, top_k: int = 0,
+    min_p: float = 0.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+    logit_bias: tuple[str, ...] = (), seed: int = 1, n: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
+    ignore_eos: bool = False, echo: bool = False, logprobs: int | None = None, json: bool = False, quiet: bool = False,
+    device: str | None = None, dtype: str | None = None, deterministic: bool = False, rope_factor: float | None = None,
+    prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
+):
+    """Write text with a Llama 3 checkpoint, on one rank or, under torchrun, on several.
+
+    Examples:
+        python -m llama_tp.generate --ckpt_dir checkpoints/demo --prompt "ROMEO:"
+        torchrun --nproc_per_node 8 -m llama_tp.generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+            --chat --prompt "Why is the sky blue?"
+
+    Model:
+        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and *.safetensors; or
+            org/name on the Hugging Face hub
+        tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
+        dtype: bfloat16, float16 or float32; as stored unless given
+        device: cpu or cuda; what is there unless given
+        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch (CPU)
+        rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
+
+    Prompts:
+        prompt: the text to continue, or the user's message with --chat; - reads it from stdin
+        prompts_file: one prompt a line; a line that begins with " is a JSON string
+        chat: wrap each prompt in the Llama 3 chat format
+        system: the system message, with --chat
+
+    Sampling:
+        max_gen_len: most tokens to write for a prompt; as many as fit in max_seq_len unless given
+        min_tokens: stop neither at stop ids nor at stop strings before this many
+        temperature: 0 is greedy
+        top_p: keep the likeliest tokens that together have this probability
+        top_k: keep the k likeliest tokens; 0 is off
+        min_p: keep tokens at least this fraction as likely as the likeliest
+        repetition_penalty: above 1, tokens of prompt and output become less likely
+        presence_penalty: subtracted from the logits of tokens that were written, -2 to 2
+        frequency_penalty: the same for each time they were
+        logit_bias: ID:BIAS adds BIAS to the logit of token ID
+        seed: of all draws
+        n: samples of each prompt
+        stop: end before this text
+        stop_ids: end at this token id
+        ignore_eos: do not end at the tokenizer's stop ids
+
+    Output:
+        echo: print the prompt too
+        logprobs: with --json, log-probability of each token and of the K likeliest
+        json: one JSON line a sample: prompt, generation, tokens, finish_reason, logprobs
+        quiet: print nothing but text and errors
+
+    Resources:
+        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
+        max_batch_size: most sequences computed at once; more prompts wait
+        max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
+        prefix_cache: reuse the cache of prompts that begin alike
+        step_timeout: seconds after which a step counts as hung and the job ends
+        load_timeout: the same for loading
+    """
+    texts = prompts_of(prompt, prompts_file)
+    if logprobs is not None and not json:
+        raise UserError("--logprobs has nowhere to go", "text output shows no numbers", "add --json")
+    if system is not None and not chat:
+        raise UserError("--system is a message of a chat", "--chat is not set", "add --chat")
+    check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+
+    from llama_tp.engine.build import EngineOptions, build
+    from llama_tp.engine.request import SamplingParams
+    from llama_tp.engine.session import generate, report
+    params = SamplingParams(
+        max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+        logit_bias=biases_of(logit_bias), n=n, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos, logprobs=logprobs,
+        prompt_logprobs=logprobs if echo else None)
+    engine = build(EngineOptions(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,
+        seed=seed, rope_factor=rope_factor, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache,
+        step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet))
+    try:
+        if engine.is_driver:
+            present = JsonLines(echo) if json else Text(echo)
+            for sample in generate(engine, texts, params, chat, system):
+                present(sample)
+            engine.dismiss()
+        else:
+            engine.follow()
+        report(engine, quiet)
+    except (UserError, OSError) as error:
+        engine.watch.fail(error)
+    engine.close()
+
+
+def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
+    """The prompts that the flags name. Raises UserError unless exactly one of them is given."""
+    if (prompt is None) == (prompts_file is None):
+        raise UserError("there must be one source of prompts", "both --prompt and --prompts_file" if prompt is not None else
+                        "neither --prompt nor --prompts_file", 'give --prompt "TEXT", --prompt - or --prompts_file FILE')
+    if prompts_file is None:
+        return [sys.stdin.read() if prompt == "-" else prompt]
+    try:
+        with open(prompts_file, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts_file {prompts_file} cannot be read", str(error), "name a UTF-8 text file") from None
+    prompts = [_line(line, i, prompts_file) for i, line in enumerate(lines, start=1) if line]
+    if not prompts:
+        raise UserError(f"--prompts_file {prompts_file} holds no prompt", "it is empty", "write one prompt a line")
+    return prompts
+
+
+def _line(line: str, number: int, file: str) -> str:
+    if not line.startswith('"'):
+        return line
+    try:
+        text = json.loads(line)
+    except ValueError as error:
+        raise UserError(f'{file} line {number} begins with " and is no JSON string', str(error), "close the quote, and write "
+                        'a quote inside as \\"') from None
+    return text
+
+
+def biases_of(pairs: tuple[str, ...]) -> dict[int, float]:
+    """{id: bias} from texts like "128009:-100"."""
+    try:
+        return {int(token): float(bias) for token, bias in (pair.split(":") for pair in pairs)}
+    except ValueError:
+        raise UserError("--logit_bias needs ID:BIAS", f"found {' '.join(pairs)!r}", "write e.g. --logit_bias 128009:-100") from None
+
+
+class Text:
+    """Prints samples one after the other, each as it grows."""
+
+    def __init__(self, echo: bool):
+        self.echo, self.shown = echo, None
+
+    def __call__(self, sample) -> None:
+        if self.shown is not sample:
+            self.shown = sample
+            self.written = 0
+            if self.echo:
+                sys.stdout.write(sample.prompt)
+        sys.stdout.write(sample.text[self.written:] + ("\n" if sample.finish_reason else ""))
+        sys.stdout.flush()
+        self.written = len(sample.text)
+        if sample.error:
+            print(f"error: {sample.error}", file=sys.stderr)
+
+
+class JsonLines:
+    """Prints one line a finished sample."""
+
+    def __init__(self, echo: bool):
+        self.echo = echo
+
+    def __call__(self, sample) -> None:
+        if sample.finish_reason:
+            print(json.dumps(sample.as_json(self.echo), ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
