@@ -22,8 +22,9 @@ _OF_N = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 # Other codes than those that can run are known too, so that a refusal can name what was found.
 _DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I8": torch.int8, "U8": torch.uint8,
-    "I16": torch.int16, "U16": torch.uint16, "I32": torch.int32, "U32": torch.uint32, "I64": torch.int64, "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }
 
 
@@ -145,8 +146,8 @@ def _check_spans(path: str, spans: list[tuple[int, int, str]], n_bytes: int) -> 
     for begin, end, key in spans:
         if begin != reached:
             raise UserError(f"{path}: the header is damaged at {key}",
-                            f"it {'overlaps' if begin < reached else 'leaves a hole'}: begins at byte {begin} of the data, "
-                            f"the one before ends at {reached}", AGAIN)
+                            f"it {'overlaps' if begin < reached else 'leaves a hole'}: begins at byte {begin} of the "
+                            f"data, the one before ends at {reached}", AGAIN)
         reached = end
     if reached != n_bytes:
         raise UserError(f"{path} {'is cut short' if reached > n_bytes else 'has bytes that belong to no tensor'}",

@@ -53,7 +53,7 @@ def _shard(weight: Weight, whole: torch.Tensor, i: int, mp: int, copies: int, he
 
 
 def save_hf(folder: str, config: ModelConfig, weights: Mapping[str, torch.Tensor], shards: int = 1) -> None:
-    """Writes config.json and `shards` safetensors files, several with an index. `folder`, `weights` as in `save_meta`."""
+    """Writes config.json and `shards` safetensors files, several with an index. The rest is as in `save_meta`."""
     rows = table(config)
     if not 1 <= shards <= len(rows):
         raise UserError(f"{len(rows)} weights cannot be stored in {shards} files", "", "ask for fewer files")

@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 
 from llama_tp.spec.config import ModelConfig
 
-GQA = ModelConfig(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=4, ffn_dim=96, vocab_size=128, max_context=8192)
+GQA = ModelConfig(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=4, ffn_dim=96, vocab_size=128)
 RAGGED = ModelConfig(dim=64, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=8, ffn_dim=100, vocab_size=132)
 THREES = ModelConfig(dim=48, n_layers=1, n_heads=6, n_kv_heads=3, head_dim=8, ffn_dim=72, vocab_size=129)
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    found = {"tok_embeddings.weight": (c.vocab_size, c.dim), "norm.weight": (c.dim,), "output.weight": (c.vocab_size, c.dim)}
+    found = {"tok_embeddings.weight": (c.vocab_size, c.dim), "norm.weight": (c.dim,),
+             "output.weight": (c.vocab_size, c.dim)}
     for i in range(c.n_layers):
         p = f"layers.{i}."
         found |= {p + "attention_norm.weight": (c.dim,), p + "ffn_norm.weight": (c.dim,),
@@ -44,15 +45,17 @@ def cut_dim(name: str) -> int | None:
 
 
 def params_of(c: ModelConfig, **more) -> dict:
-    found = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads, "head_dim": c.head_dim,
-             "ffn_dim": c.ffn_dim, "vocab_size": c.vocab_size, "norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
+    found = {"dim": c.dim, "n_layers": c.n_layers, "n_heads": c.n_heads, "n_kv_heads": c.n_kv_heads,
+             "head_dim": c.head_dim, "ffn_dim": c.ffn_dim, "vocab_size": c.vocab_size,
+             "norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
              "max_context": c.max_context}
     return found | more
 
 
 def hf_config_of(c: ModelConfig, **more) -> dict:
-    found = {"model_type": "llama", "hidden_size": c.dim, "num_hidden_layers": c.n_layers, "num_attention_heads": c.n_heads,
-             "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim, "intermediate_size": c.ffn_dim,
+    found = {"model_type": "llama", "hidden_size": c.dim, "num_hidden_layers": c.n_layers,
+             "num_attention_heads": c.n_heads, "num_key_value_heads": c.n_kv_heads, "head_dim": c.head_dim,
+             "intermediate_size": c.ffn_dim,
              "vocab_size": c.vocab_size, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta,
              "max_position_embeddings": c.max_context, "tie_word_embeddings": c.tied}
     return found | more
@@ -97,7 +100,8 @@ def hf_name(name: str) -> str:
 
 def halves_from_pairs(whole: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows in HF's order: half j, element i of a head is Meta's row 2 i + j (formats.md 1.6), one row at a time."""
-    order = [h * head_dim + 2 * i + j for h in range(len(whole) // head_dim) for j in (0, 1) for i in range(head_dim // 2)]
+    order = [h * head_dim + 2 * i + j
+             for h in range(len(whole) // head_dim) for j in (0, 1) for i in range(head_dim // 2)]
     return torch.stack([whole[r] for r in order])
 
 
@@ -107,7 +111,8 @@ def hf_tensors(c: ModelConfig, weights: dict) -> dict:
     return {hf_name(name): w for name, w in turned.items()}
 
 
-def write_hf(folder: Path, c: ModelConfig, weights: dict, n_files: int = 1, index: bool | None = None, **config) -> Path:
+def write_hf(folder: Path, c: ModelConfig, weights: dict, n_files: int = 1, index: bool | None = None,
+             **config) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config_of(c, **config)))
     tensors = hf_tensors(c, weights)

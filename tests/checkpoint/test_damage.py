@@ -63,6 +63,14 @@ def edited_json(name, edit):
     return damage
 
 
+def params(**changes):
+    return edited_json("params.json", lambda found: found | changes)
+
+
+def hf_config(**changes):
+    return edited_json("config.json", lambda found: found | changes)
+
+
 def edited_header(edit, name=ONE):
     """`edit` gets the header's dict and returns it, or the header's raw bytes."""
     def damage(folder):
@@ -183,7 +191,7 @@ def put(key, value):
 
 
 WQ = "layers.1.attention.wq.weight"
-NORM, HF_V = "norm.weight", "model.layers.1.self_attn.v_proj.weight"      # HF_V lies in TWO: names are dealt out in turn
+NORM, HF_V = "norm.weight", "model.layers.1.self_attn.v_proj.weight"      # HF_V lies in TWO
 Z = torch.zeros
 
 DAMAGE = [
@@ -199,7 +207,8 @@ DAMAGE = [
     *[(f"{layout}: {what} {name}", layout, written(name, data), [name, say])
       for layout, name in (("meta", "params.json"), ("hf", "config.json"), ("hf", INDEX))
       for what, data, say in (("array", b"[1, 2]", "object"), ("comment", b"{} // x", "not valid JSON"),
-                              ("not utf-8", b'{"a": "\xff"}', "not valid JSON"), ("deep", b"[" * 100000, "not valid JSON"),
+                              ("not utf-8", b'{"a": "\xff"}', "not valid JSON"),
+                              ("deep", b"[" * 100000, "not valid JSON"),
                               ("cut", b'{"dim": 1', "not valid JSON"))],
     # ----- Meta's layout
     ("meta: truncated", "meta", truncated(P1, -100), [P1, "cut short", AGAIN]),
@@ -218,7 +227,7 @@ DAMAGE = [
     ("meta: a nested dict", "meta", with_tensors(P1, put("model", {"a": Z(1)})), [P1, "model", "plain tensor"]),
     ("meta: a sparse tensor", "meta", with_tensors(P1, put(NORM, Z(64).to_sparse())), [P1, "plain tensor"]),
     ("meta: not a tensor", "meta", with_tensors(P1, put(NORM, [1.0] * 64)), [P1, NORM, "found a list"]),
-    ("meta: gap", "meta", lambda f: (f / P1).rename(f / "consolidated.02.pth"), [r"consolidated\.01\.pth is missing", AGAIN]),
+    ("meta: gap", "meta", lambda f: (f / P1).rename(f / "consolidated.02.pth"), [r"01\.pth is missing", AGAIN]),
     ("meta: half of the shards", "meta", removed(P1), [P0, "shapes", "1 shard", "in all"]),
     ("meta: one shard twice", "meta", lambda f: [shutil.copy(f / P0, f / f"consolidated.0{i}.pth") for i in (2, 3)],
      ["4 shards", r"tok_embeddings\.weight|attention"]),
@@ -226,34 +235,36 @@ DAMAGE = [
     ("meta: no params.json", "meta", removed("params.json"), ["params.json is not there", "download"]),
     ("meta: missing param", "meta", edited_json("params.json", lambda p: {k: v for k, v in p.items() if k != "dim"}),
      ["params.json", "'dim'"]),
-    ("meta: wrong type", "meta", edited_json("params.json", lambda p: p | {"n_heads": "16"}), ["params.json", "n_heads"]),
-    ("meta: heads do not divide", "meta", edited_json("params.json", lambda p: p | {"n_kv_heads": 5}), ["params.json", "5 KV"]),
-    ("meta: more layers than there are", "meta", edited_json("params.json", lambda p: p | {"n_layers": 3}),
+    ("meta: wrong type", "meta", params(n_heads="16"), ["params.json", "n_heads"]),
+    ("meta: heads do not divide", "meta", params(n_kv_heads=5), ["params.json", "5 KV"]),
+    ("meta: more layers than there are", "meta", params(n_layers=3),
      ["18 of the model's weights are missing", r"layers\.2\.", P0]),
-    ("meta: fewer layers", "meta", edited_json("params.json", lambda p: p | {"n_layers": 1}), ["18 tensors are none", r"layers\.1\."]),
+    ("meta: fewer layers", "meta", params(n_layers=1), ["18 tensors are none", r"layers\.1\."]),
     ("meta: missing key", "meta", with_tensors(P1, drop(WQ)), [P1, WQ, "missing"]),
     ("meta: extra key", "meta", with_tensors(P1, put("layers.0.attention.wq.bias", Z(4))), [P1, "wq.bias", "biases"]),
-    ("meta: misshapen", "meta", with_tensors(P1, put(WQ, Z(32, 60).bfloat16())), [P1, WQ, r"\[32, 60\], not \[32, 64\]"]),
+    ("meta: misshapen", "meta", with_tensors(P1, put(WQ, Z(32, 60).bfloat16())),
+     [P1, WQ, r"\[32, 60\], not \[32, 64\]"]),
     ("meta: int8", "meta", with_tensors(P1, put(WQ, Z(32, 64).to(torch.int8))), [P1, WQ, "int8", "bf16"]),
     ("meta: fp8", "meta", with_tensors(P1, put(WQ, Z(32, 64).to(torch.float8_e4m3fn))), [P1, WQ, "float8_e4m3fn"]),
     ("meta: fp64", "meta", with_tensors(P1, put(WQ, Z(32, 64).double())), [P1, WQ, "float64"]),
-    ("meta: scattered view", "meta", with_tensors(P1, put(WQ, Z(64, 128).bfloat16()[::2, ::2])), [P1, WQ, "contiguous"]),
-    ("meta: expanded view", "meta", with_tensors(P1, put(WQ, Z(1, 64).bfloat16().expand(32, 64))), [P1, WQ, "contiguous"]),
+    ("meta: scattered view", "meta", with_tensors(P1, put(WQ, Z(64, 128).bfloat16()[::2, ::2])), [P1, WQ, "contig"]),
+    ("meta: expanded view", "meta", with_tensors(P1, put(WQ, Z(1, 64).bfloat16().expand(32, 64))), [P1, WQ, "contig"]),
     # ----- HF's layout
     ("hf: truncated", "hf", truncated(TWO, -1), [TWO, "cut short", "bytes", AGAIN]),
     ("hf: header truncated", "hf", truncated(TWO, 50), [TWO, "cut short", AGAIN]),
     ("hf: 5 bytes", "hf", truncated(TWO, 5), [TWO, "cut short"]),
     ("hf: header of 2^62 bytes", "hf", written(ONE, struct.pack("<Q", 1 << 62) + b"{}" * 50), [ONE, str(1 << 62)]),
     ("hf: trailing junk", "hf", lambda f: (f / ONE).open("ab").write(b"junk"), [ONE, "belong to no tensor", AGAIN]),
-    ("hf: junk after the header", "hf", edited_header(lambda h: json.dumps(h).encode() + b" x"), [ONE, "damaged header"]),
-    ("hf: byte order mark", "hf", edited_header(lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode()), [ONE, "damaged header"]),
+    ("hf: junk after the header", "hf", edited_header(lambda h: json.dumps(h).encode() + b" x"), [ONE, "damaged"]),
+    ("hf: byte order mark", "hf", edited_header(lambda h: b"\xef\xbb\xbf" + json.dumps(h).encode()), [ONE, "damaged"]),
     ("hf: header is an array", "hf", edited_header(lambda h: b"[]"), [ONE, "damaged header"]),
     ("hf: header too deep", "hf", edited_header(lambda h: b'{"a":' * 100000), [ONE, "damaged header"]),
     ("hf: key twice in a header", "hf", edited_header(twice), [ONE, "twice", AGAIN]),
     ("hf: entry is no object", "hf", edited_header(lambda h: h | {"x": 5}), [ONE, "entry for x"]),
     ("hf: overlap", "hf", edited_header(overlapping), [ONE, "overlaps"]),
     ("hf: hole", "hf", entry(lambda e: e.update(shape=[1], dtype="BF16", data_offsets=[0, 2])), [ONE, "hole"]),
-    ("hf: offsets past the end", "hf", entry(lambda e: e.update(shape=[1 << 40], dtype="U8", data_offsets=[0, 1 << 40])), [ONE]),
+    ("hf: offsets past the end", "hf",
+     entry(lambda e: e.update(shape=[1 << 40], dtype="U8", data_offsets=[0, 1 << 40])), [ONE, "overlaps|cut short"]),
     ("hf: unknown dtype", "hf", entry(lambda e: e.update(dtype="F4")), [ONE, "unknown dtype 'F4'"]),
     ("hf: dtype is no string", "hf", entry(lambda e: e.update(dtype=["BF16"])), [ONE, "unknown dtype"]),
     ("hf: shape and span differ", "hf", entry(lambda e: e.update(shape=[1, 2, 3])), [ONE, "does not fill"]),
@@ -263,27 +274,29 @@ DAMAGE = [
     ("hf: three offsets", "hf", entry(lambda e: e.update(data_offsets=[0, 1, 2])), [ONE, "does not fill"]),
     ("hf: backward offsets", "hf", entry(lambda e: e.update(data_offsets=[5, 1])), [ONE, "does not fill"]),
     ("hf: key in two files", "hf", with_tensors(ONE, put(HF_V, Z(32, 64))), [HF_V, ONE, TWO]),
-    ("hf: key not in its file", "hf", edited_json(INDEX, lambda i: i["weight_map"].update({HF_V: ONE})), [HF_V, ONE, INDEX]),
+    ("hf: key not in its file", "hf", edited_json(INDEX, lambda i: i["weight_map"].update({HF_V: ONE})),
+     [HF_V, ONE, INDEX]),
     ("hf: key in no file", "hf", with_tensors(TWO, drop(HF_V)), [HF_V, TWO, INDEX]),
     ("hf: file of the index missing", "hf", removed(TWO), [TWO, INDEX, "1 of the 2 files", AGAIN]),
     ("hf: no index, file missing", "hf", removed(TWO, INDEX), [TWO, "1 of 2", AGAIN]),
     ("hf: no weight_map", "hf", written(INDEX, b"{}"), [INDEX, "weight_map"]),
-    *[(f"hf: weight_map names {bad!r}", "hf", edited_json(INDEX, lambda i, bad=bad: i["weight_map"].update({HF_V: bad})),
-       [INDEX, "own folder", HF_V]) for bad in ("../../x.safetensors", "/etc/passwd", "a\\b", "..", "", 5)],
+    *[(f"hf: weight_map names {bad!r}", "hf",
+       edited_json(INDEX, lambda i, bad=bad: i["weight_map"].update({HF_V: bad})), [INDEX, "own folder", HF_V])
+      for bad in ("../../x.safetensors", "/etc/passwd", "a\\b", "..", "", 5)],
     ("hf: no config.json", "hf", removed("config.json"), ["config.json is not there", "download"]),
-    ("hf: another architecture", "hf", edited_json("config.json", lambda c: c | {"model_type": "mistral"}), ["config.json", "mistral"]),
-    ("hf: quantised", "hf", edited_json("config.json", lambda c: c | {"quantization_config": {"quant_method": "awq"}}),
+    ("hf: another architecture", "hf", hf_config(model_type="mistral"), ["config.json", "mistral"]),
+    ("hf: quantised", "hf", hf_config(quantization_config={"quant_method": "awq"}),
      ["config.json", "awq"]),
-    ("hf: code in the folder", "hf", edited_json("config.json", lambda c: c | {"auto_map": {"AutoModel": "x.Y"}}), ["auto_map"]),
-    ("hf: unknown rope", "hf", edited_json("config.json", lambda c: c | {"rope_scaling": {"type": "yarn"}}), ["config.json", "yarn"]),
+    ("hf: code in the folder", "hf", hf_config(auto_map={"AutoModel": "x.Y"}), ["auto_map"]),
+    ("hf: unknown rope", "hf", hf_config(rope_scaling={"type": "yarn"}), ["config.json", "yarn"]),
     ("hf: key in the file only", "hf", with_tensors(ONE, put("model.layers.0.self_attn.q_proj.bias", Z(64))),
      [ONE, "q_proj.bias", "biases"]),
     ("hf: key missing in both", "hf",
      lambda f: (with_tensors(TWO, drop(HF_V))(f), edited_json(INDEX, lambda i: i["weight_map"].pop(HF_V) and None)(f)),
      [HF_V, "1 of the model's weights are missing", AGAIN]),
-    ("hf: more layers than there are", "hf", edited_json("config.json", lambda c: c | {"num_hidden_layers": 3}),
+    ("hf: more layers than there are", "hf", hf_config(num_hidden_layers=3),
      ["9 of the model's weights are missing", r"model\.layers\.2", "9 in all"]),
-    ("hf: misshapen", "hf", edited_json("config.json", lambda c: c | {"intermediate_size": 100}), [r"\[96, 64\], not \[100, 64\]", "mlp"]),
+    ("hf: misshapen", "hf", hf_config(intermediate_size=100), [r"\[96, 64\], not \[100, 64\]", "mlp"]),
     *[(f"hf: {name}", "hf", lambda f, dtype=dtype: [with_tensors(n, lambda t: {k: w.to(dtype) for k, w in t.items()})(f)
                                                     for n in (ONE, TWO)], [ONE, name, "bf16"])
       for name, dtype in (("float8_e4m3fn", torch.float8_e4m3fn), ("int8", torch.int8), ("float64", torch.float64))],
@@ -313,7 +326,8 @@ def test_the_sentinel_works(tmp_path, monkeypatch):
     assert (tmp_path / "sentinel").exists()
 
 
-@pytest.mark.parametrize("names", [(), ("pytorch_model.bin", "config.json"), ("model.gguf",), ("optimizer.pth", "params.json")])
+@pytest.mark.parametrize("names", [(), ("pytorch_model.bin", "config.json"), ("model.gguf",),
+                                   ("optimizer.pth", "params.json")])
 def test_a_folder_without_a_checkpoint_says_what_it_looked_for_and_found(tmp_path, names):
     for name in names:
         (tmp_path / name).write_bytes(b"{}")
@@ -348,7 +362,7 @@ def test_permission_denied(sound, tmp_path, monkeypatch, name):
 
     monkeypatch.setattr(os, "open", refusing("open"))
     monkeypatch.setattr(os, "listdir", refusing("listdir"))
-    with pytest.raises(UserError, match=rf"{name or 'ckpt'} cannot be read - permission denied - .*chmod"):
+    with pytest.raises(UserError, match=rf"{name or 'ckpt'} cannot be read - permission denied .*chmod"):
         open_checkpoint(folder)
 
 

@@ -16,7 +16,8 @@ torch.set_num_threads(1)
 
 CASES = {
     "gqa": GQA,
-    "tied, scaled rope, own head_dim": replace(GQA, tied=True, head_dim=8, rope_scaling=RopeScaling(32.0), max_context=131072),
+    "tied, scaled rope, own head_dim": replace(GQA, tied=True, head_dim=8, rope_scaling=RopeScaling(32.0),
+                                               max_context=131072),
     "mha": replace(GQA, n_kv_heads=16, rope_theta=10000.0),
 }
 
@@ -25,8 +26,9 @@ def theirs(c):
     scaling = c.rope_scaling and {"rope_type": "llama3", "factor": c.rope_scaling.factor, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-        head_dim=c.head_dim, intermediate_size=c.ffn_dim, vocab_size=c.vocab_size, rms_norm_eps=c.norm_eps,
+        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn_dim, vocab_size=c.vocab_size,
+        rms_norm_eps=c.norm_eps,
         max_position_embeddings=c.max_context, tie_word_embeddings=c.tied,
         rope_parameters={"rope_theta": c.rope_theta, **(scaling or {"rope_type": "default"})})).to(torch.bfloat16)
 
@@ -87,13 +89,16 @@ def test_rotating_pairs_of_our_rows_equals_rotating_halves_of_theirs(tmp_path):
     q, k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(model.config)(x, torch.arange(T)[None]))
     scores = q[0, :kv] @ k[0].transpose(1, 2)                                           # (K, T, T)
 
-    turn = torch.polar(torch.ones(T, E // 2), torch.outer(torch.arange(T), GQA.rope_theta ** (-torch.arange(0, E, 2) / E)))
+    angle = torch.outer(torch.arange(T), GQA.rope_theta ** (-torch.arange(0, E, 2) / E))  # (T, E/2)
+    turn = torch.polar(torch.ones(T, E // 2), angle)
 
     def rotated(weight):
         pairs = (x @ weight.t()).view(T, -1, E // 2, 2)
-        return torch.view_as_real(torch.view_as_complex(pairs) * turn[:, None]).flatten(2).transpose(0, 1)  # (heads, T, E)
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * turn[:, None])
+        return turned.flatten(2).transpose(0, 1)                                        # (heads, T, E)
 
-    ours = rotated(got["layers.0.attention.wq.weight"])[:kv] @ rotated(got["layers.0.attention.wk.weight"]).transpose(1, 2)
+    wq, wk = (got[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
+    ours = rotated(wq)[:kv] @ rotated(wk).transpose(1, 2)                               # (K, T, T)
     torch.testing.assert_close(ours, scores, rtol=1e-4, atol=1e-5)
 
 
