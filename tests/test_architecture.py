@@ -41,7 +41,7 @@ NO_TORCH = re.compile(r"__init__|cli|chat|plan|(spec|text|protocol|server)\.\w+|
                       r"engine\.(__init__|request|blocks|scheduler|step)|benchmarks\.(__init__|table|plot)")
 
 FORBIDDEN_NAMES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object",
-                   "TYPE_CHECKING", "NotImplementedError"}
+                   "TYPE_CHECKING"}
 FORBIDDEN_MODULES = {"utils", "util", "common", "helpers", "misc"}
 # Words the house does not use for its own names, and the word it uses.
 WRONG_WORDS = [(r"num_\w+", "n_..."), (r"\w+_(seconds|secs|sec)", "..._s"), (r"\w+_(millis|msec)", "..._ms"),
@@ -140,6 +140,8 @@ def node_faults(name: str, node: ast.AST):
             yield "except without a type"
         elif kind in ("Exception", "BaseException") and [type(n) for n in node.body] == [ast.Pass]:
             yield f"except {kind}: pass"
+    if isinstance(node, ast.Raise) and node.exc and "NotImplementedError" in ast.unparse(node.exc):
+        yield "raises NotImplementedError: finish it or leave it out"
     if isinstance(node, ast.Global):
         yield "a global: pass it as an argument"
     own = ""  # the name that this node gives to something
