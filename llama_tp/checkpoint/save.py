@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from safetensors.torch import save_file
 
-from llama_tp.spec.config import ModelConfig, as_params
+from llama_tp.spec.config import ModelConfig, RopeScaling, as_params
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.weights import Cut, Weight, table
 
@@ -27,6 +27,9 @@ def save_meta(folder: str, config: ModelConfig, weights: Mapping[str, torch.Tens
         mp: model-parallel shards; must divide what they cut. With more shards than KV heads each head is stored
             several times in a row and counted so in params.json, as in Meta's 16-shard 405B.
     """
+    scaling = config.rope_scaling
+    if scaling and scaling != RopeScaling(scaling.factor):      # Meta's file names at most the factor
+        raise UserError("params.json cannot say this RoPE scaling", f"it is {scaling}", "save in HF's layout")
     copies = max(1, mp // config.n_kv_heads)
     with _completed(folder, _size(config, weights)) as partial:
         for i in range(mp):

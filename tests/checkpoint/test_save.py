@@ -80,6 +80,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path, monkeypatch):
         save_meta(tmp_path / "m", GQA, weights, 3)
     with pytest.raises(UserError, match=r"layers.0.attention.wq.weight cannot be saved - found nothing"):
         save_hf(tmp_path / "m", GQA, {k: w for k, w in weights.items() if "0.attention.wq" not in k})
+    with pytest.raises(UserError, match="params.json cannot say this RoPE scaling.*original_context=4096"):
+        save_meta(tmp_path / "m", replace(GQA, rope_scaling=RopeScaling(8.0, original_context=4096)), weights)
     with pytest.raises(UserError, match="fewer files"):
         save_hf(tmp_path / "m", GQA, weights, 1000)
     usage = namedtuple("usage", "total used free")
