@@ -7,10 +7,10 @@ to know: what is computed (model), what is sent (collectives) and whether the ot
 
 import contextlib
 import functools
+import io
 import os
 import re
 import socket
-import sys
 import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -147,7 +147,7 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     store.set_timeout(timeout)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
                             rank=launch.rank, world_size=launch.world, timeout=timeout)
-    with groups_get(timeout), contextlib.redirect_stdout(sys.stderr):
+    with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
         fairscale_groups.initialize_model_parallel(launch.world)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     return Ranks(launch.rank, launch.world, where, fairscale_groups.get_model_parallel_group(), control,

@@ -1,0 +1,75 @@
+"""Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
+
+import contextlib
+
+import torch
+
+from llama_tp.engine.blocks import BlockManager
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.runner import Runner
+from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.transformer import build
+from llama_tp.spec.config import ModelConfig
+from llama_tp.spec.weights import table
+from llama_tp.text.token_table import Tokenizer
+from tests import reference
+
+
+class NoWatch:
+    """Stands where health's Watch does, for ranks that a test pool already guards."""
+
+    @contextlib.contextmanager
+    def busy(self, what: str):
+        yield
+
+
+class Recorder(Engine):
+    """An engine that keeps the logits each token was chosen from: {(request id, sample, position): (V,)}."""
+
+    def _choose(self, rows, logits):
+        for row, values in zip(rows, logits):
+            sequence = self.scheduler.rows[row.row]
+            self.seen[sequence.request.id, sequence.index, len(sequence.ids)] = values.clone()
+        return super()._choose(rows, logits)
+
+
+def alphabet(n_vocab: int) -> Tokenizer:
+    """A tokenizer of n_vocab one-letter tokens and no stop ids."""
+    return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, ())
+
+
+def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
+           step_tokens=512, prefix_cache=True, block_size=16) -> Recorder:
+    weights = weights or reference.random_weights(table(config), dtype=dtype)
+    model = build(config, ranks, dtype, 1024, weights, deterministic)
+    cache = KVCache(config, ranks.tp, n_blocks + 1, block_size, dtype, ranks.device)
+    scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
+    out = Recorder(Runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())
+    out.seen = {}
+    return out
+
+
+def serve(ranks, requests: list[tuple[str, list[int], dict]], arrivals: int = 99, **options):
+    """Runs requests to their end on every rank, `arrivals` of them handed over before each step.
+
+    -> on the driver ({(id, sample): ids}, {(id, sample, position): logits}, deltas), None on workers.
+    """
+    one = engine(ranks, **options)
+    if not ranks.is_driver:
+        one.follow()
+        return None
+    queue, deltas = list(requests), []
+    while queue or one.has_work:
+        for name, ids, params in queue[:arrivals]:
+            one.submit(Request(name, ids, SamplingParams(**params)))
+        queue = queue[arrivals:]
+        deltas += one.step()
+        one.scheduler.check_integrity()
+    one.dismiss()
+    assert one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks, "blocks leaked"
+    tokens: dict = {}
+    for delta in deltas:
+        tokens.setdefault((delta.request_id, delta.index), []).extend(delta.ids)
+    return tokens, one.seen, deltas
