@@ -4,6 +4,9 @@
 """
 
 import pytest
+import torch
+
+torch.set_num_threads(1)        # two cores: the ranks of a pool need them, and tiny models gain nothing from more
 
 
 def pytest_addoption(parser):

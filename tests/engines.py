@@ -37,7 +37,7 @@ class Recorder(Engine):
 
 def alphabet(n_vocab: int) -> Tokenizer:
     """A tokenizer of n_vocab one-letter tokens and no stop ids."""
-    return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, ())
+    return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, (), lambda text: [ord(c) - 0x100 for c in text])
 
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
