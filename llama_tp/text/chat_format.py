@@ -49,13 +49,13 @@ class ChatFormat:
     def encode_message(self, message: Message, strip: bool = False) -> list[int]:
         """Ids of a whole message, ended by <|eot_id|>. UserError for anything but a role and a text."""
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            found = f"the keys {', '.join(map(str, message)) or 'none'}" if isinstance(message, dict) else f"{message!r:.80}"
+            found = f"the keys {list(message)}" if isinstance(message, dict) else repr(message)[:80]
             raise UserError("a message must have exactly a role and a content", f"found {found}",
                             'write {"role": "user", "content": "..."}')
         content = message["content"]
         if not isinstance(content, str):
-            raise UserError("the content of a message must be a text", f"found {type(content).__name__} in a message of "
-                            f"{message['role']!r}", "pass a string")
+            raise UserError("the content of a message must be a text",
+                            f"found {type(content).__name__} in a message of {message['role']!r}", "pass a string")
         body = self.tokenizer.encode(content.strip() if strip else content)
         return [*self.encode_header(message["role"]), *body, self._eot]
 

@@ -91,7 +91,8 @@ def _sentencepiece(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode("utf-8")
 
 
-def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict, config: dict) -> int | None:
+def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict,
+            config: dict) -> int | None:
     plain, whole = library.encode("a", add_special_tokens=False).ids, library.encode("a", add_special_tokens=True).ids
     if whole[:len(plain)] != plain:                         # tokenizer.json's own template puts something first
         return whole[0]

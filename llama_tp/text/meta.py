@@ -16,8 +16,8 @@ from llama_tp.text.token_table import Tokenizer
 
 N_SPECIALS = 256
 _NAMED = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-          "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
-          "<|python_tag|>", "<|image|>")
+          "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
+          "<|eot_id|>", "<|python_tag|>", "<|image|>")
 SPECIALS = _NAMED + tuple(f"<|reserved_special_token_{2 + i}|>" for i in range(N_SPECIALS - len(_NAMED)))
 BOS, EOS, EOM, EOT = 0, 1, 8, 9         # positions after the last base token
 

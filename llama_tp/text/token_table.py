@@ -36,7 +36,7 @@ class Tokenizer:
         return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without the specials; bytes that are no UTF-8 become U+FFFD. Raises UserError as `token_bytes`."""
+        """Text of `ids` without the specials; bytes that are no UTF-8 become U+FFFD. UserError for an unknown id."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -33,17 +33,18 @@ def open_tokenizer(path: str | None, ckpt_dir: str) -> Tokenizer:
                         "give --tokenizer_path a tokenizer.model, a tokenizer.json or a folder that holds one")
     if not candidates:
         names = sorted(entry.name for entry in place.iterdir())
-        raise UserError(f"no tokenizer in {place}", f"looked for {', '.join(PLACES[:3])}; the folder has "
-                        f"{', '.join(names[:10]) or 'no files'}", "download tokenizer.model into it or give --tokenizer_path")
+        raise UserError(f"no tokenizer in {place}",
+                        f"looked for {', '.join(PLACES[:3])}; the folder has {', '.join(names[:10]) or 'no files'}",
+                        "download tokenizer.model into it or give --tokenizer_path")
     for file in candidates:
         data = _read(file)
         if _is_sentencepiece(data):                         # HF folders of Llama 2 keep a tokenizer.json beside it
             continue
-        folders = [file.parent, Path(ckpt_dir)]
+        beside, ckpt = [file.parent, Path(ckpt_dir)], [Path(ckpt_dir), file.parent]     # where to look first
         if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            return HfTokenizer(data, str(file), _settings("tokenizer_config.json", folders),
-                               _settings("generation_config.json", folders[::-1]), _settings("config.json", folders[::-1]))
-        return TiktokenTokenizer(data, str(file), stop_at_eom=_is_llama_3_1(_settings("params.json", folders[::-1])))
+            return HfTokenizer(data, str(file), _settings("tokenizer_config.json", beside),
+                               _settings("generation_config.json", ckpt), _settings("config.json", ckpt))
+        return TiktokenTokenizer(data, str(file), stop_at_eom=_is_llama_3_1(_settings("params.json", ckpt)))
     raise UserError(f"{candidates[0]} is a sentencepiece tokenizer (Llama 1 and 2), which llama_tp does not read",
                     "no tokenizer.json beside it",
                     "use a Llama 3 checkpoint, or write a tokenizer.json with transformers: "
@@ -75,7 +76,7 @@ def _read(file: Path) -> bytes:
         raise UserError(f"{file} is a Git LFS pointer, not the file itself", f"{len(data)} bytes",
                         "run `git lfs pull` in that folder")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{file} is a web page, not a tokenizer", f"it begins with {data[:40]!r}",
+        raise UserError(f"{file} is a web page, not the file itself", f"it begins with {data[:40]!r}",
                         "download it again: is HF_TOKEN set and the licence accepted?")
     return data
 
@@ -93,7 +94,8 @@ def _settings(name: str, folders: list[Path]) -> dict:
             try:
                 found = json.loads(_read(folder / name).decode("utf-8-sig"))
             except ValueError as error:
-                raise UserError(f"{folder / name} is not JSON", str(error), "correct the file or download it again") from None
+                raise UserError(f"{folder / name} is not JSON", str(error),
+                                "correct the file or download it again") from None
             if not isinstance(found, dict):
                 raise UserError(f"{folder / name} must hold a JSON object", f"found a {type(found).__name__}",
                                 "correct the file or download it again")

@@ -12,8 +12,8 @@ from llama_tp.text.tokenizer import open_tokenizer
 
 # Every word becomes a token by way of its prefixes. Chosen for what streams and chats trip over: tokens that end within
 # a character (three bytes of an emoji, two of a kanji), that hold several characters, that look like a stop string.
-WORDS = ["the", " the", "ing", "hello", " world", "STOP", "xSTOPy", "user", "assistant", "\n\n", "    ", "ab", "abc", "\u00e9\u00e9",
-         b"\xf0\x9f\x98", "\u65e5\u672c".encode()[:4]]
+WORDS = ["the", " the", "ing", "hello", " world", "STOP", "xSTOPy", "user", "assistant", "\n\n", "    ", "ab", "abc",
+         "\u00e9\u00e9", b"\xf0\x9f\x98", "\u65e5\u672c".encode()[:4]]
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from tests.text.texts import SPECIAL
 
-DIALOGS = st.lists(st.fixed_dictionaries({
-    "role": st.sampled_from(["system", "user", "assistant", "tool"]),
-    "content": st.text(max_size=30) | st.sampled_from(["", "\n", "  padded  ", "\n\nnewlines first", SPECIAL])}), max_size=5)
+CONTENTS = st.text(max_size=30) | st.sampled_from(["", "\n", "  padded  ", "\n\nnewlines first", SPECIAL])
+ROLES = st.sampled_from(["system", "user", "assistant", "tool"])
+DIALOGS = st.lists(st.fixed_dictionaries({"role": ROLES, "content": CONTENTS}), max_size=5)
 
 
 @pytest.fixture(scope="session")
@@ -60,9 +60,9 @@ def test_works_on_a_tiny_tokenizer(tiny):
 @pytest.mark.parametrize("dialog, says", [
     ([{"role": "admin", "content": ""}], "unknown role.*'admin'.*system, user"),
     ([{"role": ["user"], "content": ""}], "unknown role"),
-    ([{"role": "user"}], "exactly a role and a content.*the keys role"),
+    ([{"role": "user"}], "exactly a role and a content.*the keys .'role'"),
     ([{"role": "user", "content": "", "tool_calls": []}], "exactly a role and a content.*tool_calls"),
-    ([{}], "the keys none"),
+    ([{}], "the keys .."),
     (["hello"], "exactly a role and a content.*'hello'"),
     ([{"role": "user", "content": None}], "must be a text.*NoneType in a message of 'user'"),
     ([{"role": "user", "content": ["a"]}], "must be a text.*list"),

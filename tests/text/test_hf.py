@@ -12,8 +12,7 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.meta import SPECIALS, SPLIT
 from llama_tp.text.tokenizer import open_tokenizer
-from tests.text.test_tokenizer import SENTENCEPIECE
-from tests.text.texts import SHORT, SPECIAL
+from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL
 
 tokenizers = pytest.importorskip("tokenizers", reason="the hf extra")
 transformers = pytest.importorskip("transformers", reason="oracle: fast tokenizers, and the converter from tiktoken")

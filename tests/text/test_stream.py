@@ -102,3 +102,14 @@ def test_what_is_kept_does_not_grow(tiny):
 def test_empty_stop_string(tiny):
     with pytest.raises(UserError, match="must not be empty"):
         TextStream(tiny, ["a", ""])
+
+
+def test_stop_strings_heeded_later(tiny):
+    """As for min_tokens: what has gone out stays out, what comes is watched."""
+    stream = TextStream(tiny)
+    out = stream.push(tiny.encode("STOP ST"))
+    stream.heed(["STOP"])
+    out += stream.push(tiny.encode("OP STO")) + stream.push(tiny.encode("P the")) + stream.finish()
+    assert (out, stream.stopped) == ("STOP STOP ", "STOP")
+    with pytest.raises(UserError, match="must not be empty"):
+        stream.heed("")
