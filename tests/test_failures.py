@@ -1,0 +1,97 @@
+"""A rank that raises, dies, stops or hangs ends the whole job: soon, with a non-zero code and one clear message."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import free_port, torchrun
+
+DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
+FAULTS = str(Path(__file__).parent / "scripts" / "faults")
+ENDLESS = ["-m", "llama_tp.generate", "--ckpt_dir", str(DEMO), "--prompt", "ROMEO:", "--ignore_eos", "--device", "cpu",
+           "--max_seq_len", "512", "--max_batch_size", "2", "--n", "2000"]
+
+
+def errors(job) -> list[str]:
+    return [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+
+
+def generating(job) -> None:
+    """Waits until the job has loaded and written some text."""
+    deadline = time.monotonic() + 60
+    while len(job.stdout) < 40:
+        assert job.process.poll() is None, job.stderr
+        assert time.monotonic() < deadline, job.stderr
+        time.sleep(0.05)
+    job.pids()
+
+
+def ended(job, within: float) -> str:
+    """The job's one error message, once it has ended in time with a non-zero code and left no rank behind."""
+    started = time.monotonic()
+    assert job.wait(within + 20) != 0
+    assert time.monotonic() - started < within, f"took {time.monotonic() - started:.0f} s"
+    assert not job.left_over(within=5)
+    assert len(errors(job)) == 1, job.stderr
+    return errors(job)[0]
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_rank_ends_the_job(rank):
+    with torchrun(2, ENDLESS) as job:
+        generating(job)
+        os.kill(job.pids()[rank], signal.SIGKILL)
+        assert f"rank {rank} " in (message := ended(job, 30)) and "died" in message
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_stopped_rank_ends_the_job(rank):
+    with torchrun(2, [*ENDLESS, "--step_timeout", "4"]) as job:
+        generating(job)
+        os.kill(job.pids()[rank], signal.SIGSTOP)
+        assert f"rank {rank} " in (message := ended(job, 34)) and "stopped answering" in message
+
+
+def test_a_killed_torchrun_leaves_no_rank_behind():
+    with torchrun(2, ENDLESS) as job:
+        generating(job)
+        os.kill(job.process.pid, signal.SIGKILL)
+        assert not job.left_over(within=10)
+
+
+@pytest.mark.parametrize("fault, says", [
+    ("1:load:raise", "rank 1: ValueError: a fault was planted here"),
+    ("1:step:raise", "rank 1: ValueError: a fault was planted here"),
+    ("0:step:raise", "rank 0: ValueError: a fault was planted here"),
+    ("1:step:hang", "hangs"),
+    ("1:load:exit", "died during load"),
+])
+def test_a_faulty_rank_ends_the_job(fault, says):
+    path = os.pathsep.join([FAULTS, *filter(None, [os.environ.get("PYTHONPATH")])])
+    with torchrun(2, [*ENDLESS, "--step_timeout", "4", "--load_timeout", "30"], env={"FAULT": fault, "PYTHONPATH": path}) as job:
+        while not job.pids():
+            time.sleep(0.05)
+        assert says in ended(job, 45)
+
+
+def test_two_nodes_on_one_host():
+    """Two torchrun agents, one rank each, write the text of one torchrun with two ranks; only rank 0 prints."""
+    port = free_port()
+    args = ["-m", "llama_tp.generate", "--ckpt_dir", str(DEMO), "--prompt", "ROMEO:", "--temperature", "0", "--max_gen_len", "20",
+            "--device", "cpu", "--deterministic"]
+
+    def options(node: int) -> list[str]:
+        return ["--nnodes", "2", "--node_rank", str(node), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+    with torchrun(1, args, options=options(0)) as first, torchrun(1, args, options=options(1)) as second:
+        assert first.wait(90) == 0, first.stderr
+        assert second.wait(30) == 0, second.stderr
+        text = first.stdout
+        assert second.stdout == "" and len(text) > 20
+    with torchrun(2, args) as one:
+        assert one.wait(90) == 0
+        assert one.stdout == text
+
