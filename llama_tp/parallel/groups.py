@@ -6,14 +6,19 @@ to know: what is computed (model), what is sent (collectives) and whether the ot
 """
 
 import contextlib
+import ctypes
 import functools
 import io
 import os
 import re
+import signal
 import socket
+import sys
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,6 +30,8 @@ from llama_tp.spec.errors import UserError
 # Workers wait for the next step on the control group while a user thinks: that wait must never run out by itself.
 CONTROL_TIMEOUT = timedelta(days=365)
 CLOSE_TIMEOUT_S = 20
+LAUNCHER_TIMEOUT_S = 30
+PR_SET_PDEATHSIG = 1            # linux/prctl.h
 
 
 @dataclass
@@ -82,7 +89,7 @@ class Launch:
     port: int
 
 
-def read_launch(env: dict[str, str]) -> Launch | None:
+def read_launch(env: Mapping[str, str]) -> Launch | None:
     """Reads torchrun's variables, else Slurm's; None if this is a plain process (one rank).
 
     Raises:
@@ -131,7 +138,7 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     Raises:
         UserError: wrong launch, no such device, or other ranks that do not come.
     """
-    launch = read_launch(dict(os.environ))
+    launch = read_launch(os.environ)
     world = launch.world if launch else 1
     if model_parallel_size not in (None, world):
         raise UserError(f"model_parallel_size is {model_parallel_size}", f"{world} rank(s) were started",
@@ -140,11 +147,11 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
         return single_rank(pick_device(device, 0))
     where = pick_device(device, launch.local_rank)
     set_threads(launch.local_size)
+    end_with_launcher()
     if launch.n_nodes == 1:
         listen_on_loopback()
     timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=timeout))
-    store.set_timeout(timeout)
+    store = open_store(launch, timeout)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
                             rank=launch.rank, world_size=launch.world, timeout=timeout)
     with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
@@ -184,8 +191,32 @@ def pick_device(wanted: str | torch.device | None, local_rank: int) -> torch.dev
     return torch.device("cuda", index)
 
 
+def open_store(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The key-value store of the launch, through which ranks first find each other."""
+    where = f"{launch.master}:{launch.port}"
+    os.environ.update(MASTER_ADDR=launch.master, MASTER_PORT=str(launch.port))      # Slurm does not set them
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's own store is there before its ranks are. If torchrun has been killed meanwhile, torch would
+            # go on knocking until the timeout; a refused connection says so at once.
+            socket.create_connection((launch.master, launch.port), timeout=LAUNCHER_TIMEOUT_S).close()
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=timeout))
+    except (OSError, dist.DistError) as error:
+        raise UserError(f"rank {launch.rank} does not reach the launch's store at {where}", str(error).split("\n")[0],
+                        "check that torchrun still runs, and that every node can reach that address") from error
+    store.set_timeout(timeout)
+    return store
+
+
+def end_with_launcher() -> None:
+    """Has Linux send SIGTERM when torchrun dies: it starts each rank in a session of its own and, killed, leaves them
+    behind. Elsewhere health notices, once it watches."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
 def set_threads(local_size: int) -> None:
-    """Divides the cores among the ranks of this node.
+    """Divides the cores among the ranks of this node; a rank alone keeps torch's own choice.
 
     torchrun sets OMP_NUM_THREADS=1 when the user has not, which then looks like the user's own wish: it is ignored,
     and LLAMA_TP_THREADS is the way to choose.
@@ -193,7 +224,24 @@ def set_threads(local_size: int) -> None:
     wanted = os.environ.get("LLAMA_TP_THREADS", "")
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
         raise UserError("LLAMA_TP_THREADS is not a number of threads", repr(wanted), "set it to 1 or more, or unset it")
-    torch.set_num_threads(int(wanted) if wanted else max(1, os.cpu_count() // local_size))
+    if wanted:
+        torch.set_num_threads(int(wanted))
+    elif local_size > 1:
+        # Slurm binds each task to its own CPUs if it was asked for some: then what we may use is ours alone.
+        alone = "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+        torch.set_num_threads(max(1, usable_cores() // (1 if alone else local_size)))
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: its CPU affinity, hyperthreads counted once, and the cgroup's quota."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = set()
+    for cpu in cpus:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else cpu)
+    limit = Path("/sys/fs/cgroup/cpu.max")                  # cgroup v2, as containers see it: "200000 100000" or "max ..."
+    quota = limit.read_text().split() if limit.exists() else ["max"]
+    return len(cores) if quota[0] == "max" else max(1, min(len(cores), int(quota[0]) // int(quota[1])))
 
 
 def listen_on_loopback() -> None:

@@ -16,7 +16,6 @@ import hmac
 import json
 import math
 import os
-import re
 import secrets
 import selectors
 import signal
@@ -24,29 +23,28 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from llama_tp.parallel import log
+from llama_tp.parallel.ending import kill_here, leave
 from llama_tp.parallel.groups import Ranks
-from llama_tp.parallel.verdict import Seen, Sign, silent, verdict
-from llama_tp.spec.errors import UserError
+from llama_tp.parallel.line import Line, call, listen
+from llama_tp.parallel.verdict import Seen, Sign, describe, is_echo, silent, verdict
 
 BEAT_S = 1.0            # between two signs of life
 WINDOW_S = 1.0          # from the first symptom to the verdict: a cause may be heard after its effects
 SIGNALLED_S = 2.0       # a driver told to end by a signal still explains what it has just seen, then leaves
 FAIL_WAIT_S = 10.0      # a failed rank waits this long for the driver's verdict before it speaks for itself
-ERROR_CHARS = 20_000    # of a traceback, its end
-LINE_BYTES = 1 << 18    # longest message: an error of ERROR_CHARS in JSON, with room
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)    # torchrun passes on the one that it got
 
 
 class Watch:
     """Watches over the ranks from its construction to `close`; every rank makes one, right after `init_ranks`.
 
-    With a single rank there is nobody to wait for: then nothing is started, and errors simply propagate.
+    With a single rank there is nobody to wait for: then nothing is started, and errors simply propagate. With more,
+    SIGTERM, SIGINT and SIGHUP end the rank quietly, even out of a collective, unless they have handlers already; and
+    an exception that nobody catches is a `fail`.
 
     Args:
         ranks: this rank.
@@ -99,9 +97,9 @@ class Watch:
     def fail(self, error: BaseException) -> NoReturn:
         """Ends the job because of `error`: one message from the driver, exit code 1 on every rank, within 10 s.
 
-        With a single rank, raises it.
+        With a single rank, or after `close`, raises it.
         """
-        if self._thread is None:
+        if self._thread is None or self._left:
             raise error
         self._echo, self._error = is_echo(error), describe(error)
         self._ring()
@@ -112,21 +110,21 @@ class Watch:
         """Says good-bye and stops watching. Peers that still count on this rank will end with an error."""
         if self._thread is None or self._left:
             return
-        self._left = True
-        self._ring()
-        self._thread.join(5 * BEAT_S)
-        atexit.unregister(self.close)
-        sys.excepthook = self._hook
-        if self._handlers:
+        if self._handlers and threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(-1)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
+        sys.excepthook = self._hook
+        atexit.unregister(self.close)
+        self._left = True
+        self._ring()
+        self._thread.join(5 * BEAT_S)
 
     def __enter__(self) -> "Watch":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is not None and self._thread is not None and not isinstance(error, SystemExit):
+        if error is not None and not isinstance(error, SystemExit) and self._thread is not None:
             self.fail(error)
         self.close()
 
@@ -146,17 +144,17 @@ class Watch:
         key = f"llama_tp/watch/{ranks.tally.watches}"
         ranks.tally.watches += 1
         if ranks.is_driver:
-            self._listener, address = listen(ranks)
+            self._listener, host, port = listen(ranks)
             self._token = secrets.token_hex(16)
             self._selector.register(self._listener, selectors.EVENT_READ, self._on_connect)
-            ranks.store.set(key, json.dumps([*address, self._token, self._me.pid, self._me.host]))
+            ranks.store.set(key, json.dumps([host, port, self._token, self._me.pid, self._me.host]))
         else:                                               # the store makes us wait for a driver that is late
             host, port, token, self._table[0].pid, self._table[0].host = json.loads(ranks.store.get(key))
-            line = Line(socket.create_connection((host, port), timeout=30), rank=0)
+            line = call(host, port)
             line.send([token, ranks.rank, self._me.pid, self._me.host])
             self._lines[0] = line
             self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
-        self._handlers = {}
+        self._handlers = {}                                 # what was there before ours
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -206,8 +204,11 @@ class Watch:
     def _judge(self, now: float) -> None:
         """Ends this process once something has been wrong for WINDOW_S, or soon after a signal asked for it."""
         driver = self._table[0]
-        alone = driver.lost or driver.sign.left
-        table = self._table if self.ranks.is_driver else [driver, self._me] if alone else [driver]
+        if self.ranks.is_driver:
+            table = self._table
+        else:                                               # the driver judges this rank, as long as it is there
+            alone = (driver.lost or driver.sign.left) and not self._signal
+            table = [driver, self._me] if alone else [driver]
         cause = verdict(table, now, self.step_timeout_s)
         if cause is None:
             self._noticed_at = None
@@ -236,38 +237,42 @@ class Watch:
             self._bell.send(b"\0")
 
     def _on_bell(self) -> None:
-        for number in self._ear.recv(4096):                 # a zero from `_ring`, or a signal's number
-            if number and not self._signal:
+        for number in self._ear.recv(4096):                 # a zero from `_ring`, or the number of any signal
+            if number in self._handlers and not self._signal:
                 self._signal, self._signalled_at = number, time.monotonic()
 
     def _on_connect(self) -> None:
-        line = Line(self._listener.accept()[0], rank=-1)
+        line = Line(self._listener.accept()[0])
         self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
 
-    def _on_line(self, line: "Line") -> None:
+    def _on_line(self, line: Line) -> None:
         messages = line.receive()
         if messages is None:
-            self._selector.unregister(line.sock)
-            if line.rank >= 0:
+            self._hang_up(line)
+            if line.rank is not None:
                 self._table[line.rank].lost = True
             return
         for message in messages:
-            if line.rank < 0:
-                self._greet(line, message)
-            else:
+            if line.rank is not None:
                 self._hear(self._table[line.rank], message)
+            elif not self._greet(line, message):
+                self._hang_up(line)
+                return
 
-    def _greet(self, line: "Line", message: object) -> None:
+    def _hang_up(self, line: Line) -> None:
+        self._selector.unregister(line.sock)
+        line.sock.close()
+
+    def _greet(self, line: Line, message: object) -> bool:
         """The first line of a worker: the launch's token, its rank, pid and host. Anybody else is cut off."""
-        good = isinstance(message, list) and len(message) == 4 and hmac.compare_digest(str(message[0]), self._token)
-        if not good or message[1] not in range(1, self.ranks.tp):
-            self._selector.unregister(line.sock)
-            line.sock.close()
-            return
+        if not (isinstance(message, list) and len(message) == 4
+                and hmac.compare_digest(str(message[0]).encode(), self._token.encode())):
+            return False
         line.rank = message[1]
         seen = self._table[line.rank]
         seen.pid, seen.host, seen.heard = message[2], message[3], time.monotonic()
         self._lines[line.rank] = line
+        return True
 
     def _hear(self, seen: Seen, message: dict) -> None:
         seen.heard = time.monotonic()
@@ -278,68 +283,9 @@ class Watch:
         self._lowest = message.get("lowest", self._lowest)
 
 
-class Line:
-    """JSON lines over a socket. A peer that does not read is not waited for: its messages are dropped."""
-
-    def __init__(self, sock: socket.socket, rank: int):
-        self.sock, self.rank, self._buffer = sock, rank, b""
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.settimeout(0.5)
-
-    def send(self, message: object) -> None:
-        with contextlib.suppress(OSError):
-            self.sock.sendall(json.dumps(message).encode() + b"\n")
-
-    def receive(self) -> list | None:
-        """The messages that have come in; None once the peer has gone, or talks nonsense."""
-        try:
-            data = self.sock.recv(1 << 16)
-            *lines, self._buffer = (self._buffer + data).split(b"\n")
-            messages = [json.loads(line) for line in lines]
-        except TimeoutError:
-            return []
-        except (OSError, ValueError):
-            return None
-        return messages if data and len(self._buffer) <= LINE_BYTES else None
-
-
-def listen(ranks: Ranks) -> tuple[socket.socket, tuple[str, int]]:
-    """The driver's listening socket: on the loopback when all ranks are on this machine, else on every interface."""
-    host = "127.0.0.1" if ranks.n_nodes == 1 else ""
-    sock = socket.create_server((host, 0), backlog=ranks.tp)
-    return sock, (host or ranks.master, sock.getsockname()[1])
-
-
-def kill_here(stopped: list) -> None:
-    """Ends processes that were stopped, if they are on this host."""
-    for pid, host in stopped:
-        if pid and host == socket.gethostname() and pid != os.getpid():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def leave(code: int, text: str) -> NoReturn:
-    """Ends this process at once: no collective, no teardown, no exit handlers, any of which may hang."""
-    if text:
-        log.write(f"error: {text}\n")
-    os._exit(code)
-
-
-def describe(error: BaseException) -> str:
-    """What to print of an error: a UserError's sentence, or the end of anything else's traceback."""
-    if isinstance(error, UserError):
-        return str(error)
-    trace = "".join(traceback.format_exception(error))
-    return f"{type(error).__name__}: {error}\n{trace[-ERROR_CHARS:]}".rstrip()
-
-
-def is_echo(error: BaseException) -> bool:
-    """Whether the error only says that another rank went away, as gloo and NCCL put it."""
-    return isinstance(error, (RuntimeError, OSError)) and re.search(
-        r"onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL communicator|peer", str(error)) is not None
-
-
 def place(thread: int) -> str:
-    """Where a thread is: "file.py:12 in function"."""
+    """Where a thread is in somebody's code, not torch's: "file.py:12 in function"."""
     frame = sys._current_frames().get(thread)
+    while frame and frame.f_back and "/torch/" in frame.f_code.co_filename:
+        frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else ""

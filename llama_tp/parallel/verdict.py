@@ -5,7 +5,17 @@ process. Refuses to know how signs travel and what happens to the job (health).
 """
 
 import math
+import re
+import traceback
 from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+from llama_tp.spec.errors import UserError
+
+ERROR_CHARS = 20_000    # of a traceback, its end
+# How gloo and NCCL put it, in plain RuntimeErrors, when another rank has gone or does not come.
+ECHO = re.compile(r"gloo|NCCL|connection (closed|reset|refused|was)|timed out waiting|broken pipe", re.IGNORECASE)
 
 # A rank that has left cleanly may do so a moment before its peers end the same step; then it is their turn to worry.
 LEFT_GRACE_S = 10.0
@@ -94,6 +104,20 @@ def verdict(table: list[Seen], now: float, idle_limit_s: float) -> Cause | None:
             causes.append(Cause(4, _silent(seen, now)))
     causes += [cause for cause in (_left(table, now), _stuck(table, now)) if cause]
     return min(causes, key=lambda cause: cause.weight, default=None)
+
+
+def describe(error: BaseException) -> str:
+    """What to print of an error: a UserError's sentence, or the end of anything else's traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    trace = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {error}\n{trace[-ERROR_CHARS:]}".rstrip()
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another rank went away: then that rank's own story is the one to tell."""
+    return isinstance(error, (dist.DistError, ConnectionError)) or (
+        isinstance(error, RuntimeError) and ECHO.search(str(error)) is not None)
 
 
 def silent(table: list[Seen], now: float) -> list[Seen]:

@@ -1,0 +1,34 @@
+"""How a process ends when its job has failed: last words, then out. Refuses to know why (verdict) and when (health)."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from typing import NoReturn
+
+from llama_tp.parallel import log
+
+WRITE_S = 2.0           # for last words: a terminal or pipe that nobody reads must not keep the process
+
+
+def kill_here(stopped: list) -> None:
+    """Ends processes that do not answer, if they are on this host."""
+    for pid, host in stopped:
+        if pid and host == socket.gethostname() and pid != os.getpid():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def leave(code: int, text: str) -> NoReturn:
+    """Ends this process at once: no collective, no teardown, no exit handlers, any of which may hang."""
+    def last_words() -> None:
+        sys.stdout.flush()
+        if text:
+            log.write(f"error: {text}\n")
+
+    speaker = threading.Thread(target=last_words, daemon=True)
+    speaker.start()
+    speaker.join(WRITE_S)
+    os._exit(code)
