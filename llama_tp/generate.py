@@ -17,7 +17,7 @@ def main(
     chat: bool = False, system: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
     max_gen_len: int | None = None, min_tokens: int = 0, temperature: float = 0.6, top_p: float = 0.9, top_k: int = 0,
     min_p: float = 0.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-    logit_bias: tuple[str, ...] = (), seed: int = 1, n: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
+    logit_bias: tuple[str, ...] = (), seed: int = 1, n_samples: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
     ignore_eos: bool = False, echo: bool = False, logprobs: int | None = None, json: bool = False, quiet: bool = False,
     device: str | None = None, dtype: str | None = None, deterministic: bool = False, rope_factor: float | None = None,
     prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
@@ -56,7 +56,7 @@ def main(
         frequency_penalty: the same for each time they were
         logit_bias: ID:BIAS adds BIAS to the logit of token ID
         seed: of all draws
-        n: samples of each prompt
+        n_samples: samples of each prompt
         stop: end before this text
         stop_ids: end at this token id
         ignore_eos: do not end at the tokenizer's stop ids
@@ -88,7 +88,7 @@ def main(
     params = SamplingParams(
         max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-        logit_bias=biases_of(logit_bias), n=n, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos, logprobs=logprobs,
+        logit_bias=biases_of(logit_bias), n=n_samples, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos, logprobs=logprobs,
         prompt_logprobs=logprobs if echo else None)
     engine = build(EngineOptions(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,

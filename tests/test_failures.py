@@ -12,7 +12,7 @@ from tests.ranks import free_port, torchrun
 DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
 ENDLESS = ["-m", "llama_tp.generate", "--ckpt_dir", str(DEMO), "--prompt", "ROMEO:", "--ignore_eos", "--device", "cpu",
-           "--max_seq_len", "512", "--max_batch_size", "2", "--n", "2000"]
+           "--max_seq_len", "512", "--max_batch_size", "2", "--n_samples", "100"]
 
 
 def errors(job) -> list[str]:

@@ -1,0 +1,323 @@
+"""Ranks that fail in real processes: how soon all are gone, with which code, and what is said, once.
+
+Most ranks here are forked from a server that has imported torch already, so that a job takes a second to start; what
+depends on torchrun is tested under torchrun. tests/test_failures.py does the same to whole commands.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import torch
+
+from llama_tp.parallel.collectives import all_reduce, barrier
+from llama_tp.parallel.groups import close, init_ranks, single_rank
+from llama_tp.parallel.health import Watch
+from llama_tp.spec.errors import UserError
+from tests.ranks import ROOT, free_port, is_alive, torchrun
+
+STEP_S, LOAD_S = 2.0, 4.0
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.parallel.test_health"])
+
+
+def rank_main() -> None:
+    """A rank: loads for a moment, then takes steps for ever, unless FAULT ("rank:place:action; ...") says otherwise."""
+    ranks = init_ranks("cpu", timeout_s=60)
+    faults = [fault.strip().split(":") for fault in os.environ.get("FAULT", "").split(";") if fault]
+
+    def strike(place: str) -> None:
+        for rank, where, action in faults:
+            if where == place and rank in (str(ranks.rank), "*"):
+                {"raise": raise_value_error, "refuse": refuse, "exit": lambda: os._exit(7), "hang": hang, "stop": stop_me,
+                 "idle": lambda: time.sleep(2.5 * STEP_S), "home": go_home}[action]()
+
+    with contextlib.suppress(GoHome), Watch(ranks, STEP_S, LOAD_S) as watch:
+        with watch.busy("load", watch.load_timeout_s):
+            strike("load")
+            barrier(ranks)
+        for n in range(1, int(os.environ.get("STEPS", "100000"))):
+            watch.progress(1 + n // 10, n)
+            with watch.busy(f"step {n}"):
+                strike(f"step {n}")
+                all_reduce(torch.ones(4), ranks)
+            if n == 5 and ranks.is_driver:
+                print("running", file=sys.stderr, flush=True)
+            strike(f"after {n}")
+            time.sleep(0.01)
+        strike("end")
+    close(ranks)
+
+
+class GoHome(SystemExit):
+    """Leaves the `with` in good order."""
+
+
+def raise_value_error():
+    raise ValueError("boom")
+
+
+def refuse():
+    raise UserError("the weights are odd", "3 of them", "get even ones")
+
+
+def hang():
+    time.sleep(1000)
+
+
+def stop_me():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def go_home():
+    raise GoHome(0)
+
+
+class Job:
+    """tp forked ranks; their output in one file each, as a launcher would collect it."""
+
+    def __init__(self, tp: int, folder, **env):
+        self.folder, port = folder, free_port()
+        self.ranks = [server.Process(target=forked_rank, args=(rank, tp, port, str(folder), env)) for rank in range(tp)]
+        for process in self.ranks:
+            process.start()
+
+    @property
+    def stderr(self) -> str:
+        return "".join(path.read_text() for path in sorted(self.folder.glob("stderr*")))
+
+    def running(self) -> None:
+        deadline = time.monotonic() + 30
+        while "running" not in self.stderr:
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.02)
+
+    def codes(self, within: float) -> list[int]:
+        """The ranks' exit codes, once all have ended in time."""
+        deadline = time.monotonic() + within
+        for process in self.ranks:
+            process.join(max(0.0, deadline - time.monotonic()))
+        assert not any(process.is_alive() for process in self.ranks), f"not gone after {within} s: {self.stderr}"
+        return [process.exitcode for process in self.ranks]
+
+    def message(self) -> str:
+        """What the job said, which must be one error."""
+        said = self.stderr.replace("running\n", "")
+        assert said.count("error: ") == 1 and said.startswith("error: "), said
+        return said.removeprefix("error: ").rstrip()
+
+
+def forked_rank(rank: int, tp: int, port: int, folder: str, env: dict) -> None:
+    for fd, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LLAMA_TP_THREADS="1", **env)
+    rank_main()
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Starts jobs, and sees to it that nothing is left of them."""
+    jobs = []
+
+    def start(tp=2, **env) -> Job:
+        jobs.append(Job(tp, tmp_path, **env))
+        return jobs[-1]
+    yield start
+    for process in [process for each in jobs for process in each.ranks]:
+        process.kill()
+        process.join(10)
+
+
+def test_a_good_end_is_quiet(job):
+    """Also with a rank that comes home later, and with idle times beyond every timeout."""
+    good = job(3, STEPS="20", FAULT="*:after 7:idle;1:after 12:idle;0:end:idle")
+    assert good.codes(40) == [0, 0, 0]
+    assert good.stderr == "running\n"
+    assert not any(path.read_text() for path in good.folder.glob("stdout*")), "init must not write to stdout"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank(job, rank):
+    killed = job(3)
+    killed.running()
+    killed.ranks[rank].kill()
+    codes = killed.codes(8)
+    assert codes.pop(rank) == -9 and codes == [1, 1]
+    pid, host = killed.ranks[rank].pid, re.escape(socket.gethostname())
+    assert re.fullmatch(rf"rank {rank} \(pid {pid}, host {host}\) died( during step \d+)?: .*out of memory.*", killed.message())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_rank(job, rank):
+    stopped = job(FAULT=f"{rank}:step 9:stop")
+    codes = stopped.codes(STEP_S + 12)
+    assert codes[rank] == -9 and codes[1 - rank] == 1
+    assert re.match(rf"rank {rank} \(pid .*\) has stopped answering during step 9", stopped.message())
+
+
+def test_a_rank_that_raises(job):
+    raised = job(FAULT="1:step 9:raise")
+    assert raised.codes(15) == [1, 1]
+    assert raised.message().startswith("rank 1: ValueError: boom\nTraceback")
+    assert raised.message().count("Traceback") == 1 and "in raise_value_error" in raised.message()
+
+
+def test_ranks_that_all_refuse_speak_once(job):
+    refused = job(4, FAULT="*:load:refuse")
+    assert refused.codes(15) == [1] * 4
+    assert refused.message() == "rank 0: the weights are odd - 3 of them - get even ones"
+
+
+def test_a_rank_that_dies_while_loading(job):
+    died = job(FAULT="1:load:exit")
+    assert sorted(died.codes(15)) == [1, 7]
+    assert "rank 1 " in died.message() and "died during load" in died.message()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs(job, rank):
+    hung = job(FAULT=f"{rank}:step 9:hang")
+    assert hung.codes(STEP_S + 12) == [1, 1]
+    assert re.fullmatch(rf"rank {rank} \(.*\) hangs during step 9: rank {1 - rank} has waited in step 9 for . s "
+                        r"\(limit 2 s\); it is at test_health.py:\d+ in hang", hung.message())
+
+
+def test_a_rank_that_hangs_while_loading(job):
+    hung = job(FAULT="1:load:hang")
+    assert hung.codes(LOAD_S + 12) == [1, 1]
+    assert "rank 1 " in hung.message() and "hangs during load" in hung.message()
+
+
+def test_a_rank_that_does_not_make_a_call(job):
+    absent = job(FAULT="1:after 19:hang")
+    assert absent.codes(STEP_S + 12) == [1, 1]
+    assert re.match(r"rank 1 \(.*\) has not made call 3, in which rank 0 has waited", absent.message())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_leaves_early(job, rank):
+    left = job(FAULT=f"{rank}:after 9:home")
+    codes = left.codes(20)
+    assert codes[rank] == 0 and codes[1 - rank] == 1
+    assert left.message() == (f"rank {rank} has left, while rank {1 - rank} was still in step 10: "
+                              "every rank must make every call")
+
+
+def test_a_single_rank_told_to_end_is_named(job):
+    told = job()
+    told.running()
+    told.ranks[1].terminate()
+    assert told.codes(8) == [1, 1]
+    assert re.match(r"rank 1 \(.*\) was told to end by SIGTERM", told.message())
+
+
+def test_strangers_are_cut_off(job):
+    """Whoever connects without the launch's token is dropped, whatever it says, and nobody is disturbed."""
+    disturbed = job(STEPS="200")
+    disturbed.running()
+    port = listening_port(disturbed.ranks[0].pid)
+    for words in (b'["\xc3\xa9", 1, 2, "x"]\n', b"[[]]\n", b'{"leave": 9, "stopped": []}\n', b"\xff\n", b"x" * 300_000):
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+            with contextlib.suppress(ConnectionError):
+                stranger.sendall(words)
+                assert stranger.recv(100) == b""
+    assert disturbed.codes(20) == [0, 0] and disturbed.stderr == "running\n"
+
+
+def listening_port(pid: int) -> int:
+    """The port that `pid` listens on at the loopback's address only: health's, for the store listens everywhere."""
+    inodes = set()
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
+    ports = []
+    with open("/proc/net/tcp") as lines:
+        for line in list(lines)[1:]:
+            words = line.split()
+            address, port = words[1].split(":")
+            if words[3] == "0A" and address == "0100007F" and f"socket:[{words[9]}]" in inodes:
+                ports.append(int(port, 16))
+    return ports[-1] if len(ports) == 1 else health_among(ports)
+
+
+def health_among(ports: list[int]) -> int:
+    raise AssertionError(f"which of {ports} is health's?")
+
+
+def test_a_single_rank_watches_nobody():
+    handler, hook = signal.getsignal(signal.SIGTERM), sys.excepthook
+    with pytest.raises(ValueError, match="boom"), Watch(single_rank(), 0.01) as watch:
+        with watch.busy("step 1"):
+            time.sleep(0.1)
+        watch.fail(ValueError("boom"))
+    assert (signal.getsignal(signal.SIGTERM), sys.excepthook) == (handler, hook)
+
+
+# Under torchrun.
+
+def errors(launched) -> list[str]:
+    return [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "rank.py"
+    path.write_text("from tests.parallel.test_health import rank_main\nrank_main()\n")
+    return [str(path)]
+
+
+def test_torchrun_says_which_rank_was_killed(script):
+    """It ends the others within 0.1 s: the driver must find the time to explain."""
+    with torchrun(2, script) as launched:
+        launched.wait_for("running")
+        os.kill(launched.pids()[1], signal.SIGKILL)
+        assert launched.wait(20) != 0
+        assert not launched.left_over(within=1)
+        assert len(errors(launched)) == 1 and "rank 1 (pid" in errors(launched)[0] and "died" in errors(launched)[0]
+
+
+def test_a_killed_torchrun_takes_its_ranks_along(script):
+    with torchrun(2, script) as launched:
+        launched.wait_for("running")
+        os.kill(launched.process.pid, signal.SIGKILL)
+        assert not launched.left_over(within=10)
+        assert errors(launched) == [f"error: rank 0: torchrun (pid {launched.process.pid}) is gone"]
+
+
+def test_a_torchrun_killed_while_ranks_start_takes_them_along(script):
+    with torchrun(2, script) as launched:
+        while len(launched.pids()) < 2:
+            time.sleep(0.01)
+        os.kill(launched.process.pid, signal.SIGKILL)
+        assert not launched.left_over(within=15)
+
+
+def test_a_torchrun_told_to_end_ends_quietly(script):
+    with torchrun(2, script) as launched:
+        launched.wait_for("running")
+        launched.process.send_signal(signal.SIGINT)
+        launched.wait(15)
+        assert not launched.left_over(within=1) and errors(launched) == []
+
+
+def test_two_agents_as_two_nodes(script):
+    """Ranks on two nodes watch each other over the network; a death on one ends both."""
+    port = free_port()
+
+    def node(n):
+        return torchrun(1, script, options=["--nnodes", "2", "--node_rank", str(n), "--master_addr", "127.0.0.1",
+                                            "--master_port", str(port)])
+    with node(0) as first, node(1) as second:
+        first.wait_for("running")
+        second.pids()
+        os.kill(second.pids()[0], signal.SIGKILL)
+        assert first.wait(30) != 0 and second.wait(30) != 0
+        assert not first.left_over(within=1) and not second.left_over(within=1)
+        assert "rank 1 (pid" in errors(first)[0] and len(errors(first) + errors(second)) == 1
