@@ -3,8 +3,8 @@
     python checkpoints/train_demo.py --data some_text.txt --out checkpoints/demo
 
 A script, not a room: the model below is the plainest Llama that trains (no KV cache, no ranks). From llama_tp it takes
-only `spec`, so that the shards it writes are cut as the loader expects. The text is plays: speeches separated by an
-empty line, each beginning with "NAME:". The last tenth is held out, also from the tokenizer.
+only the config and the writer of shards. The text is plays: speeches separated by an empty line, each beginning with
+"NAME:". The last tenth is held out, also from the tokenizer.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import base64
 import json
 import math
 import os
+import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -22,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama_tp.checkpoint.save import save_meta
 from llama_tp.spec.config import ModelConfig, from_params
-from llama_tp.spec.weights import table
 
 # Llama 3's way to cut text into words before merging (the pattern is part of the format: llama-models `tokenizer.py`).
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -57,7 +58,12 @@ def train_bpe(text: str, n_merges: int) -> list[bytes]:
         for w in where.pop(best):
             for pair in zip(spelled[w], spelled[w][1:]):
                 pairs[pair] -= counts[w]
-            spelled[w] = merged(spelled[w], best, len(tokens) - 1)
+            shorter = []
+            for i in spelled[w]:
+                shorter.append(i)
+                if tuple(shorter[-2:]) == best:
+                    shorter[-2:] = [len(tokens) - 1]
+            spelled[w] = shorter
             for pair in zip(spelled[w], spelled[w][1:]):
                 pairs[pair] += counts[w]
                 where[pair].add(w)
@@ -65,35 +71,15 @@ def train_bpe(text: str, n_merges: int) -> list[bytes]:
     return tokens
 
 
-def merged(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
-    """`ids` with every occurrence of `pair`, from the left, replaced by `new`."""
-    out, i = [], 0
-    while i < len(ids):
-        hit = i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair
-        out.append(new if hit else ids[i])
-        i += 2 if hit else 1
-    return out
-
-
-def write_tokenizer(tokens: list[bytes], path: Path) -> None:
-    """Meta's tokenizer.model: a line "base64 rank" a token; the specials are not in the file."""
+def write_tokenizer(tokens: list[bytes], path: Path) -> tiktoken.Encoding:
+    """Meta's tokenizer.model: a line "base64 rank" a token, no specials. Returns the encoding read from that file."""
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-
-
-def read_tokenizer(path: Path) -> tiktoken.Encoding:
     lines = (line.split() for line in path.read_bytes().splitlines())
     return tiktoken.Encoding("demo", pat_str=SPLIT, mergeable_ranks={base64.b64decode(b): int(r) for b, r in lines},
                              special_tokens={})
 
 
 # -------------------------------------------------------------------------------------------------------- the model
-
-def rotary(config: ModelConfig, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position x frequency, each (length, E/2), fp32."""
-    freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    angles = torch.outer(torch.arange(length).float(), freqs)
-    return angles.cos(), angles.sin()
-
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns Meta's adjacent pairs (2i, 2i+1) of x (B, T, heads, E)."""
@@ -105,11 +91,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim, self.groups = config.head_dim, config.n_heads // config.n_kv_heads
-        self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
+        D, E = config.dim, config.head_dim
+        self.head_dim, self.groups = E, config.n_heads // config.n_kv_heads
+        self.wq, self.wo = nn.Linear(D, config.n_heads * E, bias=False), nn.Linear(config.n_heads * E, D, bias=False)
+        self.wk, self.wv = (nn.Linear(D, config.n_kv_heads * E, bias=False) for _ in range(2))
 
     def forward(self, x, cos, sin):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
@@ -122,9 +107,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w1, self.w3 = (nn.Linear(config.dim, config.ffn_dim, bias=False) for _ in range(2))
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
 
     def forward(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -153,9 +137,10 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.dropout = nn.Dropout(dropout)
-        cos, sin = rotary(config, config.max_context)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        freqs = config.rope_theta ** (-torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+        angles = torch.outer(torch.arange(config.max_context).float(), freqs)               # (max_context, E/2)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 last = name.endswith(("wo.weight", "w2.weight"))        # these add to the residual, 2 a layer
@@ -209,27 +194,22 @@ def held_out_windows(ids: torch.Tensor, starts: list[int], bos: int, batch: int,
         targets[:end - at] = ids[at:end]
         rows.append((inputs, targets))
         at = end
-    rows += [(torch.full((length,), bos), torch.full((length,), IGNORED))] * (-len(rows) % batch)   # one shape for all
     return [tuple(map(torch.stack, zip(*rows[i:i + batch]))) for i in range(0, len(rows), batch)]
 
 
 # ------------------------------------------------------------------------------------------------------- the output
 
 def write_weights(out: Path, config: ModelConfig, weights: dict[str, torch.Tensor], mp: int) -> None:
-    """consolidated.NN.pth x mp in bf16, cut as `spec.weights` says. Each file appears whole or not at all."""
-    for rank in range(mp):
-        shard = {}
-        for weight in table(config):
-            part, whole = weight.part(config, rank, mp), weights[weight.name].to(torch.bfloat16)
-            cut = whole if part.dim is None else whole.narrow(part.dim, part.start, part.stop - part.start)
-            shard[weight.name] = cut.clone(memory_format=torch.contiguous_format)   # a view would save all of it
-        path = out / f"consolidated.{rank:02d}.pth"
-        torch.save(shard, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+    """consolidated.NN.pth x mp in bf16. Each file is replaced when the new one is whole, so that a run that is
+    stopped leaves the best so far; `save_meta`'s params.json gives way to ours, which has Meta's own keys."""
+    with tempfile.TemporaryDirectory(dir=out) as new:
+        save_meta(new, config, {name: weight.to(torch.bfloat16) for name, weight in weights.items()}, mp)
+        for path in Path(new).glob("consolidated.*.pth"):
+            os.replace(path, out / path.name)
 
 
 @torch.no_grad()
-def sample(model: Llama, encoding, bos: int, prompt: str, n_tokens: int, temperature: float = 0.8, seed: int = 1) -> str:
+def sample(model: Llama, encoding, bos: int, prompt: str, n_tokens: int, temperature=0.8, seed=1) -> str:
     """Plain sampling without a cache; at most `max_context` tokens. Specials, which no text has, are never drawn."""
     model.eval()
     draw = torch.Generator().manual_seed(seed)
@@ -241,10 +221,10 @@ def sample(model: Llama, encoding, bos: int, prompt: str, n_tokens: int, tempera
 
 
 @torch.no_grad()
-def held_out_loss(model, windows: list, autocast) -> float:
+def held_out_loss(model: Llama, windows: list, bf16: bool) -> float:
     """Sum of nats over all held-out tokens."""
     model.eval()
-    with autocast():
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         total = sum(float(model(inputs, targets, "sum")) for inputs, targets in windows)
     model.train()
     return total
@@ -260,15 +240,14 @@ def flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the demo model on a text of plays.")
     parser.add_argument("--data", type=Path, required=True, help="UTF-8 text; its last tenth is held out")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/demo"))
-    for name, default in (("merges", 1000), ("dim", 256), ("layers", 4), ("heads", 8), ("kv-heads", 4), ("context", 512),
-                          ("shards", 2), ("steps", 3000), ("batch", 8), ("every", 150), ("patience", 5), ("threads", 2),
-                          ("seed", 1)):
+    for name, default in (("merges", 1000), ("dim", 256), ("layers", 4), ("heads", 8), ("kv-heads", 4),
+                          ("context", 512), ("shards", 2), ("steps", 2400), ("batch", 8), ("every", 200), ("patience", 4),
+                          ("threads", 2), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("lr", 2e-3), ("dropout", 0.15), ("decay", 0.1)):
+    for name, default in (("lr", 2e-3), ("dropout", 0.25), ("decay", 0.2)):
         parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--prompt", default="ROMEO:", help="what the sample at the end begins with")
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the CPU has AVX512-BF16 or AMX")
-    parser.add_argument("--compile", action="store_true", help="torch.compile; needs a C++ compiler")
     return parser.parse_args()
 
 
@@ -281,38 +260,36 @@ def main() -> None:
     text = args.data.read_text(encoding="utf-8")
     cut = text.index("\n\n", len(text) * 9 // 10) + 2
     tokens = train_bpe(text[:cut], args.merges)
-    write_tokenizer(tokens, args.out / "tokenizer.model")
-    encoding, bos = read_tokenizer(args.out / "tokenizer.model"), len(tokens)
+    encoding, bos = write_tokenizer(tokens, args.out / "tokenizer.model"), len(tokens)
     train, held = encoding.encode(text[:cut]), encoding.encode(text[cut:])
     if encoding.decode(train + held) != text:
         raise SystemExit("the tokenizer does not give the text back")
     held_bytes = len(text[cut:].encode())
-    print(f"{len(tokens)} tokens; train {len(train)}, held out {len(held)} ({held_bytes / len(held):.2f} bytes a token)")
 
-    params = {"dim": args.dim, "multiple_of": 64, "n_heads": args.heads, "n_kv_heads": args.kv_heads,
-              "n_layers": args.layers, "norm_eps": 1e-5, "rope_theta": 10000.0, "use_scaled_rope": False,
-              "vocab_size": len(tokens) + N_SPECIALS, "max_context": args.context}
+    def loss_text(nats: float) -> str:
+        return f"{nats / len(held):.4f} nats a token, {nats / held_bytes / math.log(2):.4f} bits a byte"
+
+    print(f"{len(tokens)} kinds of tokens; {len(train)} to train, {len(held)} held out ({held_bytes} bytes)")
+
+    params = {"dim": args.dim, "ffn_dim_multiplier": 1.0, "multiple_of": 64, "n_heads": args.heads,
+              "n_kv_heads": args.kv_heads, "n_layers": args.layers, "norm_eps": 1e-5, "rope_theta": 10000.0,
+              "use_scaled_rope": False, "vocab_size": len(tokens) + N_SPECIALS, "max_context": args.context}
     (args.out / "params.json").write_text(json.dumps(params, indent=2) + "\n")
     config = from_params(params)
     model = Llama(config, args.dropout)
     print(f"{config.n_params / 1e6:.2f} M parameters, ffn {config.ffn_dim}", flush=True)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.decay},
-                                   {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), fused=True)
-    compiled = torch.compile(model) if args.compile else model
-
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16, enabled=args.bf16)
-
+    groups = [{"params": [p for p in model.parameters() if p.dim() == dims], "weight_decay": decay}
+              for dims, decay in ((2, args.decay), (1, 0.0))]                           # norms do not decay
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     windows = held_out_windows(torch.tensor(held), speech_starts(held, tokens), bos, args.batch, args.context)
-    rows = batches(torch.tensor(train), torch.tensor(speech_starts(train, tokens)), bos, args.batch, args.context, args.seed)
+    rows = batches(torch.tensor(train), torch.tensor(speech_starts(train, tokens)), bos, args.batch, args.context,
+                   args.seed)
     best, best_step, began, running = math.inf, 0, time.monotonic(), 0.0
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        with autocast():
-            loss = compiled(*next(rows))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            loss = model(*next(rows))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -320,17 +297,17 @@ def main() -> None:
         running += float(loss.detach())
         if step % args.every and step != args.steps:
             continue
-        nats = held_out_loss(compiled, windows, autocast)
+        nats = held_out_loss(model, windows, args.bf16)
         if nats < best:
             best, best_step = nats, step
             write_weights(args.out, config, model.state_dict(), args.shards)
-        print(f"step {step:5d}  train {running / ((step - 1) % args.every + 1):.3f}  held out {nats / len(held):.4f} nats a token, "
-              f"{nats / held_bytes / math.log(2):.4f} bits a byte  {time.monotonic() - began:.0f} s", flush=True)
+        print(f"step {step:5d}  train {running / ((step - 1) % args.every + 1):.3f}  held out {loss_text(nats)}  "
+              f"{time.monotonic() - began:.0f} s", flush=True)
         running = 0.0
         if step - best_step >= args.patience * args.every:
             print(f"no better for {args.patience} looks: stopped")
             break
-    print(f"kept step {best_step}: {best / len(held):.4f} nats a token, {best / held_bytes / math.log(2):.4f} bits a byte")
+    print(f"kept step {best_step}: {loss_text(best)}")
     print(sample(model, encoding, bos, args.prompt, 300))
 
 
