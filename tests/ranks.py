@@ -26,8 +26,6 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
 from llama_tp.parallel.groups import close, init_ranks, single_rank
 
 ROOT = Path(__file__).parent.parent

@@ -239,7 +239,7 @@ def usable_cores() -> int:
     for cpu in cpus:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.exists() else cpu)
-    limit = Path("/sys/fs/cgroup/cpu.max")                  # cgroup v2, as containers see it: "200000 100000" or "max ..."
+    limit = Path("/sys/fs/cgroup/cpu.max")                  # cgroup v2 in a container: "200000 100000" or "max ..."
     quota = limit.read_text().split() if limit.exists() else ["max"]
     return len(cores) if quota[0] == "max" else max(1, min(len(cores), int(quota[0]) // int(quota[1])))
 

@@ -55,6 +55,7 @@ class Watch:
     def __init__(self, ranks: Ranks, step_timeout_s: float = 120, load_timeout_s: float = 1800):
         self.ranks, self.step_timeout_s, self.load_timeout_s = ranks, step_timeout_s, load_timeout_s
         self._mark = ("", 0.0, math.inf)                    # what the main thread does, since when, limit in s
+        self._last = ""                                     # the last mark, for an error that has left it
         self._call = self._step = self._done = 0
         self._error, self._echo, self._left = "", False, False
         self._signal, self._signalled_at = 0, math.inf
@@ -74,8 +75,10 @@ class Watch:
 
         The default limit is the step timeout. math.inf marks a wait that is wrong only if a peer leaves meanwhile.
         """
-        outer = self._mark
+        outer, self._last = self._mark, what
         self._mark = (what, time.monotonic(), self.step_timeout_s if limit_s is None else limit_s)
+        if limit_s is not None:                             # not a step, so rare: let the others know now
+            self._ring()
         try:
             yield
         finally:
@@ -101,6 +104,7 @@ class Watch:
         """
         if self._thread is None or self._left:
             raise error
+        self._mark = self._mark if self._mark[0] else (self._last, time.monotonic(), math.inf)
         self._echo, self._error = is_echo(error), describe(error)
         self._ring()
         time.sleep(FAIL_WAIT_S)
@@ -233,8 +237,9 @@ class Watch:
 
     def _ring(self) -> None:
         """Wakes the thread: there is something to say now."""
-        with contextlib.suppress(OSError):
-            self._bell.send(b"\0")
+        if self._thread is not None:
+            with contextlib.suppress(OSError):              # full: it will wake anyhow
+                self._bell.send(b"\0")
 
     def _on_bell(self) -> None:
         for number in self._ear.recv(4096):                 # a zero from `_ring`, or the number of any signal

@@ -41,7 +41,8 @@ class Progress:
     def __init__(self, what: str, total: int, shown: bool = True):
         self.what, self.total, self.shown = what, total, shown
         self.started = self.said_at = time.monotonic()
-        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False) if shown and sys.stderr.isatty() else None
+        on_terminal = shown and sys.stderr.isatty()
+        self.bar = tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False) if on_terminal else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -53,11 +54,12 @@ class Progress:
             self.bar.update(done - self.bar.n)
         elif self.shown and now - self.said_at >= self.LINE_EVERY_S:
             self.said_at = now
-            say(f"{self.what}: {done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {done / 1e9 / (now - self.started):.2f} GB/s")
+            speed = done / 1e9 / (now - self.started)
+            say(f"{self.what}: {done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {speed:.2f} GB/s")
 
     def __exit__(self, kind, error, trace) -> None:
         if self.bar is not None:
             self.bar.close()
         if kind is None and self.shown:
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            say(f"{self.what}: {self.total / 1e9:.2f} GB in {seconds:.1f} s ({self.total / 1e9 / seconds:.2f} GB/s over all ranks)")
+            took_s, total_gb = max(time.monotonic() - self.started, 1e-9), self.total / 1e9
+            say(f"{self.what}: {total_gb:.2f} GB in {took_s:.1f} s ({total_gb / took_s:.2f} GB/s over all ranks)")

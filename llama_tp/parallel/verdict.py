@@ -1,7 +1,7 @@
 """From what is known of each rank to one sentence about what went wrong.
 
-Pure: a table of signs of life and a clock go in, a `Cause` or None comes out, so every judgement can be tested without a
-process. Refuses to know how signs travel and what happens to the job (health).
+Pure: a table of signs of life and a clock go in, a `Cause` or None comes out, so every judgement can be tested
+without a process. Refuses to know how signs travel and what happens to the job (health).
 """
 
 import math

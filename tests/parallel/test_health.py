@@ -5,6 +5,7 @@ depends on torchrun is tested under torchrun. tests/test_failures.py does the sa
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -15,12 +16,13 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from llama_tp.parallel.collectives import all_reduce, barrier
 from llama_tp.parallel.groups import close, init_ranks, single_rank
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
-from tests.ranks import ROOT, free_port, is_alive, torchrun
+from tests.ranks import free_port, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
 server = multiprocessing.get_context("forkserver")
@@ -35,8 +37,8 @@ def rank_main() -> None:
     def strike(place: str) -> None:
         for rank, where, action in faults:
             if where == place and rank in (str(ranks.rank), "*"):
-                {"raise": raise_value_error, "refuse": refuse, "exit": lambda: os._exit(7), "hang": hang, "stop": stop_me,
-                 "idle": lambda: time.sleep(2.5 * STEP_S), "home": go_home}[action]()
+                {"raise": raise_value_error, "refuse": refuse, "exit": crash, "hang": hang, "stop": stop_me,
+                 "idle": lambda: time.sleep(1.7 * STEP_S), "home": go_home}[action]()
 
     with contextlib.suppress(GoHome), Watch(ranks, STEP_S, LOAD_S) as watch:
         with watch.busy("load", watch.load_timeout_s):
@@ -67,6 +69,11 @@ def refuse():
     raise UserError("the weights are odd", "3 of them", "get even ones")
 
 
+def crash():
+    time.sleep(0.3)
+    os._exit(7)
+
+
 def hang():
     time.sleep(1000)
 
@@ -83,8 +90,9 @@ class Job:
     """tp forked ranks; their output in one file each, as a launcher would collect it."""
 
     def __init__(self, tp: int, folder, **env):
-        self.folder, port = folder, free_port()
-        self.ranks = [server.Process(target=forked_rank, args=(rank, tp, port, str(folder), env)) for rank in range(tp)]
+        self.folder, self.port = folder, free_port()
+        self.ranks = [server.Process(target=forked_rank, args=(rank, tp, self.port, str(folder), env))
+                      for rank in range(tp)]
         for process in self.ranks:
             process.start()
 
@@ -136,8 +144,8 @@ def job(tmp_path):
 
 
 def test_a_good_end_is_quiet(job):
-    """Also with a rank that comes home later, and with idle times beyond every timeout."""
-    good = job(3, STEPS="20", FAULT="*:after 7:idle;1:after 12:idle;0:end:idle")
+    """Also with idle times beyond every timeout, and with one rank that goes home long after the others."""
+    good = job(3, STEPS="20", FAULT="*:after 7:idle;0:end:idle")
     assert good.codes(40) == [0, 0, 0]
     assert good.stderr == "running\n"
     assert not any(path.read_text() for path in good.folder.glob("stdout*")), "init must not write to stdout"
@@ -150,16 +158,39 @@ def test_a_killed_rank(job, rank):
     killed.ranks[rank].kill()
     codes = killed.codes(8)
     assert codes.pop(rank) == -9 and codes == [1, 1]
-    pid, host = killed.ranks[rank].pid, re.escape(socket.gethostname())
-    assert re.fullmatch(rf"rank {rank} \(pid {pid}, host {host}\) died( during step \d+)?: .*out of memory.*", killed.message())
+    name = rf"rank {rank} \(pid {killed.ranks[rank].pid}, host {re.escape(socket.gethostname())}\)"
+    assert re.fullmatch(rf"{name} died( during step \d+)?: .*out of memory.*", killed.message())
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_stopped_rank(job, rank):
-    stopped = job(FAULT=f"{rank}:step 9:stop")
-    codes = stopped.codes(STEP_S + 12)
-    assert codes[rank] == -9 and codes[1 - rank] == 1
-    assert re.match(rf"rank {rank} \(pid .*\) has stopped answering during step 9", stopped.message())
+# Jobs in which a rank stops answering or comes to a halt: fault, that rank's exit code, what is said.
+HALTS = {
+    "driver stops": ("0:step 9:stop", -9, r"rank 0 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*"),
+    "worker stops": ("1:step 9:stop", -9, r"rank 1 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*"),
+    "driver hangs": ("0:step 9:hang", 1, r"rank 0 \(.*\) hangs during step 9: rank 1 has waited in step 9 for \d s "
+                                         r"\(limit 2 s\); it is at test_health.py:\d+ in hang"),
+    "worker hangs": ("1:step 9:hang", 1, r"rank 1 \(.*\) hangs during step 9: rank 0 has waited in step 9 for \d s "
+                                         r"\(limit 2 s\); it is at test_health.py:\d+ in hang"),
+    "load hangs": ("1:load:hang", 1, r"rank 1 \(.*\) hangs during load: rank 0 has waited in load for \d s .*"),
+    "no call": ("1:after 19:hang", 1, r"rank 1 \(.*\) has not made call 3, in which rank 0 has waited for \d s .*"),
+}
+
+
+@pytest.fixture(scope="module")
+def halted(tmp_path_factory):
+    """All these jobs, started at once: they mostly wait for their timeouts."""
+    jobs = {name: Job(2, tmp_path_factory.mktemp("job"), FAULT=fault) for name, (fault, *_) in HALTS.items()}
+    yield jobs
+    for process in [process for each in jobs.values() for process in each.ranks]:
+        process.kill()
+        process.join(10)
+
+
+@pytest.mark.parametrize("name", HALTS)
+def test_a_halt(halted, name):
+    fault, code, said = HALTS[name]
+    codes = halted[name].codes(LOAD_S + 15)
+    assert codes.pop(int(fault[0])) == code and codes == [1]
+    assert re.fullmatch(said, halted[name].message())
 
 
 def test_a_rank_that_raises(job):
@@ -179,26 +210,6 @@ def test_a_rank_that_dies_while_loading(job):
     died = job(FAULT="1:load:exit")
     assert sorted(died.codes(15)) == [1, 7]
     assert "rank 1 " in died.message() and "died during load" in died.message()
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_hangs(job, rank):
-    hung = job(FAULT=f"{rank}:step 9:hang")
-    assert hung.codes(STEP_S + 12) == [1, 1]
-    assert re.fullmatch(rf"rank {rank} \(.*\) hangs during step 9: rank {1 - rank} has waited in step 9 for . s "
-                        r"\(limit 2 s\); it is at test_health.py:\d+ in hang", hung.message())
-
-
-def test_a_rank_that_hangs_while_loading(job):
-    hung = job(FAULT="1:load:hang")
-    assert hung.codes(LOAD_S + 12) == [1, 1]
-    assert "rank 1 " in hung.message() and "hangs during load" in hung.message()
-
-
-def test_a_rank_that_does_not_make_a_call(job):
-    absent = job(FAULT="1:after 19:hang")
-    assert absent.codes(STEP_S + 12) == [1, 1]
-    assert re.match(r"rank 1 \(.*\) has not made call 3, in which rank 0 has waited", absent.message())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -222,33 +233,15 @@ def test_strangers_are_cut_off(job):
     """Whoever connects without the launch's token is dropped, whatever it says, and nobody is disturbed."""
     disturbed = job(STEPS="200")
     disturbed.running()
-    port = listening_port(disturbed.ranks[0].pid)
+    store = dist.TCPStore("127.0.0.1", disturbed.port, is_master=False)
+    host, port, *_ = json.loads(store.get("llama_tp/watch/0"))
+    assert host == "127.0.0.1"
     for words in (b'["\xc3\xa9", 1, 2, "x"]\n', b"[[]]\n", b'{"leave": 9, "stopped": []}\n', b"\xff\n", b"x" * 300_000):
-        with socket.create_connection(("127.0.0.1", port), timeout=5) as stranger:
+        with socket.create_connection((host, port), timeout=5) as stranger:
             with contextlib.suppress(ConnectionError):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
     assert disturbed.codes(20) == [0, 0] and disturbed.stderr == "running\n"
-
-
-def listening_port(pid: int) -> int:
-    """The port that `pid` listens on at the loopback's address only: health's, for the store listens everywhere."""
-    inodes = set()
-    for fd in os.listdir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(OSError):
-            inodes.add(os.readlink(f"/proc/{pid}/fd/{fd}"))
-    ports = []
-    with open("/proc/net/tcp") as lines:
-        for line in list(lines)[1:]:
-            words = line.split()
-            address, port = words[1].split(":")
-            if words[3] == "0A" and address == "0100007F" and f"socket:[{words[9]}]" in inodes:
-                ports.append(int(port, 16))
-    return ports[-1] if len(ports) == 1 else health_among(ports)
-
-
-def health_among(ports: list[int]) -> int:
-    raise AssertionError(f"which of {ports} is health's?")
 
 
 def test_a_single_rank_watches_nobody():

@@ -56,7 +56,8 @@ def test_an_echo_is_better_than_nothing():
 def test_silence():
     assert "rank 1 (pid 101, host box) has stopped answering during step 7: no sign of life for 4 s" \
         in text(seen(0, **step(busy_s=3.9)), seen(1, ago=4, **step()))
-    assert "rank 0 (pid 100, host box) has stopped answering: no sign of life for 31 s" in text(seen(0, ago=31), seen(1))
+    assert "rank 0 (pid 100, host box) has stopped answering: no sign of life for 31 s" \
+        in text(seen(0, ago=31), seen(1))
 
 
 def test_the_rank_that_all_wait_for_is_named():
@@ -92,7 +93,7 @@ def test_silent_ranks_are_those_that_only_sigkill_reaches():
 
 
 def test_errors_as_text():
-    assert describe(UserError("no weights", "an empty folder", "copy them")) == "no weights - an empty folder - copy them"
+    assert describe(UserError("no weights", "none", "copy them")) == "no weights - none - copy them"
     try:
         raise ValueError("boom")
     except ValueError as error:
