@@ -190,26 +190,37 @@ def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options
 
     `options` replaces torchrun's `--standalone`.
     """
+    mark = f"{os.getpid()}.{time.monotonic_ns()}"           # in the environment of all that belongs to this job
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]),
                    "--nproc_per_node", str(n), *argv]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
-            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT,
-                                       env={**os.environ, "PYTHONPATH": path, "LLAMA_TP_THREADS": "1", **(env or {})})
+            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT, env={
+                **os.environ, "PYTHONPATH": path, "LLAMA_TP_THREADS": "1", **(env or {}), "LLAMA_TP_TEST_JOB": mark})
         launched = Launched(process, folder)
         try:
             yield launched
         finally:
-            if process.poll() is None:
-                launched.pids()
-                process.kill()
+            process.kill()
             process.wait()
-            for pid in launched.seen:
-                with contextlib.suppress(ProcessLookupError):
-                    if is_alive(pid):
+            while left := marked(f"LLAMA_TP_TEST_JOB={mark}"):
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+                time.sleep(0.02)
+
+
+def marked(variable: str) -> list[int]:
+    """All living processes with this "NAME=value" in their environment (Linux)."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and is_alive(int(folder.name)):
+            with contextlib.suppress(OSError):
+                if variable.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append(int(folder.name))
+    return found
 
 
 def children(pid: int) -> list[int]:

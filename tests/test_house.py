@@ -70,7 +70,7 @@ def baseline():
 
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", ["1b", "8b", pytest.param("70b", marks=pytest.mark.slow), pytest.param("405b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", ["1b", "8b", *(pytest.param(big, marks=pytest.mark.slow) for big in ("70b", "405b"))])
 def test_deterministic_bits(shape, dtype, tp, baseline):
     """--deterministic: alone at tp 1 = together at tp n = in a crowd with chunks, preemptions and prefix hits at tp n."""
     options = {"config": SHRUNK[shape], "dtype": DTYPES[dtype], "deterministic": True}

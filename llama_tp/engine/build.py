@@ -18,15 +18,16 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.linear import can_pack
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
 from llama_tp.parallel.log import Progress, say
-from llama_tp.spec.config import ModelConfig
+from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import GIB, Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
-from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
+from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 BLOCK_SIZE = 16                 # slots a KV block: small enough that short prompts share prefixes
 DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
@@ -81,7 +82,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or (512 if ranks.device.type == "cpu" else 8192)
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
-    for note in [*source.notes, *said_aloud(options, config, ranks, max_seq_len)]:
+    for note in [*source.notes, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)
@@ -151,13 +152,16 @@ def free_bytes(ranks: Ranks) -> int:
     return free // ranks.local_size
 
 
-def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, max_seq_len: int) -> list[str]:
+def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
     notes = []
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
-    if options.deterministic and config.n_chunks(ranks.tp) == ranks.tp and ranks.tp not in (1, 2, 4, 8):
-        notes.append(f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of tp 1, 2, 4 and 8")
+    if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
+        notes.append(f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other tp")
+    if options.deterministic and ranks.device.type == "cpu" and not can_pack(dtype, ranks.device):
+        notes.append(f"--deterministic in {str(dtype)[6:]}: oneDNN cannot pack these weights on this machine, and bits that do "
+                     "not depend on the batch were measured with packed ones only")
     if options.deterministic and ranks.device.type == "cuda":
         notes.append("--deterministic on CUDA: sums over the ranks have a fixed order; cuBLAS may still choose other kernels for "
                      "other batch sizes, so bits can depend on the batch")

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+from pathlib import Path
 from typing import NoReturn
 
 from llama_tp.parallel import log
@@ -14,11 +15,15 @@ WRITE_S = 2.0           # for last words: a terminal or pipe that nobody reads m
 
 
 def kill_here(stopped: list) -> None:
-    """Ends processes that do not answer, if they are on this host."""
+    """Ends processes that do not answer, if they are on this host (Linux).
+
+    Two containers may share a host name and still count processes apart: hence only what runs our own command line.
+    """
     for pid, host in stopped:
         if pid and host == socket.gethostname() and pid != os.getpid():
             with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+                if Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
 
 def leave(code: int, text: str) -> NoReturn:

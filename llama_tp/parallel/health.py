@@ -163,8 +163,9 @@ class Watch:
             for number in SIGNALS:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                     self._handlers[number] = signal.signal(number, lambda number, frame: None)
-            # A main thread inside a collective never gets to a Python handler; the byte gets to our thread.
-            signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+            if self._handlers:
+                # A main thread inside a collective never gets to a Python handler; the byte gets to our thread.
+                signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
         self._hook, sys.excepthook = sys.excepthook, lambda kind, error, trace: self.fail(error)
         atexit.register(self.close)
         self._thread = threading.Thread(target=self._run, name="llama_tp watch", daemon=True)

@@ -4,6 +4,7 @@ Refuses to know what the lines mean.
 """
 
 import contextlib
+import ipaddress
 import json
 import socket
 
@@ -41,16 +42,20 @@ class Line:
 def listen(ranks: Ranks) -> tuple[socket.socket, str, int]:
     """The driver's listening socket, and the host and port to call.
 
-    It listens on the loopback if all ranks are on this machine, else on the interface that has the master's address,
-    and on every interface only if the master's name is not that of an interface here (address translation).
+    It listens on the loopback if all ranks are on this machine, else on the interface that has the master's address.
+    If no interface has it (address translation), or if the master's name means the loopback here (Debian puts a host's
+    own name at 127.0.1.1), it listens on all of them.
     """
-    host = "127.0.0.1" if ranks.n_nodes == 1 else ranks.master
-    for bound in (host, ""):
-        with contextlib.suppress(OSError):
-            family = socket.getaddrinfo(bound, 0, type=socket.SOCK_STREAM)[0][0] if bound else socket.AF_INET
-            sock = socket.create_server((bound, 0), family=family, backlog=ranks.tp)
-            return sock, host, sock.getsockname()[1]
-    raise OSError(f"no port to listen on at {host}")
+    if ranks.n_nodes == 1:
+        sock = socket.create_server(("127.0.0.1", 0), backlog=ranks.tp)
+        return sock, "127.0.0.1", sock.getsockname()[1]
+    with contextlib.suppress(OSError):
+        family, _, _, _, address = socket.getaddrinfo(ranks.master, 0, type=socket.SOCK_STREAM)[0]
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            sock = socket.create_server((address[0], 0), family=family, backlog=ranks.tp)
+            return sock, ranks.master, sock.getsockname()[1]
+    sock = socket.create_server(("", 0), backlog=ranks.tp)
+    return sock, ranks.master, sock.getsockname()[1]
 
 
 def call(host: str, port: int) -> Line:

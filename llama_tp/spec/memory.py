@@ -53,10 +53,12 @@ class Budget:
         (one sequence of max_seq_len) fit."""
         fit = max(0, self.for_kv) // self.kv_per_block
         if fit < least:
+            kv = least * self.kv_per_block
+            need = self.weights + kv + self.workspace
             raise UserError(
                 "this launch does not fit in memory",
-                f"each rank needs {self.weights / GIB:.2f} GiB weights + {least * self.kv_per_block / GIB:.2f} GiB KV cache for one "
-                f"sequence of {least * block_size} tokens + {self.workspace / GIB:.2f} GiB workspace = "
-                f"{(self.weights + least * self.kv_per_block + self.workspace) / GIB:.2f} GiB, and {self.free / GIB:.2f} GiB is free",
+                f"each rank needs {self.weights / GIB:.2f} GiB weights + {kv / GIB:.2f} GiB KV cache for one sequence of "
+                f"{least * block_size} tokens + {self.workspace / GIB:.2f} GiB workspace = {need / GIB:.2f} GiB, and "
+                f"{self.free / GIB:.2f} GiB is free",
                 "use more ranks, a smaller --max_seq_len or --max_batch_size, or a smaller --dtype")
         return min(wanted, fit)

@@ -1,13 +1,20 @@
 """Ranks from the environment, fairscale's getters, devices, threads."""
 
+import json
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from llama_tp.parallel.groups import Launch, close, first_host, init_ranks, pick_device, read_launch
+from llama_tp.parallel.groups import (Launch, close, first_host, init_ranks, pick_device, read_launch, set_threads,
+                                      usable_cores)
 from llama_tp.spec.errors import UserError
-from tests.ranks import run
+from tests.ranks import ROOT, free_port, run
 
 
 def getters(ranks):
@@ -65,3 +72,60 @@ def test_devices_without_cuda():
     assert pick_device(None, 3) == torch.device("cpu")
     with pytest.raises(UserError, match="no GPU"):
         pick_device("cuda", 0)
+
+
+SLURM_RANK = """
+import json
+from llama_tp.parallel.collectives import gather_ints
+from llama_tp.parallel.groups import close, init_ranks
+ranks = init_ranks("cpu", timeout_s=60)
+print(json.dumps([ranks.rank, ranks.tp, ranks.local_rank, ranks.local_size, ranks.n_nodes,
+                  gather_ints(ranks.rank, ranks)]))
+close(ranks)
+close(ranks)
+"""
+
+
+def test_two_tasks_of_slurm_find_each_other():
+    """What srun would start; stdout holds nothing but what the script prints."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env.update(SLURM_NTASKS="2", SLURM_NNODES="1", SLURM_JOB_NODELIST="localhost", MASTER_PORT=str(free_port()))
+    tasks = [subprocess.Popen([sys.executable, "-c", SLURM_RANK], stdout=subprocess.PIPE, cwd=ROOT,
+                              env={**env, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}) for task in range(2)]
+    try:
+        said = [json.loads(task.communicate(timeout=60)[0]) for task in tasks]
+    finally:
+        for task in tasks:
+            task.kill()
+    assert said == [[task, 2, task, 2, 1, [0, 1]] for task in range(2)]
+
+
+def test_a_launch_whose_store_is_gone_is_refused_at_once(monkeypatch):
+    env = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+               MASTER_PORT=str(free_port()), TORCHELASTIC_USE_AGENT_STORE="True", LLAMA_TP_THREADS="1")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="rank 0 does not reach the launch's store at 127.0.0.1:.*Connection refused"):
+        init_ranks("cpu", timeout_s=60)
+    assert time.monotonic() - started < 5
+
+
+def test_threads_are_divided_among_the_ranks_of_a_node(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("LLAMA_TP_THREADS", raising=False)
+    monkeypatch.setattr("llama_tp.parallel.groups.usable_cores", lambda: 6)
+    try:
+        set_threads(2)
+        assert torch.get_num_threads() == 3
+        set_threads(16)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("LLAMA_TP_THREADS", "2")
+        set_threads(16)
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("LLAMA_TP_THREADS", "many")
+        with pytest.raises(UserError, match="LLAMA_TP_THREADS is not a number of threads - 'many'"):
+            set_threads(1)
+    finally:
+        torch.set_num_threads(before)
+    assert 1 <= usable_cores() <= os.cpu_count()

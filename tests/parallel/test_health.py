@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 
@@ -19,8 +20,10 @@ import torch
 import torch.distributed as dist
 
 from llama_tp.parallel.collectives import all_reduce, barrier
-from llama_tp.parallel.groups import close, init_ranks, single_rank
+from llama_tp.parallel.ending import kill_here
+from llama_tp.parallel.groups import Ranks, close, init_ranks, single_rank
 from llama_tp.parallel.health import Watch
+from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
 from tests.ranks import free_port, torchrun
 
@@ -242,6 +245,25 @@ def test_strangers_are_cut_off(job):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
     assert disturbed.codes(20) == [0, 0] and disturbed.stderr == "running\n"
+
+
+@pytest.mark.parametrize("n_nodes, master, bound, told", [
+    (1, "far.example", "127.0.0.1", "127.0.0.1"),       # one machine: nobody else can call
+    (2, "localhost", "0.0.0.0", "localhost"),           # a name that means something else on the other nodes
+    (2, "192.0.2.1", "0.0.0.0", "192.0.2.1"),           # not an interface of ours
+])
+def test_where_the_driver_listens(n_nodes, master, bound, told):
+    sock, host, port = listen(Ranks(0, 2, torch.device("cpu"), n_nodes=n_nodes, master=master))
+    with sock:
+        assert (sock.getsockname()[0], host, sock.getsockname()[1]) == (bound, told, port)
+
+
+def test_only_our_own_command_is_killed():
+    with subprocess.Popen(["sleep", "60"]) as other:
+        kill_here([[other.pid, socket.gethostname()], [0, socket.gethostname()]])
+        time.sleep(0.1)
+        assert other.poll() is None
+        other.kill()
 
 
 def test_a_single_rank_watches_nobody():
