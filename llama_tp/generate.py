@@ -103,7 +103,9 @@ def main(
         else:
             engine.follow()
         report(engine, quiet)
-    except (UserError, OSError) as error:
+    except BrokenPipeError:
+        engine.watch.fail(UserError("stdout was closed before all text was written", "", "keep its reader running"))
+    except UserError as error:
         engine.watch.fail(error)
     engine.close()
 

@@ -1,6 +1,7 @@
 """A rank that raises, dies, stops or hangs ends the whole job: soon, with a non-zero code and one clear message."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_a_faulty_rank_ends_the_job(fault, says):
         while not job.pids():
             time.sleep(0.05)
         assert says in ended(job, 45)
+
+
+def test_a_truncated_shard_ends_every_rank(tmp_path):
+    """Found from the headers on all ranks at once: one message with the file and the fix, in seconds."""
+    folder = shutil.copytree(DEMO, tmp_path / "cut")
+    shard = folder / "consolidated.01.pth"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with torchrun(2, ["-m", "llama_tp.generate", "--ckpt_dir", str(folder), "--prompt", "x", "--device", "cpu"]) as job:
+        while not job.pids():
+            time.sleep(0.05)
+        message = ended(job, 15)
+    assert "consolidated.01.pth" in message and "again" in message
 
 
 def test_two_nodes_on_one_host():

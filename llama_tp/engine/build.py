@@ -82,7 +82,8 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or (512 if ranks.device.type == "cpu" else 8192)
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
-    for note in [*source.notes, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
+    changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
+    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)

@@ -6,6 +6,7 @@ no time limit of its own, because liveness is health's.
 """
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -42,7 +43,8 @@ class Calls:
             send_ints([CALL, self.n_calls, mark], self.ranks)
             yield from self._lead(work)
         else:
-            self._join(recv_ints(self.ranks), name, mark)
+            with self.engine.watch.busy(name, math.inf):        # may take hours, but not longer than the driver lives
+                self._join(recv_ints(self.ranks), name, mark)
             yield from self._follow()
 
     def _lead(self, work: Callable[[], Iterator[object]]) -> Iterator[object]:

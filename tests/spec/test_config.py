@@ -83,7 +83,8 @@ def test_refused_hf_configs(change, says):
 
 @pytest.mark.parametrize("change, says", [
     ({"dim": "4096"}, "dim"), ({"dim": True}, "dim"), ({"n_heads": 30}, "heads"), ({"n_layers": None}, "n_layers"),
-    ({"quantization_args": {"scheme": "int4"}}, "quantised"), ({"norm_eps": float("nan")}, "norm_eps"), ({"vocab_size": -1}, "vocab_size"),
+    ({"quantization_args": {"scheme": "int4"}}, "quantised"), ({"norm_eps": float("nan")}, "norm_eps"),
+    ({"vocab_size": -1}, "vocab_size"),
 ])
 def test_refused_params(change, says):
     with pytest.raises(UserError, match=says):

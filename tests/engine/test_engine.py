@@ -1,0 +1,97 @@
+"""The engine's loop on one rank: stops, lengths, logprobs, aborts, and a request that fails alone."""
+
+import pytest
+import torch
+
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.parallel.groups import single_rank
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.weights import table
+from tests import reference
+from tests.engines import engine, serve
+from tests.shapes import SHRUNK
+
+CONFIG = SHRUNK["8b"]
+WEIGHTS = reference.random_weights(table(CONFIG))
+IDS = [3, 17, 99, 250, 8]
+GREEDY = reference.greedy(WEIGHTS, CONFIG, IDS, 12)
+
+
+def one(params: dict, ids=IDS):
+    tokens, _, deltas = serve(single_rank(), [("r", ids, {"temperature": 0.0, "max_tokens": 12, **params})], config=CONFIG)
+    return tokens["r", 0], "".join(delta.text for delta in deltas), deltas
+
+
+def letters(ids) -> str:
+    return "".join(chr(0x100 + i) for i in ids)
+
+
+def test_length():
+    tokens, text, deltas = one({})
+    assert tokens == GREEDY and text == letters(GREEDY) and deltas[-1].finish_reason == "length"
+    assert [delta.finish_reason for delta in deltas[:-1]] == [None] * 11
+
+
+def test_a_stop_id_ends_and_is_not_part_of_the_output():
+    at = next(i for i in range(2, 12) if GREEDY[i] not in GREEDY[:i])
+    tokens, text, deltas = one({"stop_ids": (GREEDY[at],)})
+    assert tokens == GREEDY[:at] and text == letters(GREEDY[:at]) and deltas[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_cuts_the_text():
+    tokens, text, deltas = one({"stop": letters(GREEDY[3:5])})
+    assert text == letters(GREEDY[:letters(GREEDY).index(letters(GREEDY[3:5]))]) and deltas[-1].finish_reason == "stop"
+
+
+def test_min_tokens_holds_stop_strings_off():
+    _, text, _ = one({"stop": letters(GREEDY[:1]), "min_tokens": 2})
+    assert text.startswith(letters(GREEDY[:2]))
+
+
+def test_logprobs_of_prompt_and_output():
+    """Scored in chunks, they are those of one full forward pass."""
+    ids = [(7 * k) % 260 for k in range(150)]
+    _, _, deltas = one({"logprobs": 2, "prompt_logprobs": 1, "max_tokens": 3}, ids)
+    tokens = [t for delta in deltas for t in delta.ids]
+    raw = torch.log_softmax(reference.logits(WEIGHTS, CONFIG, ids + tokens), -1)
+    scores = deltas[0].prompt_logprobs
+    assert scores[0] is None and len(scores) == 150
+    assert [each.token for each in scores[1:]] == ids[1:]
+    assert [each.logprob for each in scores[1:]] == pytest.approx([float(raw[i, ids[i + 1]]) for i in range(149)], abs=1e-4)
+    assert [delta.logprobs[0].logprob for delta in deltas] == pytest.approx(
+        [float(raw[149 + i, token]) for i, token in enumerate(tokens)], abs=1e-4)
+    assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+
+
+def test_a_request_that_is_not_finite_ends_alone():
+    """A NaN in one embedding row poisons the request that uses it, and nobody that runs beside or after it."""
+    weights = dict(WEIGHTS)
+    weights["tok_embeddings.weight"] = WEIGHTS["tok_embeddings.weight"].clone()
+    weights["tok_embeddings.weight"][200] = float("nan")
+    requests = [("bad", [200, 5], {"temperature": 0.0}), ("good", IDS, {"temperature": 0.0, "max_tokens": 12}),
+                ("later", IDS, {"temperature": 0.0, "max_tokens": 12})]
+    tokens, _, deltas = serve(single_rank(), requests, arrivals=2, config=CONFIG, weights=weights, n_blocks=4)
+    assert tokens["good", 0] == tokens["later", 0] == GREEDY
+    ended = [delta for delta in deltas if delta.request_id == "bad"]
+    assert len(ended) == 1 and ended[0].finish_reason == "abort" and "not finite" in ended[0].error and not ended[0].ids
+
+
+def test_abort_frees_at_once():
+    running = engine(single_rank(), CONFIG)
+    running.submit(Request("r", IDS, SamplingParams(n=2)))
+    running.step()
+    assert [delta.finish_reason for delta in running.abort("r")] == ["abort", "abort"]
+    assert not running.has_work and running.scheduler.n_free_blocks == 64 and running.abort("unknown") == []
+
+
+@pytest.mark.parametrize("ids, says", [([264], "vocabulary"), (list(range(200)) * 6, "too long")])
+def test_what_can_never_run_is_refused(ids, says):
+    with pytest.raises(UserError, match=says):
+        engine(single_rank(), CONFIG).submit(Request("r", ids, SamplingParams()))
+
+
+def test_ids_are_unique():
+    running = engine(single_rank(), CONFIG)
+    running.submit(Request("r", IDS, SamplingParams()))
+    with pytest.raises(UserError, match="its own"):
+        running.submit(Request("r", IDS, SamplingParams()))

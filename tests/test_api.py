@@ -1,0 +1,47 @@
+"""The Python API under torchrun: Meta's script, the modern calls on every rank, and calls that only one rank makes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import torchrun
+
+SCRIPTS = Path(__file__).parent / "scripts"
+DEMO = str(Path(__file__).parent.parent / "checkpoints" / "demo")
+
+
+def test_metas_script_prints_the_same_lines_once():
+    seen = []
+    for tp in (1, 2):
+        with torchrun(tp, [str(SCRIPTS / "meta_example.py"), DEMO, f"{DEMO}/tokenizer.model"]) as job:
+            assert job.wait(90) == 0, job.stderr
+            seen.append(job.stdout)
+    assert seen[0] == seen[1]
+    lines = [line for line in seen[0].splitlines() if line.startswith("> ")]
+    assert len(lines) == 4 and lines[0].startswith("> assistant: ") and lines[2].startswith('> "ROMEO:')
+
+
+def test_modern_calls_on_every_rank(tmp_path):
+    with torchrun(2, [str(SCRIPTS / "modern_api.py"), DEMO, str(tmp_path / "got")]) as job:
+        assert job.wait(120) == 0, job.stderr
+        assert job.stdout == "said once\n"
+    got, same = (json.loads((tmp_path / f"got.{rank}").read_text()) for rank in (0, 1))
+    assert got == same
+    assert got["one"] == got["ids"] == got["after"]
+    assert got["one"]["finish_reason"] == "length" and len(got["one"]["tokens"]) == 6
+    assert got["stream"][-1] == got["one"]["text"] and len(got["stream"]) == 6
+    assert [len(each["tokens"]) for each in got["several"]] == [3, 3, 4] and [each["index"] for each in got["several"]] == [0, 1, 0]
+    assert [len(each["top"]) for each in got["several"][0]["logprobs"]] == [2, 2, 2]
+    assert len(got["chat"]) == 2
+    assert [error.split(" - ")[0] for error in got["errors"]] == [
+        "the prompt is too long", "params must be one SamplingParams, or one a prompt", "a message has an unknown role"]
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_call_made_on_one_rank_only_ends_in_one_error(rank):
+    with torchrun(2, [str(SCRIPTS / "one_sided.py"), DEMO, rank]) as job:
+        assert job.wait(60) != 0
+        assert not job.left_over(within=5)
+        errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "call" in errors[0] and "every rank must make every call" in errors[0], job
