@@ -147,6 +147,8 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
         return single_rank(pick_device(device, 0))
     where = pick_device(device, launch.local_rank)
     set_threads(launch.local_size)
+    if where.type == "cpu":
+        pin(launch.local_rank, launch.local_size)
     end_with_launcher()
     if launch.n_nodes == 1:
         listen_on_loopback()
@@ -230,6 +232,20 @@ def set_threads(local_size: int) -> None:
         # Slurm binds each task to its own CPUs if it was asked for some: then what we may use is ours alone.
         alone = "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
         torch.set_num_threads(max(1, usable_cores() // (1 if alone else local_size)))
+
+
+def pin(local_rank: int, local_size: int) -> None:
+    """Gives each rank of this node CPUs of its own, where there are enough; LLAMA_TP_PIN=0 leaves them to the kernel.
+
+    Linux moves processes that wake each other through a socket onto one core: two ranks on two cores took 5.0 s for a
+    prompt of 128 and 21 new tokens of the 1B shape without this, and 3.4 s with it.
+    """
+    if os.environ.get("LLAMA_TP_PIN") == "0" or "SLURM_CPUS_PER_TASK" in os.environ or not hasattr(os, "sched_setaffinity"):
+        return
+    cpus = sorted(os.sched_getaffinity(0))
+    share = len(cpus) // local_size
+    if share and local_size > 1:
+        os.sched_setaffinity(0, cpus[local_rank * share:(local_rank + 1) * share])
 
 
 def usable_cores() -> int:
