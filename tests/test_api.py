@@ -11,15 +11,19 @@ SCRIPTS = Path(__file__).parent / "scripts"
 DEMO = str(Path(__file__).parent.parent / "checkpoints" / "demo")
 
 
-def test_metas_script_prints_the_same_lines_once():
-    seen = []
-    for tp in (1, 2):
-        with torchrun(tp, [str(SCRIPTS / "meta_example.py"), DEMO, f"{DEMO}/tokenizer.model"]) as job:
-            assert job.wait(90) == 0, job.stderr
-            seen.append(job.stdout)
-    assert seen[0] == seen[1]
-    lines = [line for line in seen[0].splitlines() if line.startswith("> ")]
-    assert len(lines) == 4 and lines[0].startswith("> assistant: ") and lines[2].startswith('> "ROMEO:')
+@pytest.mark.parametrize("tp", [1, 2])
+def test_metas_script_prints_once(tp):
+    """Its greedy lines at tp 2 need not be those of tp 1: the demo runs in bf16, and the script knows no --deterministic."""
+    with torchrun(tp, [str(SCRIPTS / "meta_example.py"), DEMO, f"{DEMO}/tokenizer.model"]) as job:
+        assert job.wait(90) == 0, job.stderr
+        lines = job.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("> assistant: ") and len(line) > 20 for line in lines[:2])
+    prompts = [line.split(":")[0] for line in lines[2:]]
+    assert [each.strip("> '\"") for each in prompts] == ["ROMEO", "JULIET"]
+    for line in lines[2:]:                                  # with echo: prompt and 8 new tokens, a logprob for each
+        n_tokens, n_logprobs = map(int, line.split()[-2:])
+        assert n_tokens == n_logprobs and n_tokens in (3 + 8, 5 + 8)
 
 
 def test_modern_calls_on_every_rank(tmp_path):
