@@ -44,7 +44,7 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
            step_tokens=512, prefix_cache=True, block_size=16) -> Recorder:
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     model = build(config, ranks, dtype, 1024, weights, deterministic)
-    cache = KVCache(config, ranks.tp, n_blocks + 1, block_size, dtype, ranks.device)
+    cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
     out = Recorder(Runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())
     out.seen = {}

@@ -88,7 +88,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
 
     model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)
     load_into(model, source, ranks, watch, options.quiet)
-    cache = KVCache(config, ranks.tp, n_blocks + 1, BLOCK_SIZE, dtype, ranks.device)      # + 1: padding rows write there
+    cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
     runner = Runner(model, cache, options.max_batch_size, min(tokenizer.n_vocab, config.vocab_size))
     scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, options.prefix_cache), options.max_batch_size, step_tokens,
                           max_seq_len)

@@ -45,7 +45,6 @@ class Runner:
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
         self.last = torch.zeros(max_rows, dtype=torch.int64, device=model.ranks.device)
-        self.trash = cache.n_blocks - 1                             # the block that padding rows write to
 
     @torch.inference_mode()
     def run(self, step: Step, judge: Judge | None) -> None:
@@ -86,12 +85,12 @@ class Runner:
             blocks += [self.tables[row.row][p // S] for p in span]
             ends.append(len(ids))
         padding = max(0, self.model.rows_floor - len(ids))
-        ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.trash] * padding
+        ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.cache.trash] * padding
         flat = torch.tensor([ids, positions, blocks], device=device)                   # (3, T)
         if decodes:
             at, rows = torch.tensor(decodes, device=device).T
             flat[0, at] = self.last[rows]
-        groups = plan(spans, self.model.config.n_heads // self.ranks.tp, S, device)
+        groups = plan(spans, self.model.config.n_heads // self.ranks.tp, S, self.cache.empty, device)
         return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), groups), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:

@@ -31,7 +31,7 @@ class Group:
 
     rows: torch.Tensor          # (B * n,) int64: their rows in the step
     n: int
-    table: torch.Tensor         # (B, M / S) int64 block ids, padded with block 0 (masked)
+    table: torch.Tensor         # (B, M / S) int64 block ids, padded with the empty block
     hidden: torch.Tensor        # (B, 1, n, 1, M) bool: True where a query must not see the slot
 
 
@@ -45,12 +45,14 @@ class Span:
     blocks: list[int]           # the sequence's block table, at least up to position start + n - 1
 
 
-def plan(spans: list[Span], n_heads: int, block_size: int, device: torch.device) -> list[Group]:
+def plan(spans: list[Span], n_heads: int, block_size: int, empty_block: int, device: torch.device) -> list[Group]:
     """Cuts a step into groups, once for all layers: decodes of like context together, prefills in chunks of rows.
 
     Args:
         spans: the step's sequences.
         n_heads: query heads on this rank, to bound the scores held at once.
+        empty_block: a block of zeros, for the end of padded tables: another request's block could hold a NaN, which
+            masking takes out of the scores but not out of 0 * NaN in the sum of values.
     """
     decodes: dict[int, list[Span]] = {}
     groups = []
@@ -62,17 +64,17 @@ def plan(spans: list[Span], n_heads: int, block_size: int, device: torch.device)
         step = max(1, min(QUERY_CHUNK, SCORES_LIMIT // (n_heads * (span.start + span.n))))
         for at in range(0, span.n, step):
             part = Span(span.row + at, span.start + at, min(step, span.n - at), span.blocks)
-            groups.append(_group([part], block_size, device))
+            groups.append(_group([part], block_size, empty_block, device))
     for tiles, alike in sorted(decodes.items()):
         step = max(1, SCORES_LIMIT // (tiles * TILE * max(n_heads, ROWS_FLOOR)))
-        groups += [_group(alike[at:at + step], block_size, device) for at in range(0, len(alike), step)]
+        groups += [_group(alike[at:at + step], block_size, empty_block, device) for at in range(0, len(alike), step)]
     return groups
 
 
-def _group(spans: list[Span], block_size: int, device: torch.device) -> Group:
+def _group(spans: list[Span], block_size: int, empty_block: int, device: torch.device) -> Group:
     n = spans[0].n
     M = TILE * max(-(-(s.start + n) // TILE) for s in spans)
-    table = torch.zeros(len(spans), M // block_size, dtype=torch.int64)
+    table = torch.full((len(spans), M // block_size), empty_block, dtype=torch.int64)
     for i, span in enumerate(spans):
         used = -(-(span.start + n) // block_size)
         table[i, :used] = torch.tensor(span.blocks[:used])

@@ -11,12 +11,15 @@ from llama_tp.spec.config import ModelConfig
 class KVCache:
     """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the block, head dim.
 
-    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix.
+    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix. Two blocks more
+    than the `n_blocks` that sequences may own are kept: `trash`, which padding rows of a step write to, and `empty`,
+    which nobody writes to and attention reads where a block table is padded (its zeros, weighted with zero, stay zero).
     """
 
     def __init__(self, config: ModelConfig, tp: int, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layers, n_blocks, config.local_kv_heads(tp), block_size, config.head_dim)
+        shape = (config.n_layers, n_blocks + 2, config.local_kv_heads(tp), block_size, config.head_dim)
         self.n_blocks, self.block_size = n_blocks, block_size
+        self.trash, self.empty = n_blocks, n_blocks + 1
         self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
 
     def write(self, layer: int, slots: "Slots", k: torch.Tensor, v: torch.Tensor) -> None:

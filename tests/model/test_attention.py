@@ -11,12 +11,16 @@ from llama_tp.spec.config import ModelConfig
 
 CPU = torch.device("cpu")
 S = 16
+EMPTY = 120                     # a block of zeros in the caches below, behind at most 120 others
 
 
-def caches(n_kv_heads: int, head_dim: int, n_blocks: int, dtype=torch.float32):
+def caches(n_kv_heads: int, head_dim: int, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    shape = (n_blocks, n_kv_heads, S, head_dim)
-    return [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    shape = (EMPTY + 1, n_kv_heads, S, head_dim)
+    made = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    for cache in made:
+        cache[EMPTY] = 0
+    return made
 
 
 def expected(q, k_cache, v_cache, span: Span) -> torch.Tensor:
@@ -32,7 +36,7 @@ def expected(q, k_cache, v_cache, span: Span) -> torch.Tensor:
 
 @pytest.mark.parametrize("heads, kv_heads, head_dim", [(8, 2, 16), (4, 4, 32), (6, 1, 20)])
 def test_mixed_step_equals_sdpa(heads, kv_heads, head_dim):
-    k_cache, v_cache = caches(kv_heads, head_dim, 120)
+    k_cache, v_cache = caches(kv_heads, head_dim)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(1)).tolist()
     spans, row = [], 0
     for start, n in ((0, 1), (17, 1), (0, 40), (300, 200), (599, 1), (255, 1), (256, 1)):
@@ -40,7 +44,7 @@ def test_mixed_step_equals_sdpa(heads, kv_heads, head_dim):
         spans.append(Span(row, start, n, blocks))
         row += n
     q = torch.randn(row + 2, heads, head_dim, generator=torch.Generator().manual_seed(2))     # 2 padding rows
-    out = attend(q, k_cache, v_cache, plan(spans, heads, S, CPU))
+    out = attend(q, k_cache, v_cache, plan(spans, heads, S, EMPTY, CPU))
     for span in spans:
         rows = slice(span.row, span.row + span.n)
         torch.testing.assert_close(out[rows], expected(q[rows], k_cache, v_cache, span), rtol=1e-4, atol=1e-5)
@@ -49,14 +53,14 @@ def test_mixed_step_equals_sdpa(heads, kv_heads, head_dim):
 
 def test_limits_on_scores_change_no_bits(monkeypatch):
     """However a step is cut to bound memory, each row's bits stay."""
-    k_cache, v_cache = caches(2, 16, 40)
+    k_cache, v_cache = caches(2, 16)
     spans = [Span(0, 0, 200, list(range(13))), Span(200, 330, 1, list(range(13, 34))), Span(201, 40, 1, [34, 35, 36])]
     q = torch.randn(202, 8, 16, generator=torch.Generator().manual_seed(3))
-    whole = attend(q, k_cache, v_cache, plan(spans, 8, S, CPU))
+    whole = attend(q, k_cache, v_cache, plan(spans, 8, S, EMPTY, CPU))
     for limit, chunk in ((1, 128), (20_000, 50), (1 << 25, 7)):
         monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
         monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
-        assert torch.equal(attend(q, k_cache, v_cache, plan(spans, 8, S, CPU)), whole)
+        assert torch.equal(attend(q, k_cache, v_cache, plan(spans, 8, S, EMPTY, CPU)), whole)
 
 
 def test_a_nan_left_behind_reaches_nobody():
@@ -64,6 +68,6 @@ def test_a_nan_left_behind_reaches_nobody():
     cache = KVCache(config, 1, 4, S, torch.float32, CPU)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
-    cache.clear([0, 2])
+    cache.clear([0, 2, cache.empty])
     spans = [Span(0, 20, 1, [0, 2])]
-    assert attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, CPU)).isfinite().all()
+    assert attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, cache.empty, CPU)).isfinite().all()
