@@ -300,7 +300,8 @@ def main() -> None:
         nats = held_out_loss(model, windows, args.bf16)
         if nats < best:
             best, best_step = nats, step
-            write_weights(args.out, config, model.state_dict(), args.shards)
+            kept = {name: weight.clone() for name, weight in model.state_dict().items()}
+            write_weights(args.out, config, kept, args.shards)
         print(f"step {step:5d}  train {running / ((step - 1) % args.every + 1):.3f}  held out {loss_text(nats)}  "
               f"{time.monotonic() - began:.0f} s", flush=True)
         running = 0.0
@@ -308,6 +309,7 @@ def main() -> None:
             print(f"no better for {args.patience} looks: stopped")
             break
     print(f"kept step {best_step}: {loss_text(best)}")
+    model.load_state_dict(kept)
     print(sample(model, encoding, bos, args.prompt, 300))
 
 
