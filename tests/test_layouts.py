@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,15 @@ def test_mp8_gives_the_same_greedy_tokens_at_every_degree(mp8, tp):
     assert {name: ids for (name, _), ids in tokens.items()} == expected
 
 
-def test_three_ranks_are_refused_with_the_degrees_that_work(mp8):
-    with torchrun(3, ["-m", "llama_tp.generate", "--ckpt_dir", mp8[0], "--prompt", "x"]) as job:
-        assert job.wait(30) != 0
-        errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "3 ranks" in errors[0] and "8 KV heads" in errors[0] and "1, 2, 4, 8, 16 ranks" in errors[0]
+def test_three_ranks_are_refused_within_3_s_with_the_degrees_that_work(mp8):
+    times = []
+    while min(times, default=9) > 3 and len(times) < 3:                 # the best of three: the machine may be busy
+        with torchrun(3, ["-m", "llama_tp.generate", "--ckpt_dir", mp8[0], "--prompt", "x"]) as job:
+            assert job.wait(30) != 0
+            times.append(time.monotonic() - job.started)
+            errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and "3 ranks" in errors[0] and "8 KV heads" in errors[0] and "1, 2, 4, 8, 16 ranks" in errors[0]
+    assert min(times) < 3
 
 
 @pytest.fixture(scope="module")

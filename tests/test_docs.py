@@ -1,0 +1,68 @@
+"""What the documents say is there: links lead somewhere, flags exist, examples run."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_tp import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ["", "checkpoints", "launch", "llama_tp", "tests"]
+DOCS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
+COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run(main)" in p.read_text())
+OTHERS = {"nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "standalone", "max_restarts",
+          "master_addr", "master_port", "n",                            # torchrun's
+          "include", "local_dir",                                       # hf download's
+          "slow", "dry_run", "help"}                                    # pytest's here, single_node.sh's, everybody's
+
+
+def flags_of(name: str) -> dict:
+    return cli.flags_of(importlib.import_module(f"llama_tp.{name}").main)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_flags_that_are_named_exist(path):
+    known = OTHERS | {flag for name in COMMANDS for flag in flags_of(name)}
+    if path.parent.name == "checkpoints":
+        known |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "checkpoints/train_demo.py").read_text()))
+    named = {word.replace("-", "_") for word in re.findall(r"(?<![\w-])--([a-z][\w-]*)", path.read_text())}
+    assert not named - known
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in DOCS:
+        named = set(re.findall(r"(?:^ {4}|`)make ([a-z-]+)", path.read_text(), re.MULTILINE))
+        assert named <= targets, f"{path}: {named - targets}"
+
+
+def commands_in(path: Path) -> list[str]:
+    """The words after "-m llama_tp.NAME" of each command line in a document or a docstring."""
+    text = path.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    return re.findall(r"-m llama_tp\.(\w+)((?: +--\w[\w-]*(?:[ =](?:\"[^\"]*\"|[^-\s`][^\s`]*))?)+)", text)
+
+
+def test_command_lines_are_accepted():
+    found = [line for path in [*DOCS, *(ROOT / "llama_tp").glob("*.py")] for line in commands_in(path)]
+    assert len(found) >= 4
+    for name, words in found:
+        if name in COMMANDS:
+            cli.parse(flags_of(name), shlex.split(words))
+
+
+def test_the_python_example_runs():
+    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("length") + done.stdout.count("stop") >= 2
