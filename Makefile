@@ -41,7 +41,7 @@ clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
 
 # Stamps, so that a second `make` costs nothing and a changed pyproject.toml installs again.
-$(VENV)/.core: pyproject.toml Makefile
+$(VENV)/.core: pyproject.toml Makefile $(wildcard llama_tp/native/*.cpp llama_tp/native/*.h)
 	@echo "setup: $(VENV) with $(TORCH)" >&2
 ifeq ($(TORCH),installed)
 	@test -d $(VENV) || $(PYTHON) -m venv --system-site-packages $(VENV)
@@ -54,6 +54,7 @@ else
 	@$(PIP) "$(TORCH)"
 endif
 	@$(PIP) -e .
+	@$(BIN)/python -m llama_tp.native.build
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core

@@ -19,13 +19,14 @@ PAGE = PACKAGE / "README.md"
 MAY_IMPORT = {
     "spec": [],
     "text": ["spec"],
-    "parallel": ["spec"],
+    "native": ["spec"],
+    "parallel": ["spec", "native"],
     "checkpoint": ["spec"],
-    "model": ["spec", "parallel"],
-    "engine": ["spec", "text", "parallel", "checkpoint", "model"],
+    "model": ["spec", "native", "parallel"],
+    "engine": ["spec", "text", "native", "parallel", "checkpoint", "model"],
     "protocol": ["spec", "text", "engine.request"],
     "server": ["spec", "text", "protocol", "engine.request"],
-    "benchmarks": ["spec", "text", "parallel", "checkpoint", "model", "engine", "protocol"],
+    "benchmarks": ["spec", "text", "native", "parallel", "checkpoint", "model", "engine", "protocol"],
     "cli": ["spec"],
 }
 ROOMS = [room for room in MAY_IMPORT if room != "cli"]
@@ -37,7 +38,7 @@ BELONGS_TO = {"fairscale": "parallel", "fire": "cli", "tiktoken": "text", "token
 # These may be absent (extras), so the function that needs one may import it.
 EXTRAS = {"tokenizers", "huggingface_hub", "matplotlib", "jinja2", "llguidance", "torchao", "prompt_toolkit", "triton"}
 
-NO_TORCH = re.compile(r"__init__|cli|chat|plan|(spec|text|protocol|server)\.\w+|"
+NO_TORCH = re.compile(r"__init__|cli|chat|plan|(spec|text|native|protocol|server)\.\w+|"
                       r"engine\.(__init__|request|blocks|scheduler|step)|benchmarks\.(__init__|table|plot)")
 
 FORBIDDEN_NAMES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from llama_tp.engine.step import Step, StepRow
-from llama_tp.model.attention import Span, plan
+from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
 from llama_tp.parallel.collectives import broadcast, gather_to_driver
@@ -90,8 +90,8 @@ class Runner:
         if decodes:
             at, rows = torch.tensor(decodes, device=device).T
             flat[0, at] = self.last[rows]
-        groups = plan(spans, self.model.config.n_heads // self.ranks.tp, S, self.cache.empty, device)
-        return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), groups), ends
+        plan = self.model.kernels.plan(spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids))
+        return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(R, D) -> (R, n_vocab) on the driver, None elsewhere."""

@@ -4,6 +4,7 @@ Sources: RoFormer (arXiv 2104.09864); Llama 3.1's scaling as in llama-models `mo
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,13 @@ def frequencies(config: ModelConfig) -> list[float]:
     return [scaled(f, config.rope_scaling) for f in plain] if config.rope_scaling else plain
 
 
+class Turn(NamedTuple):
+    """cos and sin of a step's angles, (T, 1, E/2) fp32 each."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
 class Rope:
     """cos and sin of every angle up to `n_positions`, fp32, built in fp64 (a bf16 angle is off by whole turns, and
     an fp32 one by 0.06 rad at a position of one million)."""
@@ -36,12 +44,12 @@ class Rope:
         angles = torch.outer(positions, torch.tensor(frequencies(config), dtype=torch.float64))  # (positions, E/2)
         self.cos, self.sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
-    def at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin for a step, once for all its layers. positions: (T,) int64 -> two (T, 1, E/2) fp32."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+    def at(self, positions: torch.Tensor) -> Turn:
+        """The angles of a step, once for all its layers. positions: (T,) int64."""
+        return Turn(self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1))
 
 
-def rotate(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotate(x: torch.Tensor, turn: Turn) -> torch.Tensor:
     """Turns each pair (2i, 2i+1) of the last dimension. x: (T, heads, E) any dtype -> same shape and dtype.
 
     Products and sums are separate operations on purpose: a fused multiply-add rounds differently in a vector loop

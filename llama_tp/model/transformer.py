@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama_tp.model.attention import Group, attend
+from llama_tp.model.attention import Group
+from llama_tp.model.kernels import Kernels, NativePlan, pick
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.linear import (PLAIN_ROWS_FLOOR, ROWS_FLOOR, ColumnParallelLinear, RowParallelLinear, ShardedWeight, TiedHead,
                                    VocabParallelEmbedding, can_pack)
-from llama_tp.model.rope import Rope, rotate
+from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import Weight, table
@@ -28,26 +29,15 @@ class Batch:
     ids: torch.Tensor           # (T,) int64
     positions: torch.Tensor     # (T,) int64
     slots: Slots
-    groups: list[Group]
+    plan: list[Group] | NativePlan
 
 
 class RMSNorm(ShardedWeight):
-    """Root-mean-square norm (arXiv 1910.07467), computed in fp32, scaled in the model's dtype as Meta does."""
+    """The weight of a root-mean-square norm; Kernels.add_norm does the arithmetic."""
 
     def __init__(self, dim: int, eps: float, dtype: torch.dtype):
         super().__init__((dim,), dtype)
         self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-def silu_fixed(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(x) with bits that do not depend on an element's place in the tensor: torch's own silu takes another
-    exp in the last elements of a vector loop (fp32: 2% of them differ), `torch.exp` takes the same one everywhere."""
-    wide = x.float()
-    return (wide / (1 + torch.exp(-wide))).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -58,13 +48,11 @@ class Attention(nn.Module):
         self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype)
         self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, n_chunks, deterministic)
 
-    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], batch: Batch, cache: KVCache,
-                layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
         T, H, K, E = len(x), self.H, self.K, self.E
         qkv = self.wqkv(x).view(T, H + 2 * K, E)                                # (T, H + 2K, E)
-        qk = rotate(qkv[:, :H + K], turn)                                       # (T, H + K, E)
-        cache.write(layer, batch.slots, qk[:, H:], qkv[:, H + K:])
-        out = attend(qk[:, :H], cache.k[layer], cache.v[layer], batch.groups)   # (T, H, E)
+        q = kernels.rotate_write(qkv, H, turn, batch.slots, cache, layer)       # (T, H, E)
+        out = kernels.attend(q, cache, layer, batch.plan)                       # (T, H, E)
         return self.wo(out.reshape(T, H * E))                                   # (T, D)
 
 
@@ -75,11 +63,9 @@ class FeedForward(nn.Module):
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
         self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype)
         self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, n_chunks, deterministic)
-        self.silu = silu_fixed if deterministic else F.silu
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.w13(x).split(self.ffn, dim=-1)                          # (T, F) each
-        return self.w2(self.silu(gate) * up)                                    # (T, D)
+    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+        return self.w2(kernels.silu_mul(self.w13(x)))                           # (T, D)
 
 
 class Layer(nn.Module):
@@ -89,11 +75,6 @@ class Layer(nn.Module):
         self.attention = Attention(config, ranks, dtype, deterministic)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.feed_forward = FeedForward(config, ranks, dtype, deterministic)
-
-    def forward(self, x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], batch: Batch, cache: KVCache,
-                layer: int) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), turn, batch, cache, layer)
-        return x + self.feed_forward(self.ffn_norm(x))
 
 
 class Transformer(nn.Module):
@@ -116,6 +97,7 @@ class Transformer(nn.Module):
         self.output = (TiedHead(self.tok_embeddings) if config.tied
                        else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp), dtype))
         self.rope = Rope(config, n_positions, ranks.device)
+        self.kernels = pick(ranks.device, dtype, deterministic)
         self._slots = self._table_of_slots()
         self._missing = {id(module): sum(m is module for m, _, _ in self._slots.values())
                          for module, _, _ in self._slots.values()}
@@ -166,11 +148,15 @@ class Transformer(nn.Module):
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """All tokens of a step through all layers. -> (T, D), normed, ready for `logits`."""
-        turn = self.rope.at(batch.positions)
+        turn, kernels = self.rope.at(batch.positions), self.kernels
         x = self.tok_embeddings(batch.ids)                                      # (T, D)
+        delta = None                            # what the last half layer adds to x, together with the next norm
         for i, layer in enumerate(self.layers):
-            x = layer(x, turn, batch, cache, i)
-        return self.norm(x)
+            h = kernels.add_norm(x, delta, layer.attention_norm.weight, layer.attention_norm.eps)       # (T, D)
+            delta = layer.attention(h, batch, turn, cache, i, kernels)
+            h = kernels.add_norm(x, delta, layer.ffn_norm.weight, layer.ffn_norm.eps)
+            delta = layer.feed_forward(h, kernels)
+        return kernels.add_norm(x, delta, self.norm.weight, self.norm.eps)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(R, D) -> (R, V) fp32: this rank's vocabulary rows, padding included."""

@@ -1,7 +1,8 @@
 """What ranks say to each other: sums, gathers and small messages, each a plain function that takes `ranks`.
 
-The model group carries tensors on the device; the control group carries CPU integers and bytes. With one rank every
-function is a no-op that returns what the only rank would get. Nothing is pickled. Refuses to know what is sent.
+The model group carries tensors on the device; the control group carries CPU integers and bytes; CPU ranks of one host
+have a room in shared memory that stands in for each (shared.py). With one rank every function is a no-op that returns
+what the only rank would get. Nothing is pickled. Refuses to know what is sent.
 """
 
 import torch
@@ -17,17 +18,20 @@ def all_reduce(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sums `x` over the ranks, in place. The order of the sum is the backend's: see `tree_sum` for a fixed one."""
     if ranks.tp > 1:
         ranks.tally.collectives += 1
+        if ranks.room and ranks.room.sums(x):
+            return ranks.room.sum(x)
         dist.all_reduce(x, group=ranks.group)
     return x
 
 
 def gather_stack(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Every rank's `x` on every rank, in rank order: (tp, *x.shape). Shapes and dtypes must agree."""
-    out = x.new_empty((ranks.tp, *x.shape))
     if ranks.tp == 1:
-        out[0] = x
-        return out
+        return x.unsqueeze(0)
     ranks.tally.collectives += 1
+    if ranks.room:
+        return ranks.room.gather(x.contiguous())
+    out = x.new_empty((ranks.tp, *x.shape))
     # The list form works on gloo and nccl in every torch we support; all_gather_into_tensor is deprecated from 2.13.
     dist.all_gather(list(out.unbind()), x.contiguous(), group=ranks.group)
     return out
@@ -46,7 +50,10 @@ def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on every rank."""
+    """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on every rank. May write
+    the sum to `x`."""
+    if ranks.room and ranks.room.sums(x):
+        return all_reduce(x, ranks)
     return tree_add(list(gather_stack(x, ranks).unbind()))
 
 
@@ -60,6 +67,8 @@ def broadcast(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Overwrites `x` (contiguous, on the device) with the driver's, in place."""
     if ranks.tp > 1:
         ranks.tally.collectives += 1
+        if ranks.room:
+            return ranks.room.broadcast(x)
         dist.broadcast(x, src=0, group=ranks.group)
     return x
 
@@ -124,4 +133,7 @@ def broadcast_bytes(data: bytes | None, ranks: Ranks) -> bytes:
 
 def _control(x: torch.Tensor, ranks: Ranks) -> None:
     ranks.tally.collectives += 1
-    dist.broadcast(x, src=0, group=ranks.control)
+    if ranks.control_room:
+        ranks.control_room.broadcast(x)
+    else:
+        dist.broadcast(x, src=0, group=ranks.control)

@@ -129,8 +129,9 @@ def _left(table: list[Seen], now: float) -> Cause | None:
     """A rank went home while another one still counts on it."""
     left = [seen for seen in table if seen.sign.left]
     for other in table:
+        patience_s = min(LEFT_GRACE_S, other.sign.limit_s)
         if left and not other.gone and (other.sign.echo or (
-                other.busy_s(now) > LEFT_GRACE_S and now - left[0].heard > LEFT_GRACE_S)):
+                other.busy_s(now) > patience_s and now - left[0].heard > patience_s)):
             return Cause(3, f"rank {left[0].rank} has left, while rank {other.rank} was still in "
                             f"{other.sign.what or 'a collective'}: every rank must make every call")
     return None

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests import reference
-from llama_tp.model.attention import Span, plan
+from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.rope import frequencies
 from llama_tp.model.transformer import Batch, build
@@ -88,9 +88,9 @@ def test_model_equals_reference(shape, deterministic):
     cache = KVCache(config, 1, 8, 16, torch.float32, torch.device("cpu"))
     table_ = [5, 2, 7, 0, 3]
     flat = torch.tensor([IDS, list(range(len(IDS))), [table_[p // 16] for p in range(len(IDS))]])
-    groups = plan([Span(0, 0, len(IDS), table_)], config.n_heads, 16, cache.empty, torch.device("cpu"))
+    plan = model.kernels.plan([Span(0, 0, len(IDS), table_)], config.n_heads, cache, len(IDS))
     with torch.inference_mode():
-        ours = model.logits(model(Batch(flat[0], flat[1], Slots(flat[2], flat[1] % 16), groups), cache))
+        ours = model.logits(model(Batch(flat[0], flat[1], Slots(flat[2], flat[1] % 16), plan), cache))
     assert relative(ours, reference.logits(weights, config, IDS)) < 1e-4
 
 

@@ -1,0 +1,127 @@
+"""The operations between a layer's products, in the two ways there are: torch's, and C++ on CPU.
+
+One seam for what differs between machines: the transformer calls these five and nothing else that does. Both ways give
+a row the same bits whatever else is in the step, however its prompt was cut and on however many ranks the heads lie;
+between the two, results agree within the dtype's rounding. Tensor letters as in transformer.py.
+"""
+
+import ctypes
+from array import array
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from llama_tp.model.attention import Group, Span, attend, plan
+from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.model.rope import Turn, rotate
+from llama_tp.native.library import load
+
+
+class TorchKernels:
+    """Plain torch: every device and dtype, and what the C++ kernels are tested against.
+
+    fixed_bits: deterministic mode; torch's own silu is faster and less strict.
+    """
+
+    name = "torch"
+
+    def __init__(self, fixed_bits: bool = False):
+        self.silu = silu_fixed if fixed_bits else F.silu
+
+    def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> list[Group]:
+        """What `attend` needs to know about a step of n_tokens rows, once for all layers."""
+        return plan(spans, n_heads, cache.block_size, cache.empty, cache.k.device)
+
+    def add_norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x += delta in place; -> x / rms(x) * weight (arXiv 1910.07467), in fp32 but for the last product, as Meta does.
+        x, delta: (T, D); weight: (D,)."""
+        if delta is not None:
+            x += delta
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+    def rotate_write(self, qkv: torch.Tensor, n_heads: int, turn: Turn, slots: Slots, cache: KVCache, layer: int) -> torch.Tensor:
+        """Turns queries and keys to their positions and stores keys and values. qkv: (T, H + 2K, E) -> (T, H, E)."""
+        H, HK = n_heads, (n_heads + qkv.shape[1]) // 2
+        qk = rotate(qkv[:, :HK], turn)                                          # (T, H + K, E)
+        cache.write(layer, slots, qk[:, H:], qkv[:, HK:])
+        return qk[:, :H]
+
+    def attend(self, q: torch.Tensor, cache: KVCache, layer: int, groups: list[Group]) -> torch.Tensor:
+        """Softmax attention of every row over its sequence's cached context. q: (T, H, E) -> (T, H, E)."""
+        return attend(q, cache.k[layer], cache.v[layer], groups)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up. (T, 2F) -> (T, F)."""
+        gate, up = gate_up.chunk(2, dim=-1)                                     # (T, F) each
+        return self.silu(gate) * up
+
+
+def silu_fixed(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(x) with bits that do not depend on an element's place in the tensor: torch's own silu takes another
+    exp in the last elements of a vector loop (fp32: 2% of them differ), `torch.exp` takes the same one everywhere."""
+    wide = x.float()
+    return (wide / (1 + torch.exp(-wide))).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A step's sequences as the C++ side reads them."""
+
+    spans: array                # of int64, four a sequence: row, start, n, where its table begins
+    tables: array               # of int32: block tables, one after the other
+    complete: bool              # whether the spans cover all rows of the step
+
+
+class NativeKernels:
+    """The C++ kernels (native/kernels.cpp): CPU, fp32 and bf16. Methods as those of TorchKernels."""
+
+    name = "C++"
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
+        suffix = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        self._attend, self._add_norm, self._rotate_write, self._silu_mul = (
+            getattr(library, f"{name}_{suffix}") for name in ("attend", "add_norm", "rotate_write", "silu_mul"))
+
+    def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> NativePlan:
+        heads, tables = array("q"), array("i")
+        for span in spans:
+            heads.extend((span.row, span.start, span.n, len(tables)))
+            tables.extend(span.blocks)
+        return NativePlan(heads, tables, sum(span.n for span in spans) == n_tokens)
+
+    def add_norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        self._add_norm(x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), *x.shape)
+        return out
+
+    def rotate_write(self, qkv: torch.Tensor, n_heads: int, turn: Turn, slots: Slots, cache: KVCache, layer: int) -> torch.Tensor:
+        k, v = cache.k[layer], cache.v[layer]
+        _, K, S, E = k.shape
+        self._rotate_write(qkv.data_ptr(), turn.cos.data_ptr(), turn.sin.data_ptr(), slots.blocks.data_ptr(),
+                           slots.offsets.data_ptr(), k.data_ptr(), v.data_ptr(), len(qkv), n_heads, K, S, E)
+        return qkv[:, :n_heads]
+
+    def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: NativePlan) -> torch.Tensor:
+        k, v = cache.k[layer], cache.v[layer]
+        _, K, S, E = k.shape
+        out = (torch.empty if plan.complete else torch.zeros)(q.shape, dtype=q.dtype)
+        self._attend(q.data_ptr(), q.stride(0), out.data_ptr(), k.data_ptr(), v.data_ptr(), plan.spans.buffer_info()[0],
+                     len(plan.spans) // 4, plan.tables.buffer_info()[0], q.shape[1], K, S, E)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        T, twice = gate_up.shape
+        out = gate_up.new_empty((T, twice // 2))
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), T, twice // 2)
+        return out
+
+
+Kernels = TorchKernels | NativeKernels
+
+
+def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
+    """The fastest way there is for this machine."""
+    library = load() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+    return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)

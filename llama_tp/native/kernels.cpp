@@ -1,0 +1,313 @@
+// What torch lacks on CPU, or does in many small steps: paged attention, norms, rotation with the write to the KV
+// cache, SiLU. Plain C functions on raw pointers, called through ctypes (library.py). fp32 arithmetic throughout.
+//
+// Bits of a row depend on that row alone: not on the other rows of the step, on how a prompt was cut into chunks, on
+// how many heads this rank holds or on the number of threads. For that, one loop body serves all rows and all elements
+// (the last, partial vector of a row too), so that a product and its sum are fused for each of them or for none.
+//
+// Letters as in the rest of llama_tp: T tokens, H query heads, K KV heads, G = H / K, E head dim, S slots a block.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int TILE = 256;       // slots whose scores are held at once; softmax is rescaled from tile to tile
+constexpr int PAIR = 32;        // slots whose keys are turned at once: two vectors of scores
+constexpr int ROWS = 4;         // query rows computed together
+constexpr int TASK_ROWS = 64;   // query rows (positions x G) of one task: what the turned keys are shared by
+
+// One sequence in a step: rows [row, row + n) are positions [start, start + n); its block table begins at `table`.
+struct Span { int64_t row, start, n, table; };
+
+template <int D, bool LOW> constexpr int lane(int i) { return LOW ? (i & D ? 16 + i - D : i) : (i & D ? 16 + i : i + D); }
+template <int D, bool LOW> inline f32x16 mix(f32x16 a, f32x16 b) {
+#define L(i) lane<D, LOW>(i)
+    return __builtin_shufflevector(a, b, L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12),
+                                   L(13), L(14), L(15));
+#undef L
+}
+template <int D> inline void turn_step(f32x16* r) {
+    for (int i = 0; i < 16; i++)
+        if (!(i & D)) {
+            f32x16 a = r[i], b = r[i + D];
+            r[i] = mix<D, true>(a, b);
+            r[i + D] = mix<D, false>(a, b);
+        }
+}
+// 16 x 16 transposition of 32-bit lanes.
+inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
+
+// Keys of 16 slots, (16, E) -> column `at` of (E, PAIR) fp32: one load then gives 16 slots' values of one dimension.
+inline void turn_keys(const float* k, int E, float* out) {
+    for (int e = 0; e < E; e += 16) {
+        f32x16 r[16];
+        for (int s = 0; s < 16; s++) r[s] = load(k + s * E + e);
+        turn(r);
+        for (int i = 0; i < 16; i++) store(out + (e + i) * PAIR, r[i]);
+    }
+}
+inline void turn_keys(const bf16* k, int E, float* out) {           // two dimensions travel as one 32-bit lane
+    int e = 0;
+    for (; e + 32 <= E; e += 32) {
+        f32x16 r[16];
+        for (int s = 0; s < 16; s++) memcpy(&r[s], k + s * E + e, 64);
+        turn(r);
+        for (int i = 0; i < 16; i++) {
+            store(out + (e + 2 * i) * PAIR, (f32x16)((u32x16)r[i] << 16));
+            store(out + (e + 2 * i + 1) * PAIR, (f32x16)((u32x16)r[i] & 0xffff0000u));
+        }
+    }
+    for (; e < E; e += 16) {
+        f32x16 r[16];
+        for (int s = 0; s < 16; s++) r[s] = load(k + s * E + e);
+        turn(r);
+        for (int i = 0; i < 16; i++) store(out + (e + i) * PAIR, r[i]);
+    }
+}
+
+// Scores of ROWS query rows with PAIR slots: sums run over E in order. q: (ROWS, E); keys: (E, PAIR).
+inline void score(const float* q, const float* keys, int E, float* out) {
+    f32x16 a[ROWS] = {}, b[ROWS] = {};
+    for (int e = 0; e < E; e++) {
+        f32x16 k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
+        for (int r = 0; r < ROWS; r++) {
+            f32x16 x = splat(q[r * E + e]);
+            a[r] += x * k0;
+            b[r] += x * k1;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        store(out + r * TILE, a[r]);
+        store(out + r * TILE + 16, b[r]);
+    }
+}
+
+// acc (ROWS, E) += weights (ROWS, 16 slots) x values (16, E), slot by slot, for N vectors of E.
+template <int N, typename C> inline void add_values(const float* weights, const C* v, int E, float* acc) {
+    f32x16 a[ROWS][N];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < N; i++) a[r][i] = load(acc + r * E + 16 * i);
+    for (int s = 0; s < 16; s++) {
+        f32x16 value[N];
+        for (int i = 0; i < N; i++) value[i] = load(v + s * E + 16 * i);
+        for (int r = 0; r < ROWS; r++) {
+            f32x16 w = splat(weights[r * TILE + s]);
+            for (int i = 0; i < N; i++) a[r][i] += w * value[i];
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < N; i++) store(acc + r * E + 16 * i, a[r][i]);
+}
+template <typename C> inline void add_values(const float* weights, const C* v, int E, float* acc) {
+    int e = 0;
+    for (; e + 64 <= E; e += 64) add_values<4>(weights, v + e, E, acc + e);
+    for (; e < E; e += 16) add_values<1>(weights, v + e, E, acc + e);
+}
+
+struct Scratch {
+    std::vector<float> q, scores, acc, keys, wide, max, total;
+    void fit(int rows, int E) {
+        q.resize(rows * E); scores.resize(rows * TILE); acc.resize(rows * E); keys.resize(E * PAIR); wide.resize(16 * E);
+        max.resize(rows); total.resize(rows);
+    }
+};
+
+// Rows of one KV head: positions [first, first + n) of a sequence, G query heads each; row r = position r / G, head r % G.
+// `width` is E rounded up to whole vectors; where they differ (tiny models), keys and values pass through w.wide.
+template <typename C> struct Task {
+    const C *k, *v;             // one layer, (N, K, S, E)
+    const int32_t* table;
+    int64_t K, S, E, width, G, head, first, n;
+
+    const C* slots(const C* cache, int64_t slot) const {            // where 16 slots from `slot` on lie, (16, E)
+        return cache + ((table[slot / S] * K + head) * S + slot % S) * E;
+    }
+    const float* widened(const C* from, Scratch& w) const {
+        for (int64_t s = 0; s < 16; s++)
+            for (int64_t e = 0; e < E; e += 16) store(&w.wide[s * width + e], load_some(from + s * E + e, E - e));
+        return w.wide.data();
+    }
+    void turn(const C* from, Scratch& w, float* out) const {
+        if (E == width) turn_keys(from, E, out);
+        else turn_keys(widened(from, w), width, out);
+    }
+
+    // Softmax over all tiles up to the last position. w.q: (rows, width), scaled; leaves the weighted sums in w.acc.
+    void run(Scratch& w, int rows) const {
+        const int64_t end = first + n;                              // slots that any row sees
+        std::fill(w.acc.begin(), w.acc.end(), 0.0f);
+        std::fill(w.max.begin(), w.max.end(), -INFINITY);
+        std::fill(w.total.begin(), w.total.end(), 0.0f);
+        for (int64_t tile = 0; tile < end; tile += TILE) {
+            const int seen = int(std::min<int64_t>(TILE, (end - tile + 15) / 16 * 16));
+            for (int at = 0; at < seen; at += PAIR) {
+                turn(slots(k, tile + at), w, w.keys.data());
+                if (at + 16 < seen) turn(slots(k, tile + at + 16), w, w.keys.data() + 16);
+                for (int r = 0; r < rows; r += ROWS) score(&w.q[r * width], w.keys.data(), width, &w.scores[r * TILE + at]);
+                prefetch(slots(v, tile + at));
+                if (at + 16 < seen) prefetch(slots(v, tile + at + 16));
+            }
+            for (int r = 0; r < rows; r++) weigh(w, r, seen, first + std::min<int64_t>(r / G, n - 1) - tile);
+            for (int at = 0; at < seen; at += 16) {
+                const C* values = slots(v, tile + at);
+                const float* wide = E == width ? nullptr : widened(values, w);
+                for (int r = 0; r < rows; r += ROWS) {
+                    if (wide) add_values(&w.scores[r * TILE + at], wide, width, &w.acc[r * width]);
+                    else add_values(&w.scores[r * TILE + at], values, width, &w.acc[r * width]);
+                }
+            }
+        }
+    }
+
+    void prefetch(const C* values) const {
+        for (int64_t i = 0; i < 16 * E; i += 64 / int64_t(sizeof(C))) __builtin_prefetch(values + i);
+    }
+
+    // Scores -> weights of one row in a tile whose slots up to `last` it sees; what was summed so far is rescaled.
+    void weigh(Scratch& w, int r, int seen, int64_t last) const {
+        float* s = &w.scores[r * TILE];
+        for (int64_t i = std::max<int64_t>(0, last + 1); i < seen; i++) s[i] = -INFINITY;
+        f32x16 most = splat(-INFINITY);
+        for (int i = 0; i < seen; i += 16) most = larger(load(s + i), most);
+        const float before = w.max[r], now = std::max(before, largest(most));
+        f32x16 total = {};
+        for (int i = 0; i < seen; i += 16) {
+            f32x16 p = exp16(load(s + i) - now);
+            store(s + i, p);
+            total += p;
+        }
+        const float scale = exp16(splat(before - now))[0];
+        w.max[r] = now;
+        w.total[r] = w.total[r] * scale + sum(total);
+        if (scale != 1.0f)
+            for (int e = 0; e < width; e += 16) store(&w.acc[r * width + e], load(&w.acc[r * width + e]) * scale);
+    }
+};
+
+template <typename C>
+void attend(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const Span* spans, int64_t n_spans,
+            const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) {
+    const int64_t G = H / K, width = (E + 15) / 16 * 16, step = std::max<int64_t>(1, TASK_ROWS / G);
+    struct Place { int64_t span, first, head; };
+    std::vector<Place> places;
+    for (int64_t i = 0; i < n_spans; i++)
+        for (int64_t at = 0; at < spans[i].n; at += step)
+            for (int64_t head = 0; head < K; head++) places.push_back({i, at, head});
+    const float scale = 1.0f / std::sqrt(float(E));
+#pragma omp parallel if (places.size() > 1)
+    {
+        Scratch w;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = int64_t(places.size()) - 1; i >= 0; i--) { // long contexts are at the end: begin with them
+            const auto [number, at, head] = places[i];
+            const Span& span = spans[number];
+            const int64_t n = std::min(step, span.n - at), rows = (n * G + ROWS - 1) / ROWS * ROWS;
+            w.fit(int(rows), int(width));
+            for (int64_t r = 0; r < rows; r++) {                    // the rows that fill up a group repeat the last one
+                const int64_t real = std::min(r, n * G - 1);
+                const C* from = q + (span.row + at + real / G) * q_stride + (head * G + real % G) * E;
+                for (int64_t e = 0; e < E; e += 16) store(&w.q[r * width + e], load_some(from + e, E - e) * scale);
+            }
+            Task<C>{k, v, tables + span.table, K, S, E, width, G, head, span.start + at, n}.run(w, int(rows));
+            for (int64_t r = 0; r < n * G; r++) {
+                C* to = out + ((span.row + at + r / G) * H + head * G + r % G) * E;
+                for (int64_t e = 0; e < E; e += 16) store_some(to + e, load(&w.acc[r * width + e]) / w.total[r], E - e);
+            }
+        }
+    }
+}
+
+// x += delta (if there is one), then out = x / rms(x) * weight, rounded to C where Meta's code does.
+template <typename C>
+void add_norm(C* x, const C* delta, const C* weight, float eps, C* out, int64_t T, int64_t D) {
+#pragma omp parallel for if (T > 1)
+    for (int64_t t = 0; t < T; t++) {
+        C* row = x + t * D;
+        f32x16 squares = {};
+        for (int64_t d = 0; d < D; d += 16) {
+            f32x16 v = load_some(row + d, D - d);
+            if (delta) {
+                v = through(v + load_some(delta + t * D + d, D - d), row);
+                store_some(row + d, v, D - d);
+            }
+            squares += v * v;
+        }
+        const float scale = 1.0f / std::sqrt(sum(squares) / float(D) + eps);
+        for (int64_t d = 0; d < D; d += 16) {
+            f32x16 normed = through(load_some(row + d, D - d) * scale, row);
+            store_some(out + t * D + d, normed * load_some(weight + d, D - d), D - d);
+        }
+    }
+}
+
+#define EACH_TWICE 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7
+#define SWAPPED 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+
+// Turns the pairs (2i, 2i + 1) of a head; cos and sin hold each angle's value twice, sin with its signs.
+template <typename C> inline void rotate(C* x, const float* cos, const float* sin, int64_t E) {
+    for (int64_t e = 0; e < E; e += 16) {
+        f32x16 v = load_some(x + e, E - e);
+        store_some(x + e, v * load(cos + e) + __builtin_shufflevector(v, v, SWAPPED) * load(sin + e), E - e);
+    }
+}
+
+// qkv: (T, H + 2K, E), whose queries and keys are turned in place; keys and values go to their slots in the cache.
+// cos, sin: (T, E / 2).
+template <typename C>
+void rotate_write(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
+                  int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) {
+    const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+#pragma omp parallel if (T > 1)
+    {
+        std::vector<float> c(E + 16), s(E + 16);
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) {
+            for (int64_t e = 0; e < E; e += 16) {
+                const int64_t at = t * E / 2 + e / 2, pairs = std::min<int64_t>(8, (E - e) / 2);
+                f32x16 once_c = load_some(cos + at, pairs), once_s = load_some(sin + at, pairs);
+                store(&c[e], __builtin_shufflevector(once_c, once_c, EACH_TWICE));
+                store(&s[e], __builtin_shufflevector(once_s, once_s, EACH_TWICE) * sign);
+            }
+            C* row = qkv + t * (H + 2 * K) * E;
+            for (int64_t h = 0; h < H + K; h++) rotate(row + h * E, c.data(), s.data(), E);
+            for (int64_t h = 0; h < K; h++) {
+                const int64_t at = ((blocks[t] * K + h) * S + offsets[t]) * E;
+                memcpy(k + at, row + (H + h) * E, E * sizeof(C));
+                memcpy(v + at, row + (H + K + h) * E, E * sizeof(C));
+            }
+        }
+    }
+}
+
+// (T, 2F), gates then ups -> (T, F): silu(gate) * up, the silu rounded to C as a tensor of its own would be.
+template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
+#pragma omp parallel for if (T > 1)
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t f = 0; f < F; f += 16) {
+            f32x16 gate = load_some(x + t * 2 * F + f, F - f), up = load_some(x + t * 2 * F + F + f, F - f);
+            store_some(out + t * F + f, through(gate / (1.0f + exp16(-gate)), out) * up, F - f);
+        }
+}
+
+}  // namespace
+
+#define FOR_DTYPE(NAME, C) \
+    extern "C" void attend_##NAME(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const void* spans, \
+                                  int64_t n_spans, const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) { \
+        attend(q, q_stride, out, k, v, static_cast<const Span*>(spans), n_spans, tables, H, K, S, E); \
+    } \
+    extern "C" void add_norm_##NAME(C* x, const C* delta, const C* weight, float eps, C* out, int64_t T, int64_t D) { \
+        add_norm(x, delta, weight, eps, out, T, D); \
+    } \
+    extern "C" void rotate_write_##NAME(C* qkv, const float* cos, const float* sin, const int64_t* blocks, \
+                                        const int64_t* offsets, C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
+        rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
+    } \
+    extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
+
+FOR_DTYPE(fp32, float)
+FOR_DTYPE(bf16, bf16)
