@@ -1,6 +1,6 @@
 """The operations between a layer's products, in the two ways there are: torch's, and C++ on CPU.
 
-One seam for what differs between machines: the transformer calls these five and nothing else that does. Both ways give
+One seam for what differs between machines: the transformer calls these and nothing else that does. Both ways give
 a row the same bits whatever else is in the step, however its prompt was cut and on however many ranks the heads lie;
 between the two, results agree within the dtype's rounding. Tensor letters as in transformer.py.
 """
@@ -52,6 +52,14 @@ class TorchKernels:
         """Softmax attention of every row over its sequence's cached context. q: (T, H, E) -> (T, H, E)."""
         return attend(q, cache.k[layer], cache.v[layer], groups)
 
+    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x W^T for few rows and a weight that is not packed. (R, D), (V, D) -> (R, V)."""
+        return F.linear(x, weight)
+
+    def fixes_rows(self, dim: int) -> bool:
+        """Whether a row's bits in `times` do not depend on the number of rows."""
+        return False
+
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up. (T, 2F) -> (T, F)."""
         gate, up = gate_up.chunk(2, dim=-1)                                     # (T, F) each
@@ -81,8 +89,8 @@ class NativeKernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         suffix = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        self._attend, self._add_norm, self._rotate_write, self._silu_mul = (
-            getattr(library, f"{name}_{suffix}") for name in ("attend", "add_norm", "rotate_write", "silu_mul"))
+        self._attend, self._add_norm, self._rotate_write, self._silu_mul, self._times = (
+            getattr(library, f"{name}_{suffix}") for name in ("attend", "add_norm", "rotate_write", "silu_mul", "times"))
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> NativePlan:
         heads, tables = array("q"), array("i")
@@ -110,6 +118,18 @@ class NativeKernels:
         self._attend(q.data_ptr(), q.stride(0), out.data_ptr(), k.data_ptr(), v.data_ptr(), plan.spans.buffer_info()[0],
                      len(plan.spans) // 4, plan.tables.buffer_info()[0], q.shape[1], K, S, E)
         return out
+
+    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        (R, D), V = x.shape, len(weight)
+        if not self.fixes_rows(D) or V < 4:
+            return F.linear(x, weight)
+        out = x.new_empty((R, V))
+        x = x.contiguous()
+        self._times(x.data_ptr(), weight.data_ptr(), out.data_ptr(), R, D, V)
+        return out
+
+    def fixes_rows(self, dim: int) -> bool:
+        return dim % 32 == 0
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         T, twice = gate_up.shape

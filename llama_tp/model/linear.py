@@ -13,6 +13,8 @@ they never allocate the whole weight, and in what they promise about bits:
   dtype first (bf16: rms error 3.6e-3 against 1.7e-3 for one product).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -122,11 +124,12 @@ class VocabParallelEmbedding(ShardedWeight):
 
 class TiedHead:
     """The head of a model whose head *is* the embedding: multiplies by the plain embedding weight, since a packed copy
-    would hold the largest matrix of a small model twice."""
+    would hold the largest matrix of a small model twice. `times` is Kernels': F.linear reads the 1B's 525 MB in 20 ms,
+    the C++ one in 10-14 (1 to 8 rows)."""
 
-    def __init__(self, embedding: VocabParallelEmbedding):
-        self.embedding = embedding
+    def __init__(self, embedding: VocabParallelEmbedding, times: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        self.embedding, self.times = embedding, times
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (T, V on this rank)."""
-        return F.linear(x, self.embedding.weight)
+        return self.times(x, self.embedding.weight)

@@ -94,10 +94,10 @@ class Transformer(nn.Module):
         self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks)
         self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.output = (TiedHead(self.tok_embeddings) if config.tied
+        self.kernels = pick(ranks.device, dtype, deterministic)
+        self.output = (TiedHead(self.tok_embeddings, self.kernels.times) if config.tied
                        else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp), dtype))
         self.rope = Rope(config, n_positions, ranks.device)
-        self.kernels = pick(ranks.device, dtype, deterministic)
         self._slots = self._table_of_slots()
         self._missing = {id(module): sum(m is module for m, _, _ in self._slots.values())
                          for module, _, _ in self._slots.values()}
@@ -108,7 +108,8 @@ class Transformer(nn.Module):
         if not self.deterministic:
             return 1
         packed = can_pack(self.dtype, self.ranks.device)
-        plain = not packed or (self.config.tied and self.dtype == torch.float32)
+        plain_head = self.config.tied and self.dtype == torch.float32 and not self.kernels.fixes_rows(self.config.dim)
+        plain = not packed or plain_head
         return PLAIN_ROWS_FLOOR if plain else ROWS_FLOOR
 
     # ------------------------------------------------------------------------------------------------- loading

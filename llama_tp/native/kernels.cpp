@@ -10,6 +10,9 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "vector.h"
 
@@ -293,6 +296,58 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
         }
 }
 
+// Products of M rows of x with 4 rows of w, (M, D) and (4, D) -> (M, 4): sums run over D in order, in 16 lanes that are
+// added at the end. The first to read the four rows of w (`fetch`) asks for those of AHEAD rows further on.
+constexpr int AHEAD = 16;
+constexpr int M_TILE = 6;       // 24 sums in registers
+
+inline f32x16 multiply_add(f32x16 acc, const float* a, const float* b) { return acc + load(a) * load(b); }
+#ifdef __AVX512BF16__
+constexpr int BF16_STEP = 32;
+inline f32x16 multiply_add(f32x16 acc, const bf16* a, const bf16* b) {
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+}
+#else
+constexpr int BF16_STEP = 16;
+inline f32x16 multiply_add(f32x16 acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
+#endif
+template <typename C> constexpr int STEP = sizeof(C) == 2 ? BF16_STEP : 16;
+
+template <int M, typename C>
+void dot4(const C* x, const C* w, int64_t D, bool fetch, C* out, int64_t stride) {
+    f32x16 acc[M][4] = {};
+    for (int64_t d = 0; d < D; d += STEP<C>) {
+        if (fetch)
+            for (int i = 0; i < 4; i++) __builtin_prefetch(w + (AHEAD + i) * D + d);
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < 4; i++) acc[m][i] = multiply_add(acc[m][i], x + m * D + d, w + i * D + d);
+    }
+    for (int m = 0; m < M; m++) {
+        f32x16 four = {sum(acc[m][0]), sum(acc[m][1]), sum(acc[m][2]), sum(acc[m][3])};
+        store_some(out + m * stride, four, 4);
+    }
+}
+
+// out (M, V) = x (M, D) times w (V, D) transposed, for few rows: w is read once, at the memory's speed.
+// D must be a multiple of 32, and V at least 4.
+template <typename C> void times(const C* x, const C* w, C* out, int64_t M, int64_t D, int64_t V) {
+#pragma omp parallel for
+    for (int64_t group = 0; group < (V + 3) / 4; group++)
+        for (int64_t m = 0; m < M; m += M_TILE) {
+            const int64_t v = std::min(4 * group, V - 4);           // the last four may overlap those before
+            const C *from = x + m * D, *rows = w + v * D;
+            C* to = out + m * V + v;
+            switch (std::min<int64_t>(M_TILE, M - m)) {
+                case 1: dot4<1>(from, rows, D, !m, to, V); break;
+                case 2: dot4<2>(from, rows, D, !m, to, V); break;
+                case 3: dot4<3>(from, rows, D, !m, to, V); break;
+                case 4: dot4<4>(from, rows, D, !m, to, V); break;
+                case 5: dot4<5>(from, rows, D, !m, to, V); break;
+                default: dot4<6>(from, rows, D, !m, to, V);
+            }
+        }
+}
+
 }  // namespace
 
 #define FOR_DTYPE(NAME, C) \
@@ -307,6 +362,7 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
                                         const int64_t* offsets, C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
         rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
     } \
+    extern "C" void times_##NAME(const C* x, const C* w, C* out, int64_t M, int64_t D, int64_t V) { times(x, w, out, M, D, V); } \
     extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
 
 FOR_DTYPE(fp32, float)

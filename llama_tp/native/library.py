@@ -17,6 +17,7 @@ _FUNCTIONS = {
     "attend_": (None, [POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, LONG]),
     "add_norm_": (None, [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG]),
     "rotate_write_": (None, [POINTER] * 7 + [LONG] * 5),
+    "times_": (None, [POINTER] * 3 + [LONG] * 3),
     "silu_mul_": (None, [POINTER, POINTER, LONG, LONG]),
     "shared_bytes": (LONG, [INT]),
     "shared_sum_": (ctypes.c_bool, [*_ROOM, POINTER, LONG]),

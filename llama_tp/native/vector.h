@@ -56,11 +56,11 @@ static inline f32x16 through(f32x16 x, const bf16*) { bf16 t[16]; store(t, x); r
 
 // Halves until one is left, in a fixed order.
 static inline float sum(f32x16 v) {
-    float a[16];
-    memcpy(a, &v, 64);
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    typedef float f32x8 __attribute__((vector_size(32)));
+    typedef float f32x4 __attribute__((vector_size(16)));
+    f32x8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    f32x4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return (b[0] + b[2]) + (b[1] + b[3]);
 }
 static inline float largest(f32x16 v) {
     float m = v[0];
