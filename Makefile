@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check clean
+.PHONY: help setup demo test test-slow check bench clean
 
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
@@ -36,6 +36,10 @@ test-slow: $(VENV)/.test  ## run all tests, also many ranks, big files and peers
 check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: $(VENV)/.core  ## what this machine could do at best, and what the demo model does (a minute)
+	@for n in 1 2; do $(BIN)/torchrun --standalone --nproc_per_node $$n -m llama_tp.bench latency --ckpt_dir checkpoints/demo \
+	    --device cpu 2>/dev/null || exit 1; echo; done
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

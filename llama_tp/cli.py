@@ -14,7 +14,8 @@ A command is a module whose top is light (no torch) with one function
 
 whose annotations are the types of its flags, and whose docstring is its --help: a line `name: text`, indented under a
 title, documents --name. Known types: str, int, float, bool, Literal of texts, each also `| None`, and list[...] or
-tuple[..., ...] for a flag that may be given several times.
+tuple[..., ...] for a flag that may be given several times. A parameter in front of the `*` is a word without a flag
+(`bench latency`); it is spelt --name too.
 
 Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every rank, after the load;
 it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the words are read here, and fire is left to call
@@ -59,6 +60,7 @@ class Flag:
     choices: tuple[str, ...] = ()  # the texts allowed; () = any
     repeats: bool = False  # may be given several times, arrives as a tuple
     optional: bool = False  # None is a value
+    bare: bool = False  # may stand without its name
     default: object = inspect.Parameter.empty
 
     @property
@@ -124,6 +126,7 @@ def flags_of(main) -> dict[str, Flag]:
             kind, found["choices"] = str, typing.get_args(kind)
         if kind not in KINDS:
             raise TypeError(f"{main.__module__}.main: no flag can have the type {hints[name]} of {name}")
+        found["bare"] = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         flags[name] = Flag(name, kind, default=parameter.default, **found)
     return flags
 
@@ -143,7 +146,11 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
         if word in ("--help", "-h"):
             return None
         if not re.match(r"-+[A-Za-z]", word):
-            raise _stray_word(word, previous, values, flags)
+            bare = next((flag for flag in flags.values() if flag.bare and flag.name not in values), None)
+            if bare is None:
+                raise _stray_word(word, previous, values, flags)
+            values[bare.name] = bare.value(word)
+            continue
         name, equals, text = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
         off = name not in flags and name.startswith("no_") and name[3:] in flags and flags[name[3:]].kind is bool
@@ -159,7 +166,8 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
             raise UserError(f"--{flag.name} is given twice", f"{values[flag.name]!r} and {value!r}", "keep one of them")
         values[flag.name] = value
         previous = flag
-    missing = [f"--{flag.name}" for flag in flags.values() if flag.required and flag.name not in values]
+    missing = [f"{flag.name.upper()} ({', '.join(flag.choices)})" if flag.bare else f"--{flag.name}"
+               for flag in flags.values() if flag.required and flag.name not in values]
     if missing:
         raise UserError(f"missing {', '.join(missing)}", "", "--help lists the flags")
     return values
@@ -215,7 +223,8 @@ def help_text(main, flags: dict[str, Flag]) -> str:
             lines.append("")
     for name, (index, text) in entries.items():
         lines[index] = _help_entry(flags[name], text, width)
-    return "\n".join([f"{_command()} [flags]", "", *lines])
+    words = [" " + name.upper() for name, flag in flags.items() if flag.bare]
+    return "\n".join([f"{_command()}{''.join(words)} [flags]", "", *lines])
 
 
 def _help_entry(flag: Flag, text: str, width: int) -> str:
@@ -228,7 +237,7 @@ def _help_entry(flag: Flag, text: str, width: int) -> str:
         text += f" (default {flag.default})"
     if flag.repeats:
         text += " (may be given several times)"
-    name = f"    --{flag.name} {kind}".rstrip()
+    name = f"    {flag.name.upper() if flag.bare else '--' + flag.name} {kind}".rstrip()
     column = 32
     first = name.ljust(column) if len(name) < column - 1 else name + "  "
     text = text.strip() or "(not documented)"

@@ -57,6 +57,7 @@ class Stats:
     decode_tokens: int = 0
     decode_steps: int = 0
     decode_s: float = 0.0
+    driver_s: float = 0.0               # of both, what the driver spent outside the model: scheduling, sending, text
     n_requests: int = 0
     first_token_s: float = 0.0          # from the first submit to the first token of all
 
@@ -131,10 +132,14 @@ class Engine:
             return []
         send_ints(step.encode(), self.ranks)
         self._choices.clear()
+        before_run = time.perf_counter()
         self._run(step, self._judge)
+        run_s = time.perf_counter() - before_run - self.runner.planning_s
         sampled = {sequence.row: _token(choice) for sequence, choice in self._choices.items()}
         deltas = [self._gained(sequence) for sequence, _ in self.scheduler.update(step, sampled)]
-        self._count(step, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._count(step, seconds)
+        self.stats.driver_s += seconds - run_s
         if deltas and not self.stats.first_token_s:
             self.stats.first_token_s = time.perf_counter() - self._first_submit
         return deltas

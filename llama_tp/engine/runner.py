@@ -4,6 +4,7 @@ The same code on every rank; only `choose` and `score` are the driver's. What a 
 every rank, so that a decode row travels without its token.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -44,14 +45,17 @@ class Runner:
     def __init__(self, model: Transformer, cache: KVCache, max_rows: int, n_vocab: int):
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
+        self.planning_s = 0.0           # of the last step: from ints to tensors
         self.last = torch.zeros(max_rows, dtype=torch.int64, device=model.ranks.device)
 
     @torch.inference_mode()
     def run(self, step: Step, judge: Judge | None) -> None:
         """One step. `judge` is given on the driver and None elsewhere."""
+        started = time.perf_counter()
         for row in step.rows:
             self._own(row)
         batch, ends = self._batch(step)
+        self.planning_s = time.perf_counter() - started
         hidden = self.model(batch, self.cache)                      # (T, D)
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:

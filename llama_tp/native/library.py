@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "rotate_write_": (None, [POINTER] * 7 + [LONG] * 5),
     "times_": (None, [POINTER] * 3 + [LONG] * 3),
     "silu_mul_": (None, [POINTER, POINTER, LONG, LONG]),
+    "read_all": (ctypes.c_uint64, [POINTER, LONG]),
     "shared_bytes": (LONG, [INT]),
     "shared_sum_": (ctypes.c_bool, [*_ROOM, POINTER, LONG]),
     "shared_gather": (ctypes.c_bool, [*_ROOM, POINTER, POINTER, LONG]),

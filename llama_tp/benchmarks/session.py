@@ -1,0 +1,124 @@
+"""One benchmark from the engine to the result: what the bench command does on every rank."""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_tp.benchmarks import latency, startup, synthetic, throughput
+from llama_tp.benchmarks.ceiling import ceiling
+from llama_tp.engine.build import DTYPES, EngineOptions, build
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.session import peak_bytes
+from llama_tp.parallel.collectives import gather_ints
+from llama_tp.parallel.groups import Ranks, init_ranks, pick_device
+from llama_tp.parallel.health import Watch
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.memory import GIB
+from llama_tp.spec.published import PUBLISHED
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured; the names are the flags'."""
+
+    what: str
+    batches: tuple[int, ...]
+    n_prompt: int
+    n_new: int
+    n_runs: int
+    n_requests: int
+    spread: float
+    max_rows: int
+
+    @property
+    def n_positions(self) -> int:
+        """The longest sequence that occurs."""
+        return int((self.n_prompt + self.n_new) * (1 + self.spread)) + 2
+
+    @property
+    def rows(self) -> int:
+        return max(self.batches) if self.what == "latency" else self.max_rows
+
+
+def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: int | None, tp: int | None, device: str | None,
+                dtype: str | None, deterministic: bool) -> Engine:
+    """A checkpoint's engine, or one with random weights; `age_s` on it: the process's age before and after building."""
+    begun_s = startup.process_age_s()
+    if ckpt_dir:
+        engine = build(EngineOptions(ckpt_dir, max_seq_len=load.n_positions, max_batch_size=load.rows, device=device, dtype=dtype,
+                                     deterministic=deterministic, prefix_cache=False))
+    else:
+        if dtype not in (None, *DTYPES):
+            raise UserError("--dtype is not one that llama_tp computes in", f"found {dtype!r}", f"use one of {', '.join(DTYPES)}")
+        config = synthetic.shrunk(PUBLISHED[model], n_layers)
+        config.check_tp(tp or 1)
+        ranks = synthetic.simulated(tp, pick_device(device, 0)) if tp else init_ranks(device)
+        if not tp:
+            config.check_tp(ranks.tp)
+        engine = synthetic.engine_of(config, ranks, DTYPES[dtype or "bfloat16"], load.n_positions, load.rows, deterministic)
+        if not tp:
+            engine.watch = Watch(ranks)
+    engine.age_s = (begun_s, startup.process_age_s())
+    return engine
+
+
+def measure(engine: Engine, load: Load, name: str, allreduce_us: float | None,
+            show: Callable[[str], None]) -> tuple[dict | None, list[list[dict]]]:
+    """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling card before."""
+    ranks, model = engine.ranks, engine.runner.model
+    alone = isinstance(ranks.room, synthetic.StandIn)
+    limits = ceiling(model.config, ranks, model.dtype, probe=not alone)
+    if not engine.is_driver:
+        engine.follow()
+        gather_ints(peak_bytes(engine), ranks)
+        return None, []
+    show(f"{name}, {model.config.n_params / 1e9:.2f} B parameters, {str(model.dtype)[6:]}, "
+         + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
+          + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
+         f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")
+    show(limits.card())
+    if load.what == "latency":
+        rows, result = latency.latency(engine, limits, list(load.batches), load.n_prompt, load.n_new, load.n_runs)
+    elif load.what == "throughput":
+        rows, result = throughput.throughput(engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows)
+    else:
+        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")]
+        rows, result = startup.startup(engine, files, *engine.age_s)
+    tables = [rows]
+    engine.dismiss()
+    peaks = [peak_bytes(engine)] if alone else gather_ints(peak_bytes(engine), ranks)
+    result |= {"benchmark": load.what, "model": Path(name).name, "tp": ranks.tp, "simulated": alone, "dtype": str(model.dtype)[6:],
+               "deterministic": model.deterministic, "device": device_name(ranks), "threads": torch.get_num_threads(),
+               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "ceiling": limits.as_json(),
+               "peak_memory_gib": [round(peak / GIB, 3) for peak in peaks]}
+    if alone:
+        tables += predicted(engine, result, allreduce_us)
+    show(f"peak memory: {', '.join(f'{peak / GIB:.2f}' for peak in peaks)} GiB")
+    return result, tables
+
+
+def predicted(engine: Engine, result: dict, allreduce_us: float | None) -> list[list[dict]]:
+    """Tables of a simulated rank: its messages, and the step's time with the sums that it did not wait for."""
+    messages = synthetic.message_table(engine.ranks, engine.n_steps + 1)
+    if allreduce_us is None:
+        return [messages]
+    n_sums = 2 * engine.runner.model.config.n_layers + 1
+    rows = []
+    for run in result.get("runs", []):
+        run["predicted_tpot_ms"] = run["median_tpot_ms"] + n_sums * allreduce_us / 1e3
+        rows.append({"batch": run["batch_size"], "computing ms": f"{run['median_tpot_ms']:.2f}", "sums": n_sums,
+                     "us each": allreduce_us, "PREDICTED ms a step": f"{run['predicted_tpot_ms']:.2f}"})
+    return [messages, rows] if rows else [messages]
+
+
+def device_name(ranks: Ranks) -> str:
+    """The GPU's name, or the CPU's as Linux tells it."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_name(ranks.device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

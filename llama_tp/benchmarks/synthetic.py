@@ -1,0 +1,96 @@
+"""Engines without a checkpoint: a published size with random weights, on the ranks there are or as one rank of more.
+
+A simulated rank holds its real share of every weight and does its real work, alone. What it would say to the others
+goes to `StandIn`, which answers at once and counts: so the time measured is that rank's computing, and a whole step is
+that time plus the collectives', which must come from elsewhere. A prediction, never a measurement of tp ranks.
+"""
+
+import contextlib
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+from llama_tp.engine.blocks import BlockManager
+from llama_tp.engine.engine import Engine
+from llama_tp.engine.runner import Runner
+from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.groups import Ranks
+from llama_tp.spec.config import ModelConfig
+from llama_tp.spec.weights import table
+from llama_tp.text.token_table import Tokenizer
+
+BLOCK_SIZE = 16
+
+
+class StandIn:
+    """A Room whose other ranks hold the same as this one; counts each collective's bytes."""
+
+    def __init__(self, tp: int):
+        self.tp, self.calls = tp, Counter()
+
+    def sums(self, x: torch.Tensor) -> bool:
+        return True
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls["sum", x.nbytes] += 1
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls["gather", x.nbytes] += 1
+        return x.unsqueeze(0).expand(self.tp, *x.shape)
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls["broadcast", x.nbytes] += 1
+        return x
+
+
+class NoWatch:
+    """Stands where health's Watch does: there is nobody to watch."""
+
+    @contextlib.contextmanager
+    def busy(self, what: str):
+        yield
+
+    def close(self) -> None:
+        return
+
+
+def simulated(tp: int, device: torch.device) -> Ranks:
+    """The driver of tp ranks that do not exist. Its room's `calls` tell what would have been sent."""
+    return Ranks(0, tp, device, room=StandIn(tp), control_room=StandIn(tp))
+
+
+def engine_of(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, max_rows: int,
+              deterministic: bool) -> Engine:
+    """This rank's engine with random weights, scaled so that activations keep their size through the layers."""
+    model = Transformer(config, ranks, dtype, n_positions, deterministic)
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(ranks.device)
+    for weight in table(config):
+        slot = model.into(weight)
+        if slot.dim() == 1:
+            slot.fill_(1)
+        else:                           # the same million numbers over and over: as good as fresh ones for timing
+            scaled = (noise * (weight.shape[1] ** -0.5)).to(dtype)
+            for row in slot.view(-1).split(len(noise)) if slot.is_contiguous() else slot:
+                row.copy_(scaled[:len(row)])
+        model.loaded(weight)
+    n_blocks = max_rows * -(-n_positions // BLOCK_SIZE)
+    cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
+    step_tokens = 512 if ranks.device.type == "cpu" else 8192
+    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, False), max_rows, step_tokens, n_positions)
+    letters = Tokenizer([b"x"] * config.vocab_size, {}, None, (), lambda text: [0] * len(text))
+    return Engine(Runner(model, cache, max_rows, config.vocab_size), scheduler, letters, ranks, NoWatch())
+
+
+def message_table(ranks: Ranks, n_steps: int) -> list[dict]:
+    """What a simulated rank would have sent in each step, on average."""
+    return [{"collective": kind, "bytes": n_bytes, "a step": f"{n / max(1, n_steps):.1f}"}
+            for (kind, n_bytes), n in sorted(ranks.room.calls.items())]
+
+
+def shrunk(config: ModelConfig, n_layers: int | None) -> ModelConfig:
+    """The same model with fewer layers, for machines that cannot hold it."""
+    return replace(config, n_layers=n_layers) if n_layers else config
