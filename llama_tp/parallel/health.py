@@ -83,6 +83,8 @@ class Watch:
             yield
         finally:
             self._mark = outer
+            if limit_s is not None:                         # else a peer that dies now would still be under this limit
+                self._ring()
 
     def progress(self, call: int, step: int) -> None:
         """How far this rank is, for the messages: calls of the API begun, steps begun."""
@@ -176,14 +178,18 @@ class Watch:
     def _run(self) -> None:
         beat_at = 0.0
         while not self._left:
-            for key, _ in self._selector.select(max(0.0, beat_at - time.monotonic())):
-                key.data()
+            events = [key.data for key, _ in self._selector.select(max(0.0, beat_at - time.monotonic()))]
+            for on_event in events:
+                on_event()
             now = time.monotonic()
             if self._parent and os.getppid() != self._parent and not self._error:
-                self._error = f"torchrun (pid {self._parent}) is gone"
-            self._say(now)
+                self._error, beat_at = f"torchrun (pid {self._parent}) is gone", now
+            # Only at the beat, or rung for news: if each answered what it hears, they would talk without end (a third of
+            # a core on each rank, before this line).
+            if now >= beat_at or self._on_bell in events:
+                self._say(now)
+                beat_at = now + (BEAT_S if self._noticed_at is None and not self._signal else BEAT_S / 4)
             self._judge(now)
-            beat_at = now + (BEAT_S if self._noticed_at is None and not self._signal else BEAT_S / 4)
         self._say(time.monotonic())
         for sock in [self._ear, self._bell] + [line.sock for line in self._lines.values()]:
             sock.close()

@@ -25,7 +25,7 @@ from llama_tp.parallel.groups import Ranks, close, init_ranks, single_rank
 from llama_tp.parallel.health import Watch
 from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
-from tests.ranks import free_port, torchrun
+from tests.ranks import free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
 server = multiprocessing.get_context("forkserver")
@@ -264,6 +264,23 @@ def test_only_our_own_command_is_killed():
         time.sleep(0.1)
         assert other.poll() is None
         other.kill()
+
+
+def signs_in(ranks, seconds: float) -> int:
+    """How often an idle rank tells the others that it is alive."""
+    watch, said = Watch(ranks), []
+    say = watch._say
+    watch._say = lambda now: (said.append(now), say(now))
+    time.sleep(seconds)
+    n = len(said)
+    barrier(ranks)
+    watch.close()
+    return n
+
+
+def test_ranks_do_not_answer_every_sign_of_life():
+    """One a second each. Answering what one hears made them talk without end, on a third of a core each."""
+    assert all(2 <= n <= 6 for n in run(2, signs_in, 3.2))
 
 
 def test_a_single_rank_watches_nobody():
