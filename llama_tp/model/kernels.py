@@ -16,6 +16,7 @@ from llama_tp.model.attention import Group, Span, attend, plan
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
+from llama_tp.parallel.collectives import tree_add
 
 
 class TorchKernels:
@@ -56,6 +57,11 @@ class TorchKernels:
         """x W^T for few rows and a weight that is not packed. (R, D), (V, D) -> (R, V)."""
         return F.linear(x, weight)
 
+    def tree_add(self, parts: list[torch.Tensor], rounded: bool) -> torch.Tensor:
+        """Sums the parts in fp32 as collectives.tree_add does; -> fp32, or rounded to their dtype."""
+        total = tree_add([part.float() for part in parts])
+        return total.to(parts[0].dtype) if rounded else total
+
     def fixes_rows(self, dim: int) -> bool:
         """Whether a row's bits in `times` do not depend on the number of rows."""
         return False
@@ -89,8 +95,9 @@ class NativeKernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         suffix = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        self._attend, self._add_norm, self._rotate_write, self._silu_mul, self._times = (
-            getattr(library, f"{name}_{suffix}") for name in ("attend", "add_norm", "rotate_write", "silu_mul", "times"))
+        self._attend, self._add_norm, self._rotate_write, self._silu_mul, self._times, self._tree_add = (
+            getattr(library, f"{name}_{suffix}")
+            for name in ("attend", "add_norm", "rotate_write", "silu_mul", "times", "tree_add"))
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> NativePlan:
         heads, tables = array("q"), array("i")
@@ -126,6 +133,12 @@ class NativeKernels:
         out = x.new_empty((R, V))
         x = x.contiguous()
         self._times(x.data_ptr(), weight.data_ptr(), out.data_ptr(), R, D, V)
+        return out
+
+    def tree_add(self, parts: list[torch.Tensor], rounded: bool) -> torch.Tensor:
+        out = torch.empty(parts[0].shape, dtype=parts[0].dtype if rounded else torch.float32)
+        pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
+        self._tree_add(pointers, len(parts), *((None, out.data_ptr()) if rounded else (out.data_ptr(), None)), out.numel())
         return out
 
     def fixes_rows(self, dim: int) -> bool:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama_tp.parallel.collectives import all_reduce, tree_add, tree_sum
+from llama_tp.parallel.collectives import all_reduce, tree_sum
 from llama_tp.parallel.groups import Ranks
 
 ROWS_FLOOR = 2                  # fewest rows of a step in deterministic mode where every weight is packed
@@ -90,20 +90,22 @@ class ColumnParallelLinear(ShardedLinear):
 class RowParallelLinear(ShardedLinear):
     """y = sum over ranks of x_r W_r^T, W's columns and x cut over the ranks: (T, in on this rank) -> (T, out).
 
-    n_chunks: this rank's K-chunks in deterministic mode, else 1.
+    n_chunks: this rank's K-chunks in deterministic mode, else 1; `add` is then Kernels.tree_add.
     """
 
     def __init__(self, in_features: int, out_features: int, dtype: torch.dtype, ranks: Ranks, n_chunks: int = 1,
-                 deterministic: bool = False):
+                 deterministic: bool = False, add: Callable[[list[torch.Tensor], bool], torch.Tensor] | None = None):
         super().__init__(in_features, out_features, dtype, n_chunks)
-        self.ranks, self.deterministic = ranks, deterministic
+        self.ranks, self.deterministic, self.add = ranks, deterministic, add
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.deterministic:
             return all_reduce(self.matrices[0](x), self.ranks)
         chunks = x.chunk(self.n_chunks, dim=1)
-        partial = tree_add([matrix(part.contiguous()).float() for matrix, part in zip(self.matrices, chunks)])
-        return tree_sum(partial, self.ranks).to(x.dtype)
+        parts = [matrix(part.contiguous()) for matrix, part in zip(self.matrices, chunks)]
+        if self.ranks.tp == 1:
+            return self.add(parts, True)
+        return tree_sum(self.add(parts, False), self.ranks).to(x.dtype)
 
 
 class VocabParallelEmbedding(ShardedWeight):

@@ -41,12 +41,12 @@ class RMSNorm(ShardedWeight):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool):
+    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
         super().__init__()
         self.H, self.K, self.E = config.n_heads // ranks.tp, config.local_kv_heads(ranks.tp), config.head_dim
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
         self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype)
-        self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, n_chunks, deterministic)
+        self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, n_chunks, deterministic, kernels.tree_add)
 
     def forward(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
         T, H, K, E = len(x), self.H, self.K, self.E
@@ -57,24 +57,24 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool):
+    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
         super().__init__()
         self.ffn = config.local_ffn(ranks.tp)
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
         self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype)
-        self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, n_chunks, deterministic)
+        self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, n_chunks, deterministic, kernels.tree_add)
 
     def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return self.w2(kernels.silu_mul(self.w13(x)))                           # (T, D)
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool):
+    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.attention = Attention(config, ranks, dtype, deterministic)
+        self.attention = Attention(config, ranks, dtype, deterministic, kernels)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.feed_forward = FeedForward(config, ranks, dtype, deterministic)
+        self.feed_forward = FeedForward(config, ranks, dtype, deterministic, kernels)
 
 
 class Transformer(nn.Module):
@@ -91,10 +91,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False):
         super().__init__()
         self.config, self.ranks, self.dtype, self.deterministic = config, ranks, dtype, deterministic
-        self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks)
-        self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.kernels = pick(ranks.device, dtype, deterministic)
+        self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks)
+        self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.output = (TiedHead(self.tok_embeddings, self.kernels.times) if config.tied
                        else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp), dtype))
         self.rope = Rope(config, n_positions, ranks.device)

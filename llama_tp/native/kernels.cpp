@@ -53,94 +53,166 @@ inline void turn_keys(const float* k, int E, float* out) {
         for (int i = 0; i < 16; i++) store(out + (e + i) * PAIR, r[i]);
     }
 }
-inline void turn_keys(const bf16* k, int E, float* out) {           // two dimensions travel as one 32-bit lane
-    int e = 0;
-    for (; e + 32 <= E; e += 32) {
-        f32x16 r[16];
-        for (int s = 0; s < 16; s++) memcpy(&r[s], k + s * E + e, 64);
-        turn(r);
-        for (int i = 0; i < 16; i++) {
-            store(out + (e + 2 * i) * PAIR, (f32x16)((u32x16)r[i] << 16));
-            store(out + (e + 2 * i + 1) * PAIR, (f32x16)((u32x16)r[i] & 0xffff0000u));
-        }
-    }
-    for (; e < E; e += 16) {
-        f32x16 r[16];
-        for (int s = 0; s < 16; s++) r[s] = load(k + s * E + e);
-        turn(r);
-        for (int i = 0; i < 16; i++) store(out + (e + i) * PAIR, r[i]);
-    }
-}
 
-// Scores of ROWS query rows with PAIR slots: sums run over E in order. q: (ROWS, E); keys: (E, PAIR).
-inline void score(const float* q, const float* keys, int E, float* out) {
-    f32x16 a[ROWS] = {}, b[ROWS] = {};
+// Scores of R query rows with PAIR slots: sums run over E in order. q: (R, E); keys: (E, PAIR).
+template <int R> inline void score(const float* q, const float* keys, int E, float, float* out) {
+    f32x16 a[R] = {}, b[R] = {};
     for (int e = 0; e < E; e++) {
         f32x16 k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
-        for (int r = 0; r < ROWS; r++) {
+        for (int r = 0; r < R; r++) {
             f32x16 x = splat(q[r * E + e]);
             a[r] += x * k0;
             b[r] += x * k1;
         }
     }
-    for (int r = 0; r < ROWS; r++) {
+    for (int r = 0; r < R; r++) {
         store(out + r * TILE, a[r]);
         store(out + r * TILE + 16, b[r]);
     }
 }
 
 // acc (ROWS, E) += weights (ROWS, 16 slots) x values (16, E), slot by slot, for N vectors of E.
-template <int N, typename C> inline void add_values(const float* weights, const C* v, int E, float* acc) {
+template <int N> inline void add_values(const float* weights, const float* v, int E, float* acc) {
     f32x16 a[ROWS][N];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) a[r][i] = load(acc + r * E + 16 * i);
-    for (int s = 0; s < 16; s++) {
-        f32x16 value[N];
-        for (int i = 0; i < N; i++) value[i] = load(v + s * E + 16 * i);
+    for (int s = 0; s < 16; s++)
         for (int r = 0; r < ROWS; r++) {
             f32x16 w = splat(weights[r * TILE + s]);
-            for (int i = 0; i < N; i++) a[r][i] += w * value[i];
+            for (int i = 0; i < N; i++) a[r][i] += w * load(v + s * E + 16 * i);
         }
-    }
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) store(acc + r * E + 16 * i, a[r][i]);
 }
-template <typename C> inline void add_values(const float* weights, const C* v, int E, float* acc) {
-    int e = 0;
-    for (; e + 64 <= E; e += 64) add_values<4>(weights, v + e, E, acc + e);
-    for (; e < E; e += 16) add_values<1>(weights, v + e, E, acc + e);
-}
 
-struct Scratch {
-    std::vector<float> q, scores, acc, keys, wide, max, total;
-    void fit(int rows, int E) {
-        q.resize(rows * E); scores.resize(rows * TILE); acc.resize(rows * E); keys.resize(E * PAIR); wide.resize(16 * E);
-        max.resize(rows); total.resize(rows);
+// How a cache of type C is multiplied: in fp32, whatever E is (rows are filled up to whole vectors).
+template <typename C> struct InFp32 {
+    typedef float Query;        // a query row in scratch memory, scaled
+    typedef float Key;          // keys in scratch memory: (E, PAIR)
+    typedef float Value;        // values of 16 slots in scratch memory: (16, E)
+    typedef float Weight;
+
+    static int keys_size(int width) { return width * PAIR; }
+    static int values_size(int width) { return 16 * width; }
+    static void take_query(const C* from, int64_t E, float scale, float* to) {
+        for (int64_t e = 0; e < E; e += 16) store(to + e, load_some(from + e, E - e) * scale);
+    }
+    static void widen(const C* from, int64_t E, int64_t width, float* to) {
+        for (int64_t s = 0; s < 16; s++)
+            for (int64_t e = 0; e < E; e += 16) store(to + s * width + e, load_some(from + s * E + e, E - e));
+    }
+    static void take_keys(const C* from, int64_t E, int64_t width, float* spare, float* to) {
+        widen(from, E, width, spare);
+        turn_keys(spare, width, to);
+    }
+    static void take_values(const C* from, int64_t E, int64_t width, float* to) { widen(from, E, width, to); }
+    template <int R> static void scores(const float* q, const float* keys, int width, float, float* out) {
+        score<R>(q, keys, width, 1.0f, out);
+    }
+    static void put_weights(f32x16 p, float* to) { store(to, p); }
+    static void add(const float* weights, const float* v, int width, float* acc) {
+        int e = 0;
+        for (; e + 64 <= width; e += 64) add_values<4>(weights, v + e, width, acc + e);
+        for (; e < width; e += 16) add_values<1>(weights, v + e, width, acc + e);
+    }
+};
+
+#ifdef __AVX512BF16__
+inline f32x16 dot_pairs(f32x16 acc, u32x16 a, u32x16 b) {           // acc + a.low * b.low + a.high * b.high, lane by lane
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+inline uint32_t pair(const bf16* p) { uint32_t v; memcpy(&v, p, 4); return v; }
+
+// The same with the machine's bf16 dot products, two dimensions (or two slots) at a time: E must be a multiple of 32.
+// Queries enter unscaled, so that their products with keys are exact; weights are rounded to bf16, as in flash attention.
+struct InPairs {
+    typedef bf16 Query;
+    typedef uint32_t Key;       // (E / 2, PAIR) pairs of dimensions
+    typedef uint32_t Value;     // (8, E) pairs of slots
+    typedef bf16 Weight;
+
+    static int keys_size(int width) { return width / 2 * PAIR; }
+    static int values_size(int width) { return 8 * width; }
+    static void take_query(const bf16* from, int64_t E, float, bf16* to) { memcpy(to, from, E * sizeof(bf16)); }
+    static void take_keys(const bf16* from, int64_t E, int64_t, uint32_t*, uint32_t* to) {
+        for (int e = 0; e < E; e += 32) {
+            f32x16 r[16];
+            for (int s = 0; s < 16; s++) memcpy(&r[s], from + s * E + e, 64);
+            turn(r);
+            for (int i = 0; i < 16; i++) memcpy(to + (e / 2 + i) * PAIR, &r[i], 64);
+        }
+    }
+    static void take_values(const bf16* from, int64_t E, int64_t, uint32_t* to) {
+        for (int s = 0; s < 8; s++)
+            for (int64_t e = 0; e < E; e += 16) {
+                u32x16 even = (u32x16)load(from + 2 * s * E + e), odd = (u32x16)load(from + (2 * s + 1) * E + e);
+                u32x16 both = (even >> 16) | odd;                   // load has shifted them into the upper half
+                memcpy(to + s * E + e, &both, 64);
+            }
+    }
+    template <int R> static void scores(const bf16* q, const uint32_t* keys, int width, float scale, float* out) {
+        f32x16 a[R] = {}, b[R] = {};
+        for (int e = 0; e < width / 2; e++) {
+            u32x16 k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
+            for (int r = 0; r < R; r++) {
+                u32x16 x = pair(q + r * width + 2 * e) - (u32x16){};
+                a[r] = dot_pairs(a[r], x, k0);
+                b[r] = dot_pairs(b[r], x, k1);
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            store(out + r * TILE, a[r] * scale);
+            store(out + r * TILE + 16, b[r] * scale);
+        }
+    }
+    static void put_weights(f32x16 p, bf16* to) { store(to, p); }
+    template <int N> static void add_some(const bf16* weights, const uint32_t* v, int width, float* acc) {
+        f32x16 a[ROWS][N];
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < N; i++) a[r][i] = load(acc + r * width + 16 * i);
+        for (int s = 0; s < 8; s++)
+            for (int r = 0; r < ROWS; r++) {
+                u32x16 w = pair(weights + r * TILE + 2 * s) - (u32x16){};
+                for (int i = 0; i < N; i++) a[r][i] = dot_pairs(a[r][i], w, load(v + s * width + 16 * i));
+            }
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < N; i++) store(acc + r * width + 16 * i, a[r][i]);
+    }
+    static void add(const bf16* weights, const uint32_t* v, int width, float* acc) {
+        int e = 0;
+        for (; e + 64 <= width; e += 64) add_some<4>(weights, v + e, width, acc + e);
+        for (; e < width; e += 16) add_some<1>(weights, v + e, width, acc + e);
+    }
+};
+#endif
+
+// One thread's scratch memory for a task of some rows.
+template <typename Way> struct Scratch {
+    std::vector<typename Way::Query> q;             // (rows, width)
+    std::vector<typename Way::Key> keys;
+    std::vector<typename Way::Value> values;
+    std::vector<typename Way::Weight> weights;      // (rows, TILE)
+    std::vector<float> scores, acc, max, total;     // (rows, TILE), (rows, width), (rows), (rows)
+    void fit(int rows, int width) {
+        q.resize(rows * width); keys.resize(Way::keys_size(width)); values.resize(Way::values_size(width));
+        weights.resize(rows * TILE); scores.resize(rows * TILE); acc.resize(rows * width); max.resize(rows); total.resize(rows);
     }
 };
 
 // Rows of one KV head: positions [first, first + n) of a sequence, G query heads each; row r = position r / G, head r % G.
-// `width` is E rounded up to whole vectors; where they differ (tiny models), keys and values pass through w.wide.
-template <typename C> struct Task {
+// `width` is E rounded up to whole vectors.
+template <typename C, typename Way> struct Task {
     const C *k, *v;             // one layer, (N, K, S, E)
     const int32_t* table;
     int64_t K, S, E, width, G, head, first, n;
+    float scale;
 
     const C* slots(const C* cache, int64_t slot) const {            // where 16 slots from `slot` on lie, (16, E)
         return cache + ((table[slot / S] * K + head) * S + slot % S) * E;
     }
-    const float* widened(const C* from, Scratch& w) const {
-        for (int64_t s = 0; s < 16; s++)
-            for (int64_t e = 0; e < E; e += 16) store(&w.wide[s * width + e], load_some(from + s * E + e, E - e));
-        return w.wide.data();
-    }
-    void turn(const C* from, Scratch& w, float* out) const {
-        if (E == width) turn_keys(from, E, out);
-        else turn_keys(widened(from, w), width, out);
-    }
 
-    // Softmax over all tiles up to the last position. w.q: (rows, width), scaled; leaves the weighted sums in w.acc.
-    void run(Scratch& w, int rows) const {
+    // Softmax over all tiles up to the last position; leaves the weighted sums of values in w.acc.
+    void run(Scratch<Way>& w, int rows) const {
         const int64_t end = first + n;                              // slots that any row sees
         std::fill(w.acc.begin(), w.acc.end(), 0.0f);
         std::fill(w.max.begin(), w.max.end(), -INFINITY);
@@ -148,22 +220,25 @@ template <typename C> struct Task {
         for (int64_t tile = 0; tile < end; tile += TILE) {
             const int seen = int(std::min<int64_t>(TILE, (end - tile + 15) / 16 * 16));
             for (int at = 0; at < seen; at += PAIR) {
-                turn(slots(k, tile + at), w, w.keys.data());
-                if (at + 16 < seen) turn(slots(k, tile + at + 16), w, w.keys.data() + 16);
-                for (int r = 0; r < rows; r += ROWS) score(&w.q[r * width], w.keys.data(), width, &w.scores[r * TILE + at]);
+                Way::take_keys(slots(k, tile + at), E, width, w.values.data(), w.keys.data());
+                if (at + 16 < seen) Way::take_keys(slots(k, tile + at + 16), E, width, w.values.data(), w.keys.data() + 16);
                 prefetch(slots(v, tile + at));
                 if (at + 16 < seen) prefetch(slots(v, tile + at + 16));
+                int r = 0;
+                for (; r + 2 * ROWS <= rows; r += 2 * ROWS) scores<2 * ROWS>(w, r, at);
+                if (r < rows) scores<ROWS>(w, r, at);
             }
             for (int r = 0; r < rows; r++) weigh(w, r, seen, first + std::min<int64_t>(r / G, n - 1) - tile);
             for (int at = 0; at < seen; at += 16) {
-                const C* values = slots(v, tile + at);
-                const float* wide = E == width ? nullptr : widened(values, w);
-                for (int r = 0; r < rows; r += ROWS) {
-                    if (wide) add_values(&w.scores[r * TILE + at], wide, width, &w.acc[r * width]);
-                    else add_values(&w.scores[r * TILE + at], values, width, &w.acc[r * width]);
-                }
+                Way::take_values(slots(v, tile + at), E, width, w.values.data());
+                for (int r = 0; r < rows; r += ROWS)
+                    Way::add(&w.weights[r * TILE + at], w.values.data(), width, &w.acc[r * width]);
             }
         }
+    }
+
+    template <int R> void scores(Scratch<Way>& w, int r, int at) const {
+        Way::template scores<R>(&w.q[r * width], w.keys.data(), width, scale, &w.scores[r * TILE + at]);
     }
 
     void prefetch(const C* values) const {
@@ -171,7 +246,7 @@ template <typename C> struct Task {
     }
 
     // Scores -> weights of one row in a tile whose slots up to `last` it sees; what was summed so far is rescaled.
-    void weigh(Scratch& w, int r, int seen, int64_t last) const {
+    void weigh(Scratch<Way>& w, int r, int seen, int64_t last) const {
         float* s = &w.scores[r * TILE];
         for (int64_t i = std::max<int64_t>(0, last + 1); i < seen; i++) s[i] = -INFINITY;
         f32x16 most = splat(-INFINITY);
@@ -180,20 +255,20 @@ template <typename C> struct Task {
         f32x16 total = {};
         for (int i = 0; i < seen; i += 16) {
             f32x16 p = exp16(load(s + i) - now);
-            store(s + i, p);
+            Way::put_weights(p, &w.weights[r * TILE + i]);
             total += p;
         }
-        const float scale = exp16(splat(before - now))[0];
+        const float rescale = exp16(splat(before - now))[0];
         w.max[r] = now;
-        w.total[r] = w.total[r] * scale + sum(total);
-        if (scale != 1.0f)
-            for (int e = 0; e < width; e += 16) store(&w.acc[r * width + e], load(&w.acc[r * width + e]) * scale);
+        w.total[r] = w.total[r] * rescale + sum(total);
+        if (rescale != 1.0f)
+            for (int e = 0; e < width; e += 16) store(&w.acc[r * width + e], load(&w.acc[r * width + e]) * rescale);
     }
 };
 
-template <typename C>
-void attend(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const Span* spans, int64_t n_spans,
-            const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) {
+template <typename C, typename Way>
+void attend_in(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const Span* spans, int64_t n_spans,
+               const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) {
     const int64_t G = H / K, width = (E + 15) / 16 * 16, step = std::max<int64_t>(1, TASK_ROWS / G);
     struct Place { int64_t span, first, head; };
     std::vector<Place> places;
@@ -203,7 +278,7 @@ void attend(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const 
     const float scale = 1.0f / std::sqrt(float(E));
 #pragma omp parallel if (places.size() > 1)
     {
-        Scratch w;
+        Scratch<Way> w;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = int64_t(places.size()) - 1; i >= 0; i--) { // long contexts are at the end: begin with them
             const auto [number, at, head] = places[i];
@@ -213,15 +288,23 @@ void attend(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const 
             for (int64_t r = 0; r < rows; r++) {                    // the rows that fill up a group repeat the last one
                 const int64_t real = std::min(r, n * G - 1);
                 const C* from = q + (span.row + at + real / G) * q_stride + (head * G + real % G) * E;
-                for (int64_t e = 0; e < E; e += 16) store(&w.q[r * width + e], load_some(from + e, E - e) * scale);
+                Way::take_query(from, E, scale, &w.q[r * width]);
             }
-            Task<C>{k, v, tables + span.table, K, S, E, width, G, head, span.start + at, n}.run(w, int(rows));
+            Task<C, Way>{k, v, tables + span.table, K, S, E, width, G, head, span.start + at, n, scale}.run(w, int(rows));
             for (int64_t r = 0; r < n * G; r++) {
                 C* to = out + ((span.row + at + r / G) * H + head * G + r % G) * E;
                 for (int64_t e = 0; e < E; e += 16) store_some(to + e, load(&w.acc[r * width + e]) / w.total[r], E - e);
             }
         }
     }
+}
+
+template <typename C, typename... Rest> void attend(int64_t E, const C* q, Rest... rest) {
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(C) == 2)
+        if (E % 32 == 0) return attend_in<C, InPairs>(q, rest..., E);
+#endif
+    attend_in<C, InFp32<C>>(q, rest..., E);
 }
 
 // x += delta (if there is one), then out = x / rms(x) * weight, rounded to C where Meta's code does.
@@ -294,6 +377,18 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
             f32x16 gate = load_some(x + t * 2 * F + f, F - f), up = load_some(x + t * 2 * F + F + f, F - f);
             store_some(out + t * F + f, through(gate / (1.0f + exp16(-gate)), out) * up, F - f);
         }
+}
+
+// Sums n_parts tensors of n elements as collectives.tree_add does, in fp32; into `wide` as it is, or rounded into `out`.
+template <typename C> void add_parts(const C* const* parts, int n_parts, float* wide, C* out, int64_t n) {
+#pragma omp parallel for if (n > 1 << 14)
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v[MAX_PARTS];
+        for (int p = 0; p < n_parts; p++) v[p] = load_some(parts[p] + i, n - i);
+        f32x16 total = tree_add(v, n_parts);
+        if (wide) store_some(wide + i, total, n - i);
+        else store_some(out + i, total, n - i);
+    }
 }
 
 // Products of M rows of x with 4 rows of w, (M, D) and (4, D) -> (M, 4): sums run over D in order, in 16 lanes that are
@@ -370,7 +465,7 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
 #define FOR_DTYPE(NAME, C) \
     extern "C" void attend_##NAME(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const void* spans, \
                                   int64_t n_spans, const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) { \
-        attend(q, q_stride, out, k, v, static_cast<const Span*>(spans), n_spans, tables, H, K, S, E); \
+        attend(E, q, q_stride, out, k, v, static_cast<const Span*>(spans), n_spans, tables, H, K, S); \
     } \
     extern "C" void add_norm_##NAME(C* x, const C* delta, const C* weight, float eps, C* out, int64_t T, int64_t D) { \
         add_norm(x, delta, weight, eps, out, T, D); \
@@ -380,6 +475,9 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
         rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
     } \
     extern "C" void times_##NAME(const C* x, const C* w, C* out, int64_t M, int64_t D, int64_t V) { times(x, w, out, M, D, V); } \
+    extern "C" void tree_add_##NAME(const C* const* parts, int n_parts, float* wide, C* out, int64_t n) { \
+        add_parts(parts, n_parts, wide, out, n); \
+    } \
     extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
 
 FOR_DTYPE(fp32, float)

@@ -18,6 +18,7 @@ _FUNCTIONS = {
     "add_norm_": (None, [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG]),
     "rotate_write_": (None, [POINTER] * 7 + [LONG] * 5),
     "times_": (None, [POINTER] * 3 + [LONG] * 3),
+    "tree_add_": (None, [POINTER, INT, POINTER, POINTER, LONG]),
     "silu_mul_": (None, [POINTER, POINTER, LONG, LONG]),
     "read_all": (ctypes.c_uint64, [POINTER, LONG]),
     "shared_bytes": (LONG, [INT]),

@@ -25,7 +25,7 @@ namespace {
 constexpr int64_t CHUNK = 1 << 18;
 constexpr int SPINS = 4000;             // 20-40 us; then the core is offered to others at each try
 constexpr double YIELD_S = 0.02;        // longer than a driver's pause between two steps; then the rank sleeps
-constexpr int MAX_RANKS = 64;
+constexpr int MAX_RANKS = MAX_PARTS;
 
 struct Counter {
     alignas(128) std::atomic<uint32_t> n;
@@ -119,15 +119,6 @@ struct Room {
         return all_posted(n);
     }
 };
-
-// collectives.tree_add for vectors: neighbours first, an odd one out waits for the next round.
-f32x16 tree_add(f32x16* v, int n) {
-    for (; n > 1; n = (n + 1) / 2) {
-        for (int i = 0; i < n / 2; i++) v[i] = v[2 * i] + v[2 * i + 1];
-        if (n % 2) v[n / 2] = v[n - 1];
-    }
-    return v[0];
-}
 
 template <typename C> bool reduce(const Room& room, C* x, int64_t n) {
     constexpr int64_t step = CHUNK / sizeof(C);

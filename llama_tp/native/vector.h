@@ -22,6 +22,8 @@ static inline f32x16 load(const bf16* p) {
     return (f32x16)(__builtin_convertvector(h, u32x16) << 16);
 }
 
+static inline u32x16 load(const uint32_t* p) { u32x16 v; memcpy(&v, p, 64); return v; }
+
 static inline void store(float* p, f32x16 v) { memcpy(p, &v, 64); }
 static inline void store(bf16* p, f32x16 v) {                       // to nearest, ties to even; NaN stays NaN
     u32x16 w = (u32x16)v;
@@ -84,4 +86,15 @@ static inline f32x16 exp16(f32x16 x) {
     p = p * r * r + r + 1.0f;
     f32x16 power = (f32x16)(((i32x16)biased << 23) + (127 << 23));  // 2**n: n sits in the low bits of `biased`
     return select(below, splat(0.0f), p * power);
+}
+
+constexpr int MAX_PARTS = 64;
+
+// collectives.tree_add for vectors: neighbours first, an odd one out waits for the next round.
+static inline f32x16 tree_add(f32x16* v, int n) {
+    for (; n > 1; n = (n + 1) / 2) {
+        for (int i = 0; i < n / 2; i++) v[i] = v[2 * i] + v[2 * i + 1];
+        if (n % 2) v[n / 2] = v[n - 1];
+    }
+    return v[0];
 }

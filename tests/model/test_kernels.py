@@ -141,6 +141,15 @@ def test_times(V, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n_parts", [1, 2, 3, 8])
+def test_tree_add(n_parts, dtype):
+    parts = [normal(3, 37, dtype=dtype, seed=i) for i in range(n_parts)]
+    for rounded in (True, False):
+        expected, ours = (kernels.tree_add(parts, rounded) for kernels in both(dtype))
+        assert torch.equal(ours, expected) and ours.dtype == (dtype if rounded else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_goes_through_and_stays_in_its_row(dtype):
     kernels = NativeKernels(load(), dtype)
     nan = normal(2, 64, dtype=dtype)

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from fairscale.nn import model_parallel
 from fairscale.nn.model_parallel import initialize
 
+from llama_tp.model.kernels import TorchKernels, pick
 from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama_tp.parallel.collectives import gather_stack
 from tests.ranks import run
@@ -56,7 +57,7 @@ def row(ranks, deterministic: bool) -> float:
     theirs = model_parallel.RowParallelLinear(IN, OUT, bias=False, input_is_parallel=True)
     theirs.weight.data.copy_(mine)
     ours = filled(RowParallelLinear(IN // ranks.tp, OUT, torch.float32, ranks, 8 // ranks.tp if deterministic else 1,
-                                    deterministic), mine)
+                                    deterministic, TorchKernels().tree_add), mine)
     with torch.no_grad():
         return difference(ours(my_x), theirs(my_x))
 
@@ -81,7 +82,8 @@ def test_equal_to_fairscale(tp):
 def row_bits(ranks, dtype: torch.dtype) -> torch.Tensor:
     whole, x = weights(OUT, IN).to(dtype), weights(33, IN).to(dtype)
     mine = whole.chunk(ranks.tp, dim=1)[ranks.rank]
-    layer = filled(RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, 8 // ranks.tp, deterministic=True), mine)
+    layer = filled(RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, 8 // ranks.tp, True,
+                                     pick(ranks.device, dtype, True).tree_add), mine)
     with torch.no_grad():
         return layer(x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous())
 
