@@ -25,6 +25,13 @@ class NoWatch:
         yield
 
 
+class WholeLogits(Runner):
+    """Takes greedy rows the long way, over gathered logits: for tests that look at these."""
+
+    def _agree(self, rows, hidden, judge):
+        return self._sample(rows, hidden, judge)
+
+
 class Recorder(Engine):
     """An engine that keeps the logits each token was chosen from: {(request id, sample, position): (V,)}."""
 
@@ -41,12 +48,12 @@ def alphabet(n_vocab: int) -> Tokenizer:
 
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
-           step_tokens=512, prefix_cache=True, block_size=16) -> Recorder:
+           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits) -> Recorder:
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     model = build(config, ranks, dtype, 1024, weights, deterministic)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
-    out = Recorder(Runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())
+    out = Recorder(runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())
     out.seen = {}
     return out
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.runner import Runner
 from llama_tp.parallel.groups import single_rank
 from llama_tp.spec.weights import table
 from tests import reference
@@ -51,6 +52,21 @@ def test_tp_invariance_of_tokens(shape, tp):
         for k in range(8):                                              # cache invariance: decode against a full forward
             ours, theirs = logits[f"r{i}", 0, len(ids) + k], whole[len(ids) + k - 1]
             assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("tp", TPS)
+@pytest.mark.parametrize("shape", ["1b", "mha"])                        # mha: tp does not divide its vocabulary of 271
+def test_ranks_agree_on_greedy_tokens_without_gathering_logits(shape, tp):
+    """Also where the best token is there twice: the lower id wins, in one shard or over two."""
+    config = SHRUNK[shape]
+    weights = reference.random_weights(table(config))
+    if not config.tied:
+        head, half = weights["output.weight"], config.vocab_size // 2
+        head[half:2 * half] = head[:half]
+    tokens, logits, _ = served(tp, ALONE, config=config, weights=weights, runner=Runner)
+    assert not logits                                                   # none came to the driver
+    for i, ids in enumerate(PROMPTS):
+        assert tokens[f"r{i}", 0] == reference.greedy(weights, config, ids, 8)
 
 
 @pytest.fixture(scope="module")

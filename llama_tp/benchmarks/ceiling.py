@@ -19,7 +19,7 @@ from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.memory import kv_bytes_per_token, weight_bytes
 
-PROBE_BYTES = 1 << 30           # far beyond any CPU cache
+PROBE_BYTES = 1 << 28           # far beyond any CPU cache, and little beside a model: the peak memory reported includes it
 MATRIX = 2048                   # of the matrix-rate probe: 512 tokens through one such square, several times
 REPEATS = 7
 

@@ -87,7 +87,7 @@ class Engine:
         self.stats, self.n_steps, self.dismissed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
         self._choices: dict[Sequence, Choice] = {}          # of the step that runs
-        self._judge = Judge(self._choose, self._score)
+        self._judge = Judge(self._choose, self._take, self._score)
 
     @property
     def is_driver(self) -> bool:
@@ -154,6 +154,10 @@ class Engine:
         choices = choose(sequences, logits, self.tokenizer.stop_ids)
         self._choices.update(zip(sequences, choices))
         return [_token(choice) for choice in choices]
+
+    def _take(self, rows: list[StepRow], tokens: list[int]) -> None:
+        for row, token in zip(rows, tokens):
+            self._choices[self.scheduler.rows[row.row]] = Choice(None if token < 0 else token, None)
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""

@@ -14,11 +14,12 @@ from llama_tp.engine.step import Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
-from llama_tp.parallel.collectives import broadcast, gather_to_driver
+from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
 
 SCORE_ROWS = 64                 # prompt positions whose logits exist at once when prompt logprobs are asked for
 
 Choose = Callable[[list[StepRow], torch.Tensor], list[int]]
+Take = Callable[[list[StepRow], list[int]], None]
 Score = Callable[[StepRow, int, torch.Tensor], None]
 
 
@@ -27,10 +28,12 @@ class Judge:
     """The driver's part of a step.
 
     choose: the rows that sample and their logits (R, V) fp32 -> one token id each.
+    take: greedy rows and their token ids, on which the ranks have agreed; -1 where logits are not finite.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
     """
 
     choose: Choose
+    take: Take
     score: Score
 
 
@@ -60,9 +63,11 @@ class Runner:
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:
                 self._score(row, hidden[end - row.n:end], judge)
-        sampling = [(row, end - 1) for row, end in zip(step.rows, ends) if row.sample]
-        if sampling:
-            self._sample([row for row, _ in sampling], hidden[[at for _, at in sampling]], judge)
+        for work, greedy in ((self._agree, True), (self._sample, False)):
+            some = [(row, end - 1) for row, end in zip(step.rows, ends) if row.sample and row.greedy == greedy]
+            if some:
+                rows, at = zip(*some)
+                self._remember(rows, work(rows, hidden[list(at)], judge))
 
     def _own(self, row: StepRow) -> None:
         """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
@@ -108,11 +113,30 @@ class Runner:
             if judge is not None:
                 judge.score(row, row.start + at, logits)
 
-    def _sample(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> None:
-        """The driver's choice, broadcast, becomes every rank's memory of what these rows sampled last."""
+    def _agree(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+        """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
+        Of equal ones the lowest id wins, at any tp. -> (R,) int64, -1 where logits are not finite."""
+        logits = self.model.head(hidden)                                                # (R, V)
+        first = self.ranks.rank * logits.shape[1]
+        mine = logits[:, :max(1, min(logits.shape[1], self.n_vocab - first))]           # without the padding at the end
+        value, at = mine.max(dim=-1)                                                    # (R,) each; NaN counts as largest
+        if first >= self.n_vocab:
+            value = torch.full_like(value, -torch.inf)
+        best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)       # (tp, 2, R)
+        value, who = best[:, 0].max(dim=0)
+        tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
+        tokens = torch.where(value.isfinite(), tokens, -1)
+        if judge is not None:
+            judge.take(rows, tokens.tolist())
+        return tokens
+
+    def _remember(self, rows: list[StepRow], tokens: torch.Tensor) -> None:
+        self.last[torch.tensor([row.row for row in rows], device=self.ranks.device)] = tokens
+
+    def _sample(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+        """The driver's choice from the gathered logits, broadcast to all. -> (R,) int64."""
         logits = self._logits(hidden)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self.ranks.device)
         if judge is not None:
             tokens.copy_(torch.tensor(judge.choose(rows, logits)))
-        broadcast(tokens, self.ranks)
-        self.last[torch.tensor([row.row for row in rows], device=self.ranks.device)] = tokens
+        return broadcast(tokens, self.ranks)

@@ -207,7 +207,7 @@ class Scheduler:
             ids=() if sequence.decoding else tuple(sequence.ids[start:end]),
             sample=end == sequence.n_ids,
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
-            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]),
+            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]), greedy=sequence.params.greedy,
         )
         sequence.n_sent = len(sequence.blocks)
         sequence.n_planned = end

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import NamedTuple
 
 _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
-_SAMPLE, _PROMPT_LOGITS, _DECODE = 1, 2, 4
+_SAMPLE, _PROMPT_LOGITS, _DECODE, _GREEDY = 1, 2, 4, 8
 
 
 class StepRow(NamedTuple):
@@ -18,7 +18,8 @@ class StepRow(NamedTuple):
 
     `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk; empty for a decode row,
     whose one input is what the row sampled last. `sample`: a token is sampled after the last position.
-    `prompt_logits`: the logits of every position are wanted. `blocks` join the row's block table from index
+    `prompt_logits`: the logits of every position are wanted. `greedy`: the likeliest token is all that sampling needs, so
+    that ranks may agree on it without their logits coming together. `blocks` join the row's block table from index
     `block_start` on; block_start 0 starts a new table, and so a new occupant of the row, whose cache already holds the
     positions before `start` (prefix hits).
     """
@@ -31,6 +32,7 @@ class StepRow(NamedTuple):
     prompt_logits: bool
     block_start: int
     blocks: tuple[int, ...]
+    greedy: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -57,7 +59,7 @@ class Step(NamedTuple):
         blocks, ids ..., blocks ...]; a decode row has no ids."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
-            flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes
+            flags = (_SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes | _GREEDY * row.greedy)
             ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), *row.ids, *row.blocks)
         ints[1] = len(ints)
         return ints
@@ -77,10 +79,10 @@ class Step(NamedTuple):
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            if not good_ids or len(blocks) != n_blocks or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE):
+            if not good_ids or len(blocks) != n_blocks or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _GREEDY):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
-                                block_start, blocks))
+                                block_start, blocks, bool(flags & _GREEDY)))
         if next(rest, None) is not None:
             raise ValueError(f"step {ints[2]}: ints are left over after its {ints[3]} rows")
         if len({row.row for row in rows}) != len(rows):

@@ -161,10 +161,14 @@ class Transformer(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(R, D) -> (R, V) fp32: this rank's vocabulary rows, padding included."""
+        return self.head(x).float()
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """The same in the model's dtype."""
         R = len(x)
         if R < self.rows_floor:
             x = F.pad(x, (0, 0, 0, self.rows_floor - R))
-        return self.output(x)[:R].float()                                       # (R, V)
+        return self.output(x)[:R]                                               # (R, V)
 
 
 def build(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, weights: dict[str, torch.Tensor],

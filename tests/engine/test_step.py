@@ -13,7 +13,8 @@ IDS = st.lists(COUNT, max_size=6).map(tuple)
 @st.composite
 def step_rows(draw, row):
     ids = draw(IDS)
-    return StepRow(row, draw(COUNT), len(ids) or 1, ids, draw(st.booleans()), draw(st.booleans()), draw(COUNT), draw(IDS))
+    return StepRow(row, draw(COUNT), len(ids) or 1, ids, draw(st.booleans()), draw(st.booleans()), draw(COUNT), draw(IDS),
+                   draw(st.booleans()))
 
 
 @st.composite
@@ -46,7 +47,7 @@ def test_round_trip(step):
     assert all(type(one) is int for one in ints)
     again = Step.decode(ints)
     assert again == step
-    assert [tuple(map(type, row)) for row in again.rows] == [(int, int, int, tuple, bool, bool, int, tuple)] * len(step.rows)
+    assert [tuple(map(type, row)) for row in again.rows] == [(int, int, int, tuple, bool, bool, int, tuple, bool)] * len(step.rows)
 
 
 @given(steps(), st.data())
