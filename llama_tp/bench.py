@@ -15,7 +15,7 @@ def main(
     n_layers: int | None = None, tp: int | None = None, simulate_rank: int | None = None, allreduce_us: float | None = None,
     batch_size: tuple[int, ...] = (), input_len: int = 128, output_len: int = 128, n_runs: int = 3, n_requests: int = 32,
     spread: float = 0.5, max_batch_size: int = 32, device: str | None = None, dtype: str | None = None,
-    deterministic: bool = False, save: str | None = None, plot: str | None = None, beside: tuple[str, ...] = (),
+    deterministic: bool | None = None, save: str | None = None, plot: str | None = None, beside: tuple[str, ...] = (),
 ):
     """Measure latency, throughput or startup, also under torchrun, beside what the machine could do at best.
 

@@ -19,7 +19,7 @@ def main(
     min_p: float = 0.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
     logit_bias: tuple[str, ...] = (), seed: int = 1, n_samples: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
     ignore_eos: bool = False, echo: bool = False, logprobs: int | None = None, json: bool = False, quiet: bool = False,
-    device: str | None = None, dtype: str | None = None, deterministic: bool = False, rope_factor: float | None = None,
+    device: str | None = None, dtype: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
     prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
 ):
     """Write text with a Llama 3 checkpoint, on one rank or, under torchrun, on several.
@@ -35,7 +35,7 @@ def main(
         tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
         dtype: bfloat16, float16 or float32; as stored unless given
         device: cpu or cuda; what is there unless given
-        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch (CPU)
+        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
 
     Prompts:

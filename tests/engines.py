@@ -1,6 +1,7 @@
 """Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
 
 import contextlib
+from dataclasses import replace
 
 import torch
 
@@ -9,6 +10,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.kernels import TorchKernels
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import build
 from llama_tp.spec.config import ModelConfig
@@ -26,9 +28,12 @@ class NoWatch:
 
 
 class WholeLogits(Runner):
-    """Takes greedy rows the long way, over gathered logits: for tests that look at these."""
+    """Samples every row the long way, from gathered logits: for tests that look at these."""
 
     def _agree(self, rows, hidden, judge):
+        return self._sample(rows, hidden, judge)
+
+    def _shortlist(self, rows, hidden, judge):
         return self._sample(rows, hidden, judge)
 
 
@@ -48,9 +53,11 @@ def alphabet(n_vocab: int) -> Tokenizer:
 
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
-           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits) -> Recorder:
+           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True) -> Recorder:
+    """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
-    model = build(config, ranks, dtype, 1024, weights, deterministic)
+    ranks = ranks if fast else replace(ranks, room=None, control_room=None)
+    model = build(config, ranks, dtype, 1024, weights, deterministic, None if fast else TorchKernels(deterministic))
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
     out = Recorder(runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())

@@ -12,6 +12,8 @@ SHRUNK = {
     "70b": ModelConfig(dim=256, n_layers=2, n_heads=64, n_kv_heads=8, head_dim=4, ffn_dim=896, vocab_size=264),
     "405b": ModelConfig(dim=256, n_layers=2, n_heads=128, n_kv_heads=8, head_dim=2, ffn_dim=832, vocab_size=264,
                         rope_scaling=RopeScaling(8.0), max_context=131072),
+    # heads as wide as real ones: the attention kernel multiplies 32 dimensions at a time
+    "wide": ModelConfig(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=32, ffn_dim=320, vocab_size=264),
     "mha": ModelConfig(dim=96, n_layers=2, n_heads=8, n_kv_heads=8, head_dim=16, ffn_dim=200, vocab_size=271,
                        rope_theta=10000.0),
 }

@@ -33,7 +33,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_flags_that_are_named_exist(path):
-    known = OTHERS | {flag for name in COMMANDS for flag in flags_of(name)}
+    known = OTHERS | {prefix + flag for name in COMMANDS for flag in flags_of(name) for prefix in ("", "no_")}
     if path.parent.name == "checkpoints":
         known |= set(re.findall(r'add_argument\("--(\w+)"', (ROOT / "checkpoints/train_demo.py").read_text()))
     named = {word.replace("-", "_") for word in re.findall(r"(?<![\w-])--([a-z][\w-]*)", path.read_text())}

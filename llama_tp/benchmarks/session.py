@@ -10,7 +10,7 @@ import torch
 
 from llama_tp.benchmarks import latency, startup, synthetic, throughput
 from llama_tp.benchmarks.ceiling import ceiling
-from llama_tp.engine.build import DTYPES, EngineOptions, build
+from llama_tp.engine.build import DTYPES, EngineOptions, build, pick_mode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.session import peak_bytes
 from llama_tp.parallel.collectives import gather_ints
@@ -45,7 +45,7 @@ class Load:
 
 
 def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: int | None, tp: int | None, device: str | None,
-                dtype: str | None, deterministic: bool) -> Engine:
+                dtype: str | None, deterministic: bool | None) -> Engine:
     """A checkpoint's engine, or one with random weights; `age_s` on it: the process's age before and after building."""
     begun_s = startup.process_age_s()
     if ckpt_dir:
@@ -59,7 +59,8 @@ def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: i
         ranks = synthetic.simulated(tp, pick_device(device, 0)) if tp else init_ranks(device)
         if not tp:
             config.check_tp(ranks.tp)
-        engine = synthetic.engine_of(config, ranks, DTYPES[dtype or "bfloat16"], load.n_positions, load.rows, deterministic)
+        engine = synthetic.engine_of(config, ranks, DTYPES[dtype or "bfloat16"], load.n_positions, load.rows,
+                                     pick_mode(deterministic, ranks.device, DTYPES[dtype or "bfloat16"]))
         if not tp:
             engine.watch = Watch(ranks)
     engine.age_s = (begun_s, startup.process_age_s())

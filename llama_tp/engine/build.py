@@ -6,6 +6,8 @@ memory), so that a bad launch ends in seconds with one message.
 
 import os
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.linear import can_pack
 from llama_tp.model.transformer import Transformer
+from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
@@ -31,6 +34,7 @@ from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 BLOCK_SIZE = 16                 # slots a KV block: small enough that short prompts share prefixes
 DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
+PACK_BEHIND = 2                 # weights read and not yet packed: each is in memory once more than in the end
 MEMORY_SHARE = 0.9              # of what is free: the rest is for what no estimate sees
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
           "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +51,7 @@ class EngineOptions:
     model_parallel_size: int | None = None
     device: str | None = None
     dtype: str | None = None
-    deterministic: bool = False
+    deterministic: bool | None = None
     seed: int = 1
     rope_factor: float | None = None
     max_step_tokens: int | None = None
@@ -82,19 +86,20 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or (512 if ranks.device.type == "cpu" else 8192)
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
+    deterministic = pick_mode(options.deterministic, ranks.device, dtype)
     changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
     for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
         say(note, ranks, options.quiet)
 
-    model = Transformer(config, ranks, dtype, max_seq_len, options.deterministic)
+    model = Transformer(config, ranks, dtype, max_seq_len, deterministic)
     load_into(model, source, ranks, watch, options.quiet)
     cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
     runner = Runner(model, cache, options.max_batch_size, min(tokenizer.n_vocab, config.vocab_size))
     scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, options.prefix_cache), options.max_batch_size, step_tokens,
                           max_seq_len)
+    mode = f"{str(dtype)[6:]}{', deterministic' if deterministic else ''}"
     say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {config.n_params / 1e9:.2f} B parameters, "
-        f"{ranks.tp} rank(s) on {ranks.device.type}, {str(dtype)[6:]}, KV cache for {n_blocks * BLOCK_SIZE:,} tokens",
-        ranks, options.quiet)
+        f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * BLOCK_SIZE:,} tokens", ranks, options.quiet)
     return Engine(runner, scheduler, tokenizer, ranks, watch, options.seed)
 
 
@@ -123,6 +128,12 @@ def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) ->
     if wanted not in DTYPES:
         raise UserError("--dtype is not one that llama_tp computes in", f"found {wanted!r}", f"use one of {', '.join(DTYPES)}")
     return DTYPES[wanted]
+
+
+def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
+    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs next to nothing: on CPU with
+    packed weights and the C++ kernels (0.91 to 1.0 of the other mode's speed, benchmarks/README.md)."""
+    return device.type == "cpu" and can_pack(dtype, device) and library() is not None if wanted is None else wanted
 
 
 def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int) -> int:
@@ -156,6 +167,11 @@ def free_bytes(ranks: Ranks) -> int:
 def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
     notes = []
+    if ranks.device.type == "cpu" and library() is None:
+        notes.append("the C++ parts are not built for this machine: attention runs in plain torch, sums go through gloo, both "
+                     "slower; to build them: python -m llama_tp.native.build")
+    elif ranks.device.type == "cpu" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
+        notes.append("the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go through gloo, slower")
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
@@ -170,14 +186,22 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
 
 
 def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool) -> None:
-    """Reads this rank's bytes into the model; the driver shows how far all ranks are together."""
+    """Reads this rank's bytes into the model; the driver shows how far all ranks are together. While one weight is read,
+    a thread packs the one before: both take about as long."""
     total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
-    with Progress("loading", total, shown=ranks.is_driver and not quiet) as bar:
+    # A thread begins with OpenMP's own number of threads, not with the one that was set.
+    packer = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    with packer, Progress("loading", total, shown=ranks.is_driver and not quiet) as bar:
         def done(n: int) -> None:
             watch.add_done(n)
             bar.at(watch.all_done())
 
+        packed: deque[Future] = deque()
         for weight in load(source, ranks.rank, ranks.tp, model.into, done):
-            model.loaded(weight)
+            packed.append(packer.submit(model.loaded, weight))
+            if len(packed) > PACK_BEHIND:
+                packed.popleft().result()
+        for each in packed:
+            each.result()
         barrier(ranks)
         bar.at(total)

@@ -12,7 +12,7 @@ import torch
 
 from llama_tp.engine.request import Request, Sequence
 from llama_tp.engine.runner import Judge, Runner
-from llama_tp.engine.sampler import Choice, TokenLogprobs, choose, score
+from llama_tp.engine.sampler import UNDECIDED, Choice, TokenLogprobs, choose, pick, score
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints
@@ -87,7 +87,7 @@ class Engine:
         self.stats, self.n_steps, self.dismissed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
         self._choices: dict[Sequence, Choice] = {}          # of the step that runs
-        self._judge = Judge(self._choose, self._take, self._score)
+        self._judge = Judge(self._choose, self._take, self._pick, self._score)
 
     @property
     def is_driver(self) -> bool:
@@ -158,6 +158,12 @@ class Engine:
     def _take(self, rows: list[StepRow], tokens: list[int]) -> None:
         for row, token in zip(rows, tokens):
             self._choices[self.scheduler.rows[row.row]] = Choice(None if token < 0 else token, None)
+
+    def _pick(self, rows: list[StepRow], lists: torch.Tensor) -> list[int]:
+        tokens = pick([self.scheduler.rows[row.row] for row in rows], lists)
+        decided = [(row, token) for row, token in zip(rows, tokens) if token != UNDECIDED]
+        self._take([row for row, _ in decided], [token for _, token in decided])
+        return tokens
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""

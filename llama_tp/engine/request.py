@@ -126,12 +126,6 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token of the raw logits is all that is wanted."""
-        return (self.temperature == 0 and self.repetition_penalty == 1 and not self.presence_penalty and not self.frequency_penalty
-                and not self.logit_bias and not self.min_tokens and self.logprobs is None)
-
     def __post_init__(self):
         temperature = _real("temperature", self.temperature, 0.0, 100.0)
         if 0.0 < temperature < MIN_TEMPERATURE:

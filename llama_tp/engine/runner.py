@@ -4,13 +4,16 @@ The same code on every rank; only `choose` and `score` are the driver's. What a 
 every rank, so that a decode row travels without its token.
 """
 
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from llama_tp.engine.step import Step, StepRow
+from llama_tp.engine.sampler import SHORTLIST, UNDECIDED, likeliest
+from llama_tp.engine.step import GATHERED, GREEDY, Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
@@ -20,6 +23,7 @@ SCORE_ROWS = 64                 # prompt positions whose logits exist at once wh
 
 Choose = Callable[[list[StepRow], torch.Tensor], list[int]]
 Take = Callable[[list[StepRow], list[int]], None]
+Way = Callable[[list[StepRow], torch.Tensor, "Judge | None"], torch.Tensor]
 Score = Callable[[StepRow, int, torch.Tensor], None]
 
 
@@ -29,11 +33,14 @@ class Judge:
 
     choose: the rows that sample and their logits (R, V) fp32 -> one token id each.
     take: greedy rows and their token ids, on which the ranks have agreed; -1 where logits are not finite.
+    pick: rows and the shortlists of all shards (tp, R, 2 SHORTLIST + 1) -> one token id each; -1 as above, UNDECIDED where
+        the shortlist does not suffice.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
     """
 
     choose: Choose
     take: Take
+    pick: Choose
     score: Score
 
 
@@ -63,11 +70,15 @@ class Runner:
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:
                 self._score(row, hidden[end - row.n:end], judge)
-        for work, greedy in ((self._agree, True), (self._sample, False)):
-            some = [(row, end - 1) for row, end in zip(step.rows, ends) if row.sample and row.greedy == greedy]
+        ways: dict[Way, list[tuple[StepRow, int]]] = {self._agree: [], self._shortlist: [], self._sample: []}
+        for row, end in zip(step.rows, ends):
+            if row.sample:
+                way = {GATHERED: self._sample, GREEDY: self._agree}.get(row.on_shards, self._shortlist)
+                ways[way].append((row, end - 1))
+        for way, some in ways.items():
             if some:
                 rows, at = zip(*some)
-                self._remember(rows, work(rows, hidden[list(at)], judge))
+                self._remember(rows, way(rows, hidden[list(at)], judge))
 
     def _own(self, row: StepRow) -> None:
         """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
@@ -116,12 +127,8 @@ class Runner:
     def _agree(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
         """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
         Of equal ones the lowest id wins, at any tp. -> (R,) int64, -1 where logits are not finite."""
-        logits = self.model.head(hidden)                                                # (R, V)
-        first = self.ranks.rank * logits.shape[1]
-        mine = logits[:, :max(1, min(logits.shape[1], self.n_vocab - first))]           # without the padding at the end
+        mine, first = self._without_padding(self.model.head(hidden))
         value, at = mine.max(dim=-1)                                                    # (R,) each; NaN counts as largest
-        if first >= self.n_vocab:
-            value = torch.full_like(value, -torch.inf)
         best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)       # (tp, 2, R)
         value, who = best[:, 0].max(dim=0)
         tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
@@ -129,6 +136,34 @@ class Runner:
         if judge is not None:
             judge.take(rows, tokens.tolist())
         return tokens
+
+    def _shortlist(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+        """Each shard's best few and its whole mass, at each row's temperature, are all that the driver needs to apply
+        top_k, top_p and min_p, if these cut within the best few; else the row's logits are gathered after all. -> (R,)."""
+        temperature = torch.tensor([struct.unpack(">f", row.on_shards.to_bytes(4, "big")) for row in rows], device=hidden.device)
+        mine, first = self._without_padding(self.model.logits(hidden))
+        scaled = mine / temperature                                                     # (R, V)
+        values, at = likeliest(scaled, min(SHORTLIST, scaled.shape[1]))                 # (R, SHORTLIST) each, or fewer
+        mass = (scaled - values[:, :1]).exp().sum(dim=-1, dtype=torch.float64)          # (R,), relative to the best
+        mass = mass.masked_fill(values[:, 0] == -torch.inf, 0)                          # nothing but padding here
+        values = F.pad(values.double(), (0, SHORTLIST - values.shape[1]), value=-torch.inf)
+        ids = F.pad((at + first).double(), (0, SHORTLIST - at.shape[1]))
+        lists = gather_stack(torch.cat([values, ids, mass.unsqueeze(1)], dim=1), self.ranks)
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=hidden.device)
+        if judge is not None:
+            tokens.copy_(torch.tensor(judge.pick(rows, lists)))
+        broadcast(tokens, self.ranks)
+        open_ = (tokens == UNDECIDED).nonzero().flatten().tolist()
+        if open_:
+            tokens[open_] = self._sample([rows[i] for i in open_], hidden[open_], judge)
+        return tokens
+
+    def _without_padding(self, logits: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """This rank's logits (R, V) of ids that may be sampled, and the id of the first. A rank that holds nothing but
+        padding offers one of minus infinity."""
+        first = self.ranks.rank * logits.shape[1]
+        n = self.n_vocab - first
+        return (logits[:, :n], first) if n > 0 else (torch.full_like(logits[:, :1], -torch.inf), 0)
 
     def _remember(self, rows: list[StepRow], tokens: torch.Tensor) -> None:
         self.last[torch.tensor([row.row for row in rows], device=self.ranks.device)] = tokens

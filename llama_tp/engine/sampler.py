@@ -1,4 +1,5 @@
-"""Logits to token ids, on the driver: one row, one request, one choice for all ranks.
+"""Logits to token ids, on the driver: one row, one request, one choice for all ranks. `choose` has whole rows of logits
+before it, `pick` the likeliest few of each vocabulary shard, which usually decide.
 
 Rows never see each other: a row's penalties, filters and draw depend on its own logits and its own request, so that
 company in a batch cannot change a token. Draws are keyed by (seed, sample index, position) instead of taken from a
@@ -16,6 +17,8 @@ import torch
 
 from llama_tp.engine.request import SamplingParams, Sequence
 
+SHORTLIST = 64                  # likeliest tokens of each vocabulary shard that travel when filters are on
+UNDECIDED = -2                  # no token yet: the filters do not cut within the shortlist
 TOP_CANDIDATES = 1024           # sorted first when only top_p or min_p filter; a full sort follows if they do not suffice
 
 
@@ -58,6 +61,53 @@ def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, 
         token = _draw(changed / params.temperature, params, uniform(row.seed, row.index, len(row.ids)))
     wanted = params.logprobs
     return Choice(token, None if wanted is None else score(logits.unsqueeze(0), [token], wanted)[0])
+
+
+def pick(rows: list[Sequence], lists: torch.Tensor) -> list[int]:
+    """Samples one token a row from the likeliest of each vocabulary shard; the same token as from all logits.
+
+    Args:
+        rows: requests that filter (top_k, top_p, min_p) and change no single logits.
+        lists: (tp, R, 2 SHORTLIST + 1) fp64: values (logits / temperature, best first), their ids, and the shard's sum of
+            exp(value - its best value).
+
+    -> token ids; -1 where logits are not finite, UNDECIDED where the shortlist does not show where the filters cut.
+    """
+    values, ids, mass = lists.cpu().split((SHORTLIST, SHORTLIST, 1), dim=-1)            # (tp, R, SHORTLIST) twice, (tp, R, 1)
+    best = values[..., :1].amax(dim=0)                                                  # (R, 1)
+    whole = (mass * (values[..., :1] - best).exp()).sum(dim=0)                          # (R, 1); NaN if any is
+    values, ids = (each.transpose(0, 1).flatten(1) for each in (values, ids))           # (R, tp * SHORTLIST) each
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    probs = (values[:, :SHORTLIST] - best).exp() / whole                                # (R, SHORTLIST)
+    ids = ids.gather(1, order)[:, :SHORTLIST]
+    return [_pick(row, probs[i], ids[i]) if bool(whole[i].isfinite()) else -1 for i, row in enumerate(rows)]
+
+
+def _pick(row: Sequence, probs: torch.Tensor, ids: torch.Tensor) -> int:
+    """probs, ids: (SHORTLIST,), likeliest first."""
+    params = row.params
+    if params.top_k > SHORTLIST or not (params.top_k or _decided(probs, params) or probs[-1] == 0):
+        return UNDECIDED
+    if params.top_k:
+        probs, ids = probs[:params.top_k], ids[:params.top_k]
+    kept = _keep(probs, params, probs.sum() if params.top_k else 1.0)
+    return int(ids[_quantile(probs[kept], uniform(row.seed, row.index, len(row.ids)))])
+
+
+def likeliest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of the last dimension and where they are, best first; of equal ones (bf16 logits often are) the lower
+    id is first, so that the cut does not depend on how the vocabulary is sharded. values: (..., V) fp32."""
+    bits = values.view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)                            # as integers in the order of the floats
+    keys = (ordered << 32) - torch.arange(values.shape[-1], device=values.device)
+    ids = -keys.topk(k, dim=-1).values & 0xFFFFFFFF
+    return values.gather(-1, ids), ids
+
+
+def _quantile(probs: torch.Tensor, u: float) -> int:
+    """Where the cumulated probabilities pass the part u of their sum."""
+    mass = probs.double().cumsum(0)
+    return min(int(torch.searchsorted(mass, u * mass[-1], right=True)), len(mass) - 1)
 
 
 def score(logits: torch.Tensor, tokens: list[int], n_top: int) -> list[TokenLogprobs]:
@@ -107,8 +157,7 @@ def _draw(logits: torch.Tensor, params: SamplingParams, u: float) -> int:
         probs, ids = filtered(torch.softmax(logits, dim=-1), params)
     else:
         probs, ids = torch.softmax(logits, dim=-1), None
-    mass = probs.double().cumsum(0)
-    at = min(int(torch.searchsorted(mass, u * mass[-1], right=True)), len(mass) - 1)
+    at = _quantile(probs, u)
     return at if ids is None else int(ids[at])
 
 
@@ -119,17 +168,21 @@ def filtered(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor,
     its mass is a share of what top_k left.
     """
     k = min(params.top_k or TOP_CANDIDATES, len(probs))
-    values, ids = probs.topk(k)
+    values, ids = likeliest(probs, k)
     if not params.top_k and k < len(probs) and not _decided(values, params):
         values, ids = probs.sort(descending=True, stable=True)
+    keep = _keep(values, params, values.double().sum() if params.top_k else probs.double().sum())
+    return values[keep], ids[keep]
+
+
+def _keep(values: torch.Tensor, params: SamplingParams, whole: torch.Tensor | float) -> torch.Tensor:
+    """Which of the probabilities, largest first, top_p (of the mass `whole`) and min_p keep."""
     keep = torch.ones_like(values, dtype=torch.bool)
     if params.top_p < 1:
-        mass = values.double().cumsum(0)
-        whole = mass[-1] if params.top_k else probs.double().sum()
-        keep &= (mass - values) <= params.top_p * whole
+        keep &= (values.double().cumsum(0) - values) <= params.top_p * whole
     if params.min_p > 0:
         keep &= values >= params.min_p * values[0]
-    return values[keep], ids[keep]
+    return keep
 
 
 def _decided(values: torch.Tensor, params: SamplingParams) -> bool:

@@ -19,12 +19,13 @@ steps, and a sequence that ends meanwhile is dropped from the later one, whose r
 in the order they were planned, so a block freed by one step may be written by the next.
 """
 
+import struct
 from collections import deque
 from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import Step, StepRow
+from llama_tp.engine.request import SamplingParams, Sequence
+from llama_tp.engine.step import GATHERED, GREEDY, Step, StepRow
 from llama_tp.spec.errors import UserError
 
 
@@ -207,7 +208,7 @@ class Scheduler:
             ids=() if sequence.decoding else tuple(sequence.ids[start:end]),
             sample=end == sequence.n_ids,
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
-            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]), greedy=sequence.params.greedy,
+            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]), on_shards=on_shards(sequence.params),
         )
         sequence.n_sent = len(sequence.blocks)
         sequence.n_planned = end
@@ -269,3 +270,15 @@ class Scheduler:
         held = {sequence.row: sequence for sequence in self.running}
         if held != {row: sequence for row, sequence in enumerate(self.rows) if sequence is not None}:
             raise RuntimeError(f"the rows {self.rows} are not those of {self.running}")
+
+
+def on_shards(params: SamplingParams) -> int:
+    """How a request's tokens may be sampled (StepRow.on_shards). What changes single logits, or asks for their
+    logarithms, needs all of them; and so does sampling from the whole vocabulary."""
+    if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+            or params.min_tokens or params.logprobs is not None):
+        return GATHERED
+    if params.temperature == 0:
+        return GREEDY
+    filters = params.top_k or params.top_p < 1 or params.min_p > 0
+    return int.from_bytes(struct.pack(">f", params.temperature), "big") if filters else GATHERED

@@ -10,7 +10,8 @@ from itertools import islice
 from typing import NamedTuple
 
 _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
-_SAMPLE, _PROMPT_LOGITS, _DECODE, _GREEDY = 1, 2, 4, 8
+_SAMPLE, _PROMPT_LOGITS, _DECODE = 1, 2, 4
+GATHERED, GREEDY = 0, 1                         # of StepRow.on_shards
 
 
 class StepRow(NamedTuple):
@@ -18,8 +19,9 @@ class StepRow(NamedTuple):
 
     `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk; empty for a decode row,
     whose one input is what the row sampled last. `sample`: a token is sampled after the last position.
-    `prompt_logits`: the logits of every position are wanted. `greedy`: the likeliest token is all that sampling needs, so
-    that ranks may agree on it without their logits coming together. `blocks` join the row's block table from index
+    `prompt_logits`: the logits of every position are wanted. `on_shards`: how the token may be sampled without
+    all logits coming together: GATHERED not at all, GREEDY the likeliest is wanted, else the bits of the fp32 temperature
+    at which the likeliest few are. `blocks` join the row's block table from index
     `block_start` on; block_start 0 starts a new table, and so a new occupant of the row, whose cache already holds the
     positions before `start` (prefix hits).
     """
@@ -32,7 +34,7 @@ class StepRow(NamedTuple):
     prompt_logits: bool
     block_start: int
     blocks: tuple[int, ...]
-    greedy: bool = False
+    on_shards: int = GATHERED
 
     @property
     def decodes(self) -> bool:
@@ -56,11 +58,11 @@ class Step(NamedTuple):
 
     def encode(self) -> list[int]:
         """[magic, count of all ints, number, rows] and for each row [row, start, n, flags, block_start, count of
-        blocks, ids ..., blocks ...]; a decode row has no ids."""
+        blocks, on_shards, ids ..., blocks ...]; a decode row has no ids."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
-            flags = (_SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes | _GREEDY * row.greedy)
-            ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), *row.ids, *row.blocks)
+            flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes
+            ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), row.on_shards, *row.ids, *row.blocks)
         ints[1] = len(ints)
         return ints
 
@@ -72,17 +74,17 @@ class Step(NamedTuple):
             raise ValueError(f"not a step: {len(ints)} ints that begin {list(ints[:4])}")
         rest, rows = iter(ints[4:]), []
         for _ in range(ints[3]):
-            head = list(islice(rest, 6))
-            if len(head) < 6:
+            head = list(islice(rest, 7))
+            if len(head) < 7:
                 raise ValueError(f"step {ints[2]} ends within row {len(rows)} of {ints[3]}")
-            row, start, n, flags, block_start, n_blocks = head
+            row, start, n, flags, block_start, n_blocks, on_shards = head
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            if not good_ids or len(blocks) != n_blocks or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _GREEDY):
+            if not good_ids or len(blocks) != n_blocks or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
-                                block_start, blocks, bool(flags & _GREEDY)))
+                                block_start, blocks, on_shards))
         if next(rest, None) is not None:
             raise ValueError(f"step {ints[2]}: ints are left over after its {ints[3]} rows")
         if len({row.row for row in rows}) != len(rows):

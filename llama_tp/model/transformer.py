@@ -86,12 +86,14 @@ class Transformer(nn.Module):
         dtype: of weights and activations.
         n_positions: longest sequence, for the rotary tables.
         deterministic: fixed summation order, bits that do not depend on the company, the chunking or tp.
+        kernels: what to compute with between the products; the fastest that there is unless given.
     """
 
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False):
+    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False,
+                 kernels: Kernels | None = None):
         super().__init__()
         self.config, self.ranks, self.dtype, self.deterministic = config, ranks, dtype, deterministic
-        self.kernels = pick(ranks.device, dtype, deterministic)
+        self.kernels = kernels or pick(ranks.device, dtype, deterministic)
         self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks)
         self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
@@ -172,12 +174,12 @@ class Transformer(nn.Module):
 
 
 def build(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, weights: dict[str, torch.Tensor],
-          deterministic: bool = False) -> Transformer:
+          deterministic: bool = False, kernels: Kernels | None = None) -> Transformer:
     """A model filled from whole weights in memory (tests, and models made up on the spot).
 
     weights: Meta's names, whole shapes; each rank keeps its own part, zero-padded as the loader would.
     """
-    model = Transformer(config, ranks, dtype, n_positions, deterministic)
+    model = Transformer(config, ranks, dtype, n_positions, deterministic, kernels)
     for weight in table(config):
         part, slot = weight.part(config, ranks.rank, ranks.tp), model.into(weight)
         slot.zero_()

@@ -35,8 +35,9 @@ class HfTokenizer(Tokenizer):
                             "pip install 'llama_tp[hf]'") from None
         try:
             text = data.decode("utf-8-sig")
-            decoder = json.loads(text).get("decoder")
             library = tokenizers.Tokenizer.from_str(text)
+            # As the library read it: Python's JSON takes half a second for the whole file of a Llama 3.
+            decoder = json.loads(library.decoder.__getstate__()) if library.decoder else None
         except Exception as error:                          # the library raises bare Exception
             raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
                             "download it again, or write it with a current transformers") from None

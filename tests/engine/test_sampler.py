@@ -7,7 +7,7 @@ import torch
 
 from llama_tp.engine import sampler
 from llama_tp.engine.request import Request, SamplingParams, Sequence
-from llama_tp.engine.sampler import adjusted, choose, filtered, score, uniform
+from llama_tp.engine.sampler import SHORTLIST, UNDECIDED, adjusted, choose, filtered, likeliest, pick, score, uniform
 
 V = 50
 LOGITS = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 3
@@ -78,6 +78,48 @@ def test_a_full_sort_gives_what_the_candidates_give(monkeypatch):
     monkeypatch.setattr(sampler, "TOP_CANDIDATES", 3)               # too few to decide: the row is sorted whole
     ours = filtered(flat, SamplingParams(top_p=0.97))
     assert ours[1].tolist() == expected[1].tolist() and len(ours[1]) > 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("params", [{"top_p": 0.5}, {"top_k": 5, "top_p": 1.0}, {"top_k": 20, "top_p": 0.9},
+                                    {"min_p": 0.1, "top_p": 1.0}, {"top_p": 0.8, "min_p": 0.05}, {"top_k": 64}], ids=str)
+def test_shortlists_give_the_token_that_all_logits_give(params, tp, tied):
+    logits = torch.randn(40, 1000, generator=torch.Generator().manual_seed(4)) * 3
+    logits = (4 * logits).round() / 4 if tied else logits                               # many equal ones, as in bf16
+    rows = [sequence(prompt=(1, i), seed=i, temperature=0.7, **params) for i in range(40)]
+    expected = [choice.token for choice in choose(rows, logits, ())]
+    ours = pick(rows, shortlists(logits / 0.7, tp))
+    assert sum(token != UNDECIDED for token in ours) > 20
+    assert all(a in (b, UNDECIDED) for a, b in zip(ours, expected))
+
+
+def shortlists(scaled: torch.Tensor, tp: int) -> torch.Tensor:
+    """(R, V) logits / temperature -> what tp shards would send."""
+    lists, first = [], 0
+    for shard in scaled.chunk(tp, dim=-1):
+        values, at = likeliest(shard, SHORTLIST)
+        mass = (shard - values[:, :1]).exp().double().sum(-1, keepdim=True)
+        lists.append(torch.cat([values.double(), (at + first).double(), mass], dim=1))
+        first += shard.shape[1]
+    return torch.stack(lists)
+
+
+def test_of_equal_values_the_lower_id_is_first():
+    values = torch.tensor([[0.5, -1.0, 2.0, 0.5, -0.5, 2.0, -1.0], [-3.0, -3.0, -3.0, -2.0, -3.0, -3.0, -torch.inf]])
+    best, ids = likeliest(values, 6)
+    assert ids.tolist() == [[2, 5, 0, 3, 4, 1], [3, 0, 1, 2, 4, 5]] and torch.equal(best, values.gather(1, ids))
+
+
+def test_a_shortlist_that_does_not_decide_says_so():
+    flat = shortlists(torch.zeros(1, 1000), 2)
+    assert pick([sequence(temperature=1.0, top_p=0.9)], flat) == [UNDECIDED]
+    assert pick([sequence(temperature=1.0, top_k=65)], flat) == [UNDECIDED]
+    assert pick([sequence(temperature=1.0, top_k=64, top_p=1.0)], flat) != [UNDECIDED]
+    for bad in (float("nan"), float("inf")):
+        logits = torch.zeros(2, 1000)
+        logits[1, 700] = bad
+        assert pick([sequence(temperature=1.0, top_k=3)] * 2, shortlists(logits, 2))[1] == -1
 
 
 @pytest.mark.parametrize("params", [{"top_p": 1.0}, {"top_p": 0.9}, {"top_k": 5, "top_p": 1.0}])

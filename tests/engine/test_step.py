@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.engine.step import Step, StepRow
+from llama_tp.engine.step import GREEDY, Step, StepRow
 
 COUNT = st.integers(0, 2**31 - 1)
 IDS = st.lists(COUNT, max_size=6).map(tuple)
@@ -14,7 +14,7 @@ IDS = st.lists(COUNT, max_size=6).map(tuple)
 def step_rows(draw, row):
     ids = draw(IDS)
     return StepRow(row, draw(COUNT), len(ids) or 1, ids, draw(st.booleans()), draw(st.booleans()), draw(COUNT), draw(IDS),
-                   draw(st.booleans()))
+                   draw(COUNT))
 
 
 @st.composite
@@ -24,16 +24,16 @@ def steps(draw):
 
 
 EXAMPLE = Step(7, (
-    StepRow(3, 9, 1, (), True, False, 2, ()),
+    StepRow(3, 9, 1, (), True, False, 2, (), GREEDY),
     StepRow(0, 4, 3, (11, 12, 13), False, True, 0, (5, 6)),
 ))
 
 
 def test_the_wire_format():
     magic = int.from_bytes(b"STEP", "big")
-    assert EXAMPLE.encode() == [magic, 21, 7, 2,
-                                3, 9, 1, 5, 2, 0,
-                                0, 4, 3, 2, 0, 2, 11, 12, 13, 5, 6]
+    assert EXAMPLE.encode() == [magic, 23, 7, 2,
+                                3, 9, 1, 5, 2, 0, 1,
+                                0, 4, 3, 2, 0, 2, 0, 11, 12, 13, 5, 6]
 
 
 def test_what_a_row_says_of_itself():
@@ -47,7 +47,7 @@ def test_round_trip(step):
     assert all(type(one) is int for one in ints)
     again = Step.decode(ints)
     assert again == step
-    assert [tuple(map(type, row)) for row in again.rows] == [(int, int, int, tuple, bool, bool, int, tuple, bool)] * len(step.rows)
+    assert [tuple(map(type, row)) for row in again.rows] == [(int, int, int, tuple, bool, bool, int, tuple, int)] * len(step.rows)
 
 
 @given(steps(), st.data())
@@ -83,8 +83,8 @@ def test_a_changed_int_is_refused_or_gives_another_step(step, data):
     assert again != step and again.encode() == ints
 
 
-@pytest.mark.parametrize("at, value", [(0, 0), (3, 1), (3, 3), (3, 2**62), (5, -1), (6, 2), (6, 0), (7, 8), (12, 2**62),
-                                       (15, 2**62), (10, 3)])
+@pytest.mark.parametrize("at, value", [(0, 0), (3, 1), (3, 3), (3, 2**62), (5, -1), (6, 2), (6, 0), (7, 8), (13, 2**62),
+                                       (16, 2**62), (11, 3)])
 def test_damage_to_each_count_is_refused(at, value):
     ints = EXAMPLE.encode()
     ints[at] = value

@@ -1,0 +1,96 @@
+"""The bench command: what it prints, what it refuses, and that its numbers hang together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_tp.benchmarks.ceiling import Ceiling
+from llama_tp.benchmarks.table import markdown
+from tests.ranks import torchrun
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ["--ckpt_dir", "checkpoints/demo", "--device", "cpu", "--n_runs", "1", "--input_len", "16", "--output_len", "8"]
+
+
+def bench(*words: str, code: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, "-m", "llama_tp.bench", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def last_line(text: str) -> dict:
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def test_latency_prints_card_table_and_json(tmp_path):
+    done = bench("latency", *DEMO, "--batch_size", "1", "--batch_size", "3", "--save", str(tmp_path / "one.json"))
+    result = last_line(done.stdout)
+    assert "ceiling of each of 1 rank(s)" in done.stdout and "| batch |" in done.stdout
+    assert result == json.loads((tmp_path / "one.json").read_text())
+    assert [run["batch_size"] for run in result["runs"]] == [1, 3] and result["tp"] == 1 and not result["simulated"]
+    for run in result["runs"]:
+        assert len(run["latencies"]) == 1 and 0 < run["median_tpot_ms"] < 1e3 * run["avg_latency"]
+        assert run["median_tpot_ms"] > run["floor_tpot_ms"] > 0 and run["median_ttft_ms"] > run["floor_ttft_ms"] > 0
+
+
+def test_throughput_counts_all_tokens():
+    result = last_line(bench("throughput", *DEMO, "--n_requests", "5").stdout)
+    assert result["num_requests"] == 5 and 5 * (16 + 8) / 2 <= result["total_num_tokens"] <= 5 * 1.5 * (16 + 8)
+    assert result["tokens_per_second"] == pytest.approx(result["total_num_tokens"] / result["elapsed_time"])
+
+
+def test_startup_compares_with_reading():
+    result = last_line(bench("startup", *DEMO).stdout)
+    assert result["load_s"] > result["read_s"] > 0
+    assert result["process_to_first_token_s"] >= result["import_s"] + result["load_s"] + result["first_token_s"]
+
+
+def test_two_ranks_measure_together():
+    with torchrun(2, ["-m", "llama_tp.bench", "latency", *DEMO, "--batch_size", "2"]) as job:
+        assert job.wait(120) == 0, job.stderr
+        assert last_line(job.stdout)["tp"] == 2
+
+
+def test_a_simulated_rank_is_called_a_prediction():
+    words = ["--model", "8B", "--n_layers", "1", "--tp", "8", "--simulate_rank", "0", "--allreduce_us", "50", "--device", "cpu"]
+    done = bench("latency", *words, "--n_runs", "1", "--input_len", "8", "--output_len", "4", "--batch_size", "1")
+    result = last_line(done.stdout)
+    assert result["simulated"] and "ONE rank of tp 8, simulated" in done.stdout and "PREDICTED" in done.stdout
+    [run] = result["runs"]
+    assert run["predicted_tpot_ms"] == pytest.approx(run["median_tpot_ms"] + 3 * 0.05)      # 2 sums a layer, 1 embedding
+    assert str(8 * 4096 * 2) in done.stdout                                                 # bytes of a sum of 8 rows in bf16
+
+
+@pytest.mark.parametrize("words, said", [
+    (["latency"], "neither --ckpt_dir nor --model"), (["latency", "--model", "2B"], "1B, 3B, 8B, 70B, 405B"),
+    (["latency", "--model", "1B", "--tp", "8"], "--simulate_rank"), (["startup", "--model", "1B"], "give --ckpt_dir"),
+    (["throughput", "--model", "1B", "--plot", "x.png"], "--plot draws latency"),
+    (["latency", "--model", "8B", "--tp", "3", "--simulate_rank", "0"], "3 ranks"),
+])
+def test_what_cannot_be_measured_is_refused(words, said):
+    done = bench(*words, code=1)
+    assert done.stdout == "" and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_picture_of_several_runs(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra llama_tp[bench] is not installed")
+    bench("latency", *DEMO, "--batch_size", "1", "--batch_size", "2", "--save", str(tmp_path / "a.json"))
+    bench("latency", *DEMO, "--batch_size", "1", "--batch_size", "2", "--beside", str(tmp_path / "a.json"), "--plot",
+          str(tmp_path / "b.png"))
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_floors_follow_the_slower_of_reading_and_multiplying():
+    ceiling = Ceiling(read_bytes_per_s=1e9, flops_per_s=1e12, weight_bytes_per_step=10**9, kv_bytes_per_position=10**6,
+                      flops_per_token=10**9, tp=1)
+    assert ceiling.decode_s(1, 0) == 1.0 and ceiling.decode_s(1, 100) == pytest.approx(1.1)
+    assert ceiling.decode_s(2000, 0) == pytest.approx(2.0)
+    assert ceiling.prefill_s(10) == 1.0 and ceiling.prefill_s(3000) == pytest.approx(3.0)
+
+
+def test_a_table_is_aligned_markdown():
+    assert markdown([{"a": 1, "long": "x"}, {"a": 22, "long": "yy"}]) == (
+        "|  a | long |\n|---:|-----:|\n|  1 |    x |\n| 22 |   yy |")
