@@ -33,6 +33,7 @@ class Ceiling:
     weight_bytes_per_step: int
     kv_bytes_per_position: int
     flops_per_token: int
+    head_flops: int                 # of these, the head's, which a prompt needs at its end only
     tp: int
 
     def decode_s(self, batch: int, context: int) -> float:
@@ -42,11 +43,11 @@ class Ceiling:
 
     def prefill_s(self, n_tokens: int) -> float:
         """The floor of computing n_tokens of prompts at once (attention's products left out)."""
-        return max(self.weight_bytes_per_step / self.read_bytes_per_s, n_tokens * self.flops_per_token / self.flops_per_s)
+        return max(self.weight_bytes_per_step / self.read_bytes_per_s, n_tokens * (self.flops_per_token - self.head_flops) / self.flops_per_s)
 
     def card(self) -> str:
         """The lines that a benchmark begins with."""
-        prefill = self.flops_per_s / self.flops_per_token
+        prefill = self.flops_per_s / (self.flops_per_token - self.head_flops)
         return "\n".join([
             f"ceiling of each of {self.tp} rank(s): reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiplies "
             f"{self.flops_per_s / 1e12:.2f} TFLOP/s (both measured now)",
@@ -68,7 +69,8 @@ def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, probe: bool =
     item = dtype.itemsize
     embedding = config.local_vocab(ranks.tp) * config.dim * item
     weights = weight_bytes(config, ranks.tp, item) - (0 if config.tied else embedding)
-    return Ceiling(bandwidth, rate, weights, kv_bytes_per_token(config, ranks.tp, item), 2 * weights // item, ranks.tp)
+    return Ceiling(bandwidth, rate, weights, kv_bytes_per_token(config, ranks.tp, item), 2 * weights // item,
+                   2 * embedding // item, ranks.tp)
 
 
 def read_rate(device: torch.device) -> float:

@@ -85,10 +85,10 @@ def test_a_picture_of_several_runs(tmp_path):
 
 def test_floors_follow_the_slower_of_reading_and_multiplying():
     ceiling = Ceiling(read_bytes_per_s=1e9, flops_per_s=1e12, weight_bytes_per_step=10**9, kv_bytes_per_position=10**6,
-                      flops_per_token=10**9, tp=1)
+                      flops_per_token=10**9, head_flops=5 * 10**8, tp=1)
     assert ceiling.decode_s(1, 0) == 1.0 and ceiling.decode_s(1, 100) == pytest.approx(1.1)
     assert ceiling.decode_s(2000, 0) == pytest.approx(2.0)
-    assert ceiling.prefill_s(10) == 1.0 and ceiling.prefill_s(3000) == pytest.approx(3.0)
+    assert ceiling.prefill_s(10) == 1.0 and ceiling.prefill_s(3000) == pytest.approx(1.5)
 
 
 def test_a_table_is_aligned_markdown():
