@@ -12,7 +12,7 @@ import pytest
 from llama_tp import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["", "checkpoints", "launch", "llama_tp", "tests"]
+FOLDERS = ["", "checkpoints", "launch", "llama_tp", "llama_tp/benchmarks", "tests"]
 DOCS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run(main)" in p.read_text())
 OTHERS = {"nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "standalone", "max_restarts",
