@@ -43,7 +43,8 @@ class Ceiling:
 
     def prefill_s(self, n_tokens: int) -> float:
         """The floor of computing n_tokens of prompts at once (attention's products left out)."""
-        return max(self.weight_bytes_per_step / self.read_bytes_per_s, n_tokens * (self.flops_per_token - self.head_flops) / self.flops_per_s)
+        n_flops = n_tokens * (self.flops_per_token - self.head_flops)
+        return max(self.weight_bytes_per_step / self.read_bytes_per_s, n_flops / self.flops_per_s)
 
     def card(self) -> str:
         """The lines that a benchmark begins with."""

@@ -26,6 +26,7 @@ def draw(results: list[dict], path: str) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     left.legend()
-    figure.suptitle(f"{results[0]['model']}, {results[0]['dtype']}, {results[0]['device']}; dashed: what the memory and the "
-                    "multipliers allow", fontsize=10)
+    one = results[0]
+    figure.suptitle(f"{one['model']}, {one['n_params'] / 1e9:.2f} B parameters, {one['dtype']}, {one['device']}; "
+                    "dashed: what the memory and the multipliers allow", fontsize=10)
     figure.savefig(path, dpi=120)

@@ -92,10 +92,11 @@ def measure(engine: Engine, load: Load, name: str, allreduce_us: float | None,
     tables = [rows]
     engine.dismiss()
     peaks = [peak_bytes(engine)] if alone else gather_ints(peak_bytes(engine), ranks)
-    result |= {"benchmark": load.what, "model": Path(name).name, "tp": ranks.tp, "simulated": alone, "dtype": str(model.dtype)[6:],
-               "deterministic": model.deterministic, "device": device_name(ranks), "threads": torch.get_num_threads(),
-               "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "ceiling": limits.as_json(),
-               "peak_memory_gib": [round(peak / GIB, 3) for peak in peaks]}
+    result |= {
+        "benchmark": load.what, "model": Path(name).name, "n_params": model.config.n_params, "tp": ranks.tp, "simulated": alone,
+        "dtype": str(model.dtype)[6:], "deterministic": model.deterministic, "device": device_name(ranks),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "ceiling": limits.as_json(), "peak_memory_gib": [round(peak / GIB, 3) for peak in peaks]}
     if alone:
         tables += predicted(engine, result, allreduce_us)
     show(f"peak memory: {', '.join(f'{peak / GIB:.2f}' for peak in peaks)} GiB")
