@@ -27,7 +27,7 @@ demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \
 	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --max_gen_len 300 --device cpu
 
-test: $(VENV)/.test  ## run the tests (about 10 minutes on 2 cores)
+test: $(VENV)/.test  ## run the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test  ## run all tests, also many ranks, big files and peers

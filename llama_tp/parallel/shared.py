@@ -56,13 +56,14 @@ def open_rooms(rank: int, tp: int, timeout_s: float, store: dist.Store, control:
     """Every rank of one host calls it once. -> (the room for tensors, the room for control messages, whose waits do not
     run out), or None on all ranks if any of them cannot: not built, no /dev/shm, no space there."""
     memory = None
+    key = f"llama_tp/shared/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"        # torchrun's store outlives a restart
     library = load() if tp <= MAX_RANKS and os.environ.get("LLAMA_TP_SHARED") != "0" else None
     n_bytes = 2 * library.shared_bytes(tp) if library else 0
     if rank == 0:
         file, path = _create(n_bytes) if library else (None, "")
-        store.set("llama_tp/shared", path)
+        store.set(key, path)
     else:
-        path, file = store.get("llama_tp/shared").decode(), None
+        path, file = store.get(key).decode(), None
     try:
         if path and library:
             file = os.open(path, os.O_RDWR) if file is None else file
