@@ -47,8 +47,8 @@ def choose(rows: list[Sequence], logits: torch.Tensor, eos_ids: tuple[int, ...])
         logits: (R, V) fp32, unscaled; not changed.
         eos_ids: the tokenizer's stop ids, which min_tokens holds off (with the request's own).
     """
-    finite = (~(logits.isnan() | logits.isposinf()).any(dim=-1)).tolist()
-    best = logits.argmax(dim=-1).tolist()
+    highest, best = (each.tolist() for each in logits.max(dim=-1))                     # NaN counts as highest
+    finite = [value < math.inf for value in highest]                                    # false for NaN too
     return [_choose(row, logits[i], best[i], eos_ids) if finite[i] else Choice(None, None) for i, row in enumerate(rows)]
 
 

@@ -54,86 +54,82 @@ inline void turn_keys(const float* k, int E, float* out) {
     }
 }
 
-// Scores of R query rows with PAIR slots: sums run over E in order. q: (R, E); keys: (E, PAIR).
-template <int R> inline void score(const float* q, const float* keys, int E, float, float* out) {
+// One step of a sum: a number, or a pair of bf16, spread over all lanes and multiplied with a vector of them.
+inline f32x16 spread(const float* p) { return splat(*p); }
+inline f32x16 multiply_add(f32x16 acc, f32x16 a, f32x16 b) { return acc + a * b; }
+#ifdef __AVX512BF16__
+inline u32x16 spread(const bf16* p) {
+    uint32_t pair;
+    memcpy(&pair, p, 4);
+    return pair - (u32x16){};
+}
+inline f32x16 multiply_add(f32x16 acc, u32x16 a, u32x16 b) {        // acc + a.low * b.low + a.high * b.high, lane by lane
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#endif
+template <typename A> constexpr int AT_ONCE = 4 / sizeof(A);        // numbers that one lane takes in a step
+
+// Scores of R query rows with PAIR slots: sums run over E in order. q: (R, E); keys: (E / AT_ONCE, PAIR).
+template <int R, typename A, typename B> inline void score(const A* q, const B* keys, int E, float scale, float* out) {
     f32x16 a[R] = {}, b[R] = {};
-    for (int e = 0; e < E; e++) {
-        f32x16 k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
+    for (int e = 0; e < E / AT_ONCE<A>; e++) {
+        const auto k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
         for (int r = 0; r < R; r++) {
-            f32x16 x = splat(q[r * E + e]);
-            a[r] += x * k0;
-            b[r] += x * k1;
+            const auto x = spread(q + r * E + e * AT_ONCE<A>);
+            a[r] = multiply_add(a[r], x, k0);
+            b[r] = multiply_add(b[r], x, k1);
         }
     }
     for (int r = 0; r < R; r++) {
-        store(out + r * TILE, a[r]);
-        store(out + r * TILE + 16, b[r]);
+        store(out + r * TILE, a[r] * scale);
+        store(out + r * TILE + 16, b[r] * scale);
     }
 }
 
-// acc (ROWS, E) += weights (ROWS, 16 slots) x values (16, E), slot by slot, for N vectors of E.
-template <int N> inline void add_values(const float* weights, const float* v, int E, float* acc) {
+// acc (ROWS, E) += weights (ROWS, 16 slots) x values (16 / AT_ONCE, E), in the order of the slots, for N vectors of E.
+template <int N, typename A, typename B> inline void add_some(const A* weights, const B* v, int E, float* acc) {
     f32x16 a[ROWS][N];
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) a[r][i] = load(acc + r * E + 16 * i);
-    for (int s = 0; s < 16; s++)
+    for (int s = 0; s < 16 / AT_ONCE<A>; s++)
         for (int r = 0; r < ROWS; r++) {
-            f32x16 w = splat(weights[r * TILE + s]);
-            for (int i = 0; i < N; i++) a[r][i] += w * load(v + s * E + 16 * i);
+            const auto w = spread(weights + r * TILE + s * AT_ONCE<A>);
+            for (int i = 0; i < N; i++) a[r][i] = multiply_add(a[r][i], w, load(v + s * E + 16 * i));
         }
     for (int r = 0; r < ROWS; r++)
         for (int i = 0; i < N; i++) store(acc + r * E + 16 * i, a[r][i]);
 }
+template <typename A, typename B> inline void add_values(const A* weights, const B* v, int E, float* acc) {
+    int e = 0;
+    for (; e + 64 <= E; e += 64) add_some<4>(weights, v + e, E, acc + e);
+    for (; e < E; e += 16) add_some<1>(weights, v + e, E, acc + e);
+}
 
-// How a cache of type C is multiplied: in fp32, whatever E is (rows are filled up to whole vectors).
+// How a cache of type C lies in scratch memory: in fp32, whatever E is (rows are filled up to whole vectors).
 template <typename C> struct InFp32 {
-    typedef float Query;        // a query row in scratch memory, scaled
-    typedef float Key;          // keys in scratch memory: (E, PAIR)
-    typedef float Value;        // values of 16 slots in scratch memory: (16, E)
-    typedef float Weight;
+    typedef float Number;       // of queries and weights
+    typedef float Lane;         // of keys, (E, PAIR), and of the values of 16 slots, (16, E)
 
-    static int keys_size(int width) { return width * PAIR; }
-    static int values_size(int width) { return 16 * width; }
-    static void take_query(const C* from, int64_t E, float scale, float* to) {
-        for (int64_t e = 0; e < E; e += 16) store(to + e, load_some(from + e, E - e) * scale);
-    }
-    static void widen(const C* from, int64_t E, int64_t width, float* to) {
-        for (int64_t s = 0; s < 16; s++)
-            for (int64_t e = 0; e < E; e += 16) store(to + s * width + e, load_some(from + s * E + e, E - e));
+    static void take_query(const C* from, int64_t E, float* to) {
+        for (int64_t e = 0; e < E; e += 16) store(to + e, load_some(from + e, E - e));
     }
     static void take_keys(const C* from, int64_t E, int64_t width, float* spare, float* to) {
-        widen(from, E, width, spare);
+        take_values(from, E, width, spare);
         turn_keys(spare, width, to);
     }
-    static void take_values(const C* from, int64_t E, int64_t width, float* to) { widen(from, E, width, to); }
-    template <int R> static void scores(const float* q, const float* keys, int width, float, float* out) {
-        score<R>(q, keys, width, 1.0f, out);
-    }
-    static void put_weights(f32x16 p, float* to) { store(to, p); }
-    static void add(const float* weights, const float* v, int width, float* acc) {
-        int e = 0;
-        for (; e + 64 <= width; e += 64) add_values<4>(weights, v + e, width, acc + e);
-        for (; e < width; e += 16) add_values<1>(weights, v + e, width, acc + e);
+    static void take_values(const C* from, int64_t E, int64_t width, float* to) {
+        for (int64_t s = 0; s < 16; s++) take_query(from + s * E, E, to + s * width);
     }
 };
 
 #ifdef __AVX512BF16__
-inline f32x16 dot_pairs(f32x16 acc, u32x16 a, u32x16 b) {           // acc + a.low * b.low + a.high * b.high, lane by lane
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
-inline uint32_t pair(const bf16* p) { uint32_t v; memcpy(&v, p, 4); return v; }
-
-// The same with the machine's bf16 dot products, two dimensions (or two slots) at a time: E must be a multiple of 32.
-// Queries enter unscaled, so that their products with keys are exact; weights are rounded to bf16, as in flash attention.
+// The same for the machine's bf16 dot products, two dimensions (or two slots) in a lane: E must be a multiple of 32.
+// Products of queries with keys are exact; weights are rounded to bf16, as in flash attention.
 struct InPairs {
-    typedef bf16 Query;
-    typedef uint32_t Key;       // (E / 2, PAIR) pairs of dimensions
-    typedef uint32_t Value;     // (8, E) pairs of slots
-    typedef bf16 Weight;
+    typedef bf16 Number;
+    typedef uint32_t Lane;      // keys: (E / 2, PAIR); values: (8, E)
 
-    static int keys_size(int width) { return width / 2 * PAIR; }
-    static int values_size(int width) { return 8 * width; }
-    static void take_query(const bf16* from, int64_t E, float, bf16* to) { memcpy(to, from, E * sizeof(bf16)); }
+    static void take_query(const bf16* from, int64_t E, bf16* to) { memcpy(to, from, E * sizeof(bf16)); }
     static void take_keys(const bf16* from, int64_t E, int64_t, uint32_t*, uint32_t* to) {
         for (int e = 0; e < E; e += 32) {
             f32x16 r[16];
@@ -150,52 +146,18 @@ struct InPairs {
                 memcpy(to + s * E + e, &both, 64);
             }
     }
-    template <int R> static void scores(const bf16* q, const uint32_t* keys, int width, float scale, float* out) {
-        f32x16 a[R] = {}, b[R] = {};
-        for (int e = 0; e < width / 2; e++) {
-            u32x16 k0 = load(keys + e * PAIR), k1 = load(keys + e * PAIR + 16);
-            for (int r = 0; r < R; r++) {
-                u32x16 x = pair(q + r * width + 2 * e) - (u32x16){};
-                a[r] = dot_pairs(a[r], x, k0);
-                b[r] = dot_pairs(b[r], x, k1);
-            }
-        }
-        for (int r = 0; r < R; r++) {
-            store(out + r * TILE, a[r] * scale);
-            store(out + r * TILE + 16, b[r] * scale);
-        }
-    }
-    static void put_weights(f32x16 p, bf16* to) { store(to, p); }
-    template <int N> static void add_some(const bf16* weights, const uint32_t* v, int width, float* acc) {
-        f32x16 a[ROWS][N];
-        for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < N; i++) a[r][i] = load(acc + r * width + 16 * i);
-        for (int s = 0; s < 8; s++)
-            for (int r = 0; r < ROWS; r++) {
-                u32x16 w = pair(weights + r * TILE + 2 * s) - (u32x16){};
-                for (int i = 0; i < N; i++) a[r][i] = dot_pairs(a[r][i], w, load(v + s * width + 16 * i));
-            }
-        for (int r = 0; r < ROWS; r++)
-            for (int i = 0; i < N; i++) store(acc + r * width + 16 * i, a[r][i]);
-    }
-    static void add(const bf16* weights, const uint32_t* v, int width, float* acc) {
-        int e = 0;
-        for (; e + 64 <= width; e += 64) add_some<4>(weights, v + e, width, acc + e);
-        for (; e < width; e += 16) add_some<1>(weights, v + e, width, acc + e);
-    }
 };
 #endif
 
 // One thread's scratch memory for a task of some rows.
 template <typename Way> struct Scratch {
-    std::vector<typename Way::Query> q;             // (rows, width)
-    std::vector<typename Way::Key> keys;
-    std::vector<typename Way::Value> values;
-    std::vector<typename Way::Weight> weights;      // (rows, TILE)
+    std::vector<typename Way::Number> q, weights;   // (rows, width), (rows, TILE)
+    std::vector<typename Way::Lane> keys, values;
     std::vector<float> scores, acc, max, total;     // (rows, TILE), (rows, width), (rows), (rows)
     void fit(int rows, int width) {
-        q.resize(rows * width); keys.resize(Way::keys_size(width)); values.resize(Way::values_size(width));
-        weights.resize(rows * TILE); scores.resize(rows * TILE); acc.resize(rows * width); max.resize(rows); total.resize(rows);
+        const int lanes = width / AT_ONCE<typename Way::Number>;
+        q.resize(rows * width); weights.resize(rows * TILE); keys.resize(lanes * PAIR); values.resize(lanes * 16);
+        scores.resize(rows * TILE); acc.resize(rows * width); max.resize(rows); total.resize(rows);
     }
 };
 
@@ -232,13 +194,13 @@ template <typename C, typename Way> struct Task {
             for (int at = 0; at < seen; at += 16) {
                 Way::take_values(slots(v, tile + at), E, width, w.values.data());
                 for (int r = 0; r < rows; r += ROWS)
-                    Way::add(&w.weights[r * TILE + at], w.values.data(), width, &w.acc[r * width]);
+                    add_values(&w.weights[r * TILE + at], w.values.data(), width, &w.acc[r * width]);
             }
         }
     }
 
     template <int R> void scores(Scratch<Way>& w, int r, int at) const {
-        Way::template scores<R>(&w.q[r * width], w.keys.data(), width, scale, &w.scores[r * TILE + at]);
+        score<R>(&w.q[r * width], w.keys.data(), width, scale, &w.scores[r * TILE + at]);
     }
 
     void prefetch(const C* values) const {
@@ -255,7 +217,7 @@ template <typename C, typename Way> struct Task {
         f32x16 total = {};
         for (int i = 0; i < seen; i += 16) {
             f32x16 p = exp16(load(s + i) - now);
-            Way::put_weights(p, &w.weights[r * TILE + i]);
+            store(&w.weights[r * TILE + i], p);
             total += p;
         }
         const float rescale = exp16(splat(before - now))[0];
@@ -288,7 +250,7 @@ void attend_in(const C* q, int64_t q_stride, C* out, const C* k, const C* v, con
             for (int64_t r = 0; r < rows; r++) {                    // the rows that fill up a group repeat the last one
                 const int64_t real = std::min(r, n * G - 1);
                 const C* from = q + (span.row + at + real / G) * q_stride + (head * G + real % G) * E;
-                Way::take_query(from, E, scale, &w.q[r * width]);
+                Way::take_query(from, E, &w.q[r * width]);
             }
             Task<C, Way>{k, v, tables + span.table, K, S, E, width, G, head, span.start + at, n, scale}.run(w, int(rows));
             for (int64_t r = 0; r < n * G; r++) {
@@ -396,16 +358,14 @@ template <typename C> void add_parts(const C* const* parts, int n_parts, float* 
 constexpr int AHEAD = 16;
 constexpr int M_TILE = 6;       // 24 sums in registers
 
-inline f32x16 multiply_add(f32x16 acc, const float* a, const float* b) { return acc + load(a) * load(b); }
 #ifdef __AVX512BF16__
+inline u32x16 lanes(const bf16* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
 constexpr int BF16_STEP = 32;
-inline f32x16 multiply_add(f32x16 acc, const bf16* a, const bf16* b) {
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
-}
 #else
+inline f32x16 lanes(const bf16* p) { return load(p); }
 constexpr int BF16_STEP = 16;
-inline f32x16 multiply_add(f32x16 acc, const bf16* a, const bf16* b) { return acc + load(a) * load(b); }
 #endif
+inline f32x16 lanes(const float* p) { return load(p); }
 template <typename C> constexpr int STEP = sizeof(C) == 2 ? BF16_STEP : 16;
 
 template <int M, typename C>
@@ -415,7 +375,7 @@ void dot4(const C* x, const C* w, int64_t D, bool fetch, C* out, int64_t stride)
         if (fetch)
             for (int i = 0; i < 4; i++) __builtin_prefetch(w + (AHEAD + i) * D + d);
         for (int m = 0; m < M; m++)
-            for (int i = 0; i < 4; i++) acc[m][i] = multiply_add(acc[m][i], x + m * D + d, w + i * D + d);
+            for (int i = 0; i < 4; i++) acc[m][i] = multiply_add(acc[m][i], lanes(x + m * D + d), lanes(w + i * D + d));
     }
     for (int m = 0; m < M; m++) {
         f32x16 four = {sum(acc[m][0]), sum(acc[m][1]), sum(acc[m][2]), sum(acc[m][3])};
