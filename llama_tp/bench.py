@@ -72,9 +72,10 @@ def main(
     from llama_tp.benchmarks import session
     from llama_tp.benchmarks.table import markdown
     load = session.Load(what, batch_size or (1, 4, 16), input_len, output_len, n_runs, n_requests, spread, max_batch_size)
-    engine = session.open_engine(load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic)
+    engine, ages_s = session.open_engine(load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic)
     try:
-        result, tables = session.measure(engine, load, ckpt_dir or model, allreduce_us, lambda text: print(text, flush=True))
+        result, tables = session.measure(engine, ages_s, load, ckpt_dir or model, allreduce_us,
+                                         show=lambda text: print(text, flush=True))
     except UserError as error:
         engine.watch.fail(error)
     if engine.is_driver:

@@ -14,7 +14,7 @@ from llama_tp.engine.build import DTYPES, EngineOptions, build, pick_mode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.session import peak_bytes
 from llama_tp.parallel.collectives import gather_ints
-from llama_tp.parallel.groups import Ranks, init_ranks, pick_device
+from llama_tp.parallel.groups import Ranks, init_ranks, pick_device, single_rank
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import GIB
@@ -45,8 +45,8 @@ class Load:
 
 
 def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: int | None, tp: int | None, device: str | None,
-                dtype: str | None, deterministic: bool | None) -> Engine:
-    """A checkpoint's engine, or one with random weights; `age_s` on it: the process's age before and after building."""
+                dtype: str | None, deterministic: bool | None) -> tuple[Engine, tuple[float, float]]:
+    """A checkpoint's engine, or one with random weights; and the process's age before and after building it."""
     begun_s = startup.process_age_s()
     if ckpt_dir:
         engine = build(EngineOptions(ckpt_dir, max_seq_len=load.n_positions, max_batch_size=load.rows, device=device, dtype=dtype,
@@ -55,19 +55,16 @@ def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: i
         if dtype not in (None, *DTYPES):
             raise UserError("--dtype is not one that llama_tp computes in", f"found {dtype!r}", f"use one of {', '.join(DTYPES)}")
         config = synthetic.shrunk(PUBLISHED[model], n_layers)
-        config.check_tp(tp or 1)
         ranks = synthetic.simulated(tp, pick_device(device, 0)) if tp else init_ranks(device)
-        if not tp:
-            config.check_tp(ranks.tp)
-        engine = synthetic.engine_of(config, ranks, DTYPES[dtype or "bfloat16"], load.n_positions, load.rows,
-                                     pick_mode(deterministic, ranks.device, DTYPES[dtype or "bfloat16"]))
-        if not tp:
-            engine.watch = Watch(ranks)
-    engine.age_s = (begun_s, startup.process_age_s())
-    return engine
+        config.check_tp(ranks.tp)
+        number = DTYPES[dtype or "bfloat16"]
+        watch = Watch(single_rank(ranks.device) if tp else ranks)           # a simulated rank has nobody to watch
+        engine = synthetic.engine_of(config, ranks, number, load.n_positions, load.rows,
+                                     pick_mode(deterministic, ranks.device, number), watch)
+    return engine, (begun_s, startup.process_age_s())
 
 
-def measure(engine: Engine, load: Load, name: str, allreduce_us: float | None,
+def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, allreduce_us: float | None,
             show: Callable[[str], None]) -> tuple[dict | None, list[list[dict]]]:
     """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling card before."""
     ranks, model = engine.ranks, engine.runner.model
@@ -79,7 +76,7 @@ def measure(engine: Engine, load: Load, name: str, allreduce_us: float | None,
         return None, []
     show(f"{name}, {model.config.n_params / 1e9:.2f} B parameters, {str(model.dtype)[6:]}, "
          + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
-          + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
+         + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
          f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")
     show(limits.card())
     if load.what == "latency":
@@ -88,7 +85,7 @@ def measure(engine: Engine, load: Load, name: str, allreduce_us: float | None,
         rows, result = throughput.throughput(engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows)
     else:
         files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")]
-        rows, result = startup.startup(engine, files, *engine.age_s)
+        rows, result = startup.startup(engine, files, *ages_s)
     tables = [rows]
     engine.dismiss()
     peaks = [peak_bytes(engine)] if alone else gather_ints(peak_bytes(engine), ranks)

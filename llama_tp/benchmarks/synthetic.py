@@ -5,24 +5,23 @@ goes to `StandIn`, which answers at once and counts: so the time measured is tha
 that time plus the collectives', which must come from elsewhere. A prediction, never a measurement of tp ranks.
 """
 
-import contextlib
 from collections import Counter
 from dataclasses import replace
 
 import torch
 
 from llama_tp.engine.blocks import BlockManager
+from llama_tp.engine.build import BLOCK_SIZE, STEP_TOKENS
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.groups import Ranks
+from llama_tp.parallel.health import Watch
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import table
 from llama_tp.text.token_table import Tokenizer
-
-BLOCK_SIZE = 16
 
 
 class StandIn:
@@ -47,24 +46,13 @@ class StandIn:
         return x
 
 
-class NoWatch:
-    """Stands where health's Watch does: there is nobody to watch."""
-
-    @contextlib.contextmanager
-    def busy(self, what: str):
-        yield
-
-    def close(self) -> None:
-        return
-
-
 def simulated(tp: int, device: torch.device) -> Ranks:
     """The driver of tp ranks that do not exist. Its room's `calls` tell what would have been sent."""
     return Ranks(0, tp, device, room=StandIn(tp), control_room=StandIn(tp))
 
 
 def engine_of(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, max_rows: int,
-              deterministic: bool) -> Engine:
+              deterministic: bool, watch: Watch) -> Engine:
     """This rank's engine with random weights, scaled so that activations keep their size through the layers."""
     model = Transformer(config, ranks, dtype, n_positions, deterministic)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(ranks.device)
@@ -79,10 +67,9 @@ def engine_of(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions
         model.loaded(weight)
     n_blocks = max_rows * -(-n_positions // BLOCK_SIZE)
     cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
-    step_tokens = 512 if ranks.device.type == "cpu" else 8192
-    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, False), max_rows, step_tokens, n_positions)
+    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, False), max_rows, STEP_TOKENS[ranks.device.type], n_positions)
     letters = Tokenizer([b"x"] * config.vocab_size, {}, None, (), lambda text: [0] * len(text))
-    return Engine(Runner(model, cache, max_rows, config.vocab_size), scheduler, letters, ranks, NoWatch())
+    return Engine(Runner(model, cache, max_rows, config.vocab_size), scheduler, letters, ranks, watch)
 
 
 def message_table(ranks: Ranks, n_steps: int) -> list[dict]:

@@ -33,6 +33,7 @@ from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, works
 from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 BLOCK_SIZE = 16                 # slots a KV block: small enough that short prompts share prefixes
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}        # of prompts in a step, by device: enough for the matrix rate
 DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
 PACK_BEHIND = 2                 # weights read and not yet packed: each is in memory once more than in the end
 MEMORY_SHARE = 0.9              # of what is free: the rest is for what no estimate sees
@@ -84,7 +85,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     same_everywhere(source.digest(), ranks)
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
-    step_tokens = options.max_step_tokens or (512 if ranks.device.type == "cpu" else 8192)
+    step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
     changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
