@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import replace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
@@ -30,11 +31,25 @@ class NoWatch:
 class WholeLogits(Runner):
     """Samples every row the long way, from gathered logits: for tests that look at these."""
 
-    def _agree(self, rows, hidden, judge):
-        return self._sample(rows, hidden, judge)
+    def _sample(self, way, rows, hidden, judge):
+        return self._choose(rows, hidden, judge)
 
-    def _shortlist(self, rows, hidden, judge):
-        return self._sample(rows, hidden, judge)
+
+class OnDevice(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values that come to the host, or shapes that depend on them."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), op
+        return op(*args, **(kwargs or {}))
+
+
+def again(body):
+    """A Record that captures nothing: what would be captured runs once, as for a real one, and then as often as asked."""
+    def replay():
+        with OnDevice():
+            body()
+    replay()
+    return replay
 
 
 class Recorder(Engine):
@@ -53,14 +68,18 @@ def alphabet(n_vocab: int) -> Tokenizer:
 
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
-           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True) -> Recorder:
-    """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo."""
+           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True, graphs=False,
+           kernels=None) -> Recorder:
+    """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo. graphs: as on CUDA,
+    decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, room=None, control_room=None)
-    model = build(config, ranks, dtype, 1024, weights, deterministic, None if fast else TorchKernels(deterministic))
+    kernels = kernels or (None if fast and not graphs else TorchKernels(deterministic))
+    model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
-    out = Recorder(runner(model, cache, max_rows, config.vocab_size), scheduler, alphabet(config.vocab_size), ranks, NoWatch())
+    run = runner(model, cache, max_rows, config.vocab_size, again if graphs else None)
+    out = Recorder(run, scheduler, alphabet(config.vocab_size), ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
     return out
 

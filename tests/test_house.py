@@ -74,6 +74,8 @@ SEEDED = [(f"r{i}", ids, {"seed": 5 + i, "max_tokens": 12, "n": 2, **params}) fo
     {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.3}, {"min_p": 0.2, "top_p": 1.0},
     {"temperature": 1.0, "top_p": 1.0}, {"top_p": 0.999}, {"temperature": 0.9, "top_k": 3, "repetition_penalty": 1.2})))]
 
+SAMPLED = [(f"s{name}", ids, params) for name, ids, params in SEEDED]
+
 
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("shape", ["8b", "mha"])
@@ -82,6 +84,18 @@ def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
     expected, _, _ = served(1, SEEDED, config=SHRUNK[shape])
     tokens, _, _ = served(tp, SEEDED, config=SHRUNK[shape], runner=Runner)
     assert tokens == expected and len({tuple(ids) for ids in tokens.values()}) == 2 * len(SEEDED)
+
+
+@pytest.mark.parametrize("tp", TPS)
+@pytest.mark.parametrize("shape", ["1b", "mha"])
+def test_replayed_decodes_and_steps_planned_ahead_change_no_token(shape, tp):
+    """As on CUDA: greedy, filtered and driver-chosen tokens, in a crowd that preempts, against the plain way."""
+    options = {"config": SHRUNK[shape], "runner": Runner}
+    expected, _, _ = served(1, [*ALONE, *SAMPLED], **options)
+    tokens, _, _ = served(tp, [*ALONE, *SAMPLED], **options, graphs=True)
+    assert tokens == expected
+    crowded, _, _ = served(tp, CROWD, **options, graphs=True, **TIGHT)
+    assert all(crowded[f"r{i}", 0] == expected[f"r{i}", 0] for i in range(len(PROMPTS)))
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.build import BLOCK_SIZE, STEP_TOKENS
+from llama_tp.engine.build import STEP_TOKENS, assemble
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.runner import Runner
-from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.groups import Ranks
@@ -65,11 +62,10 @@ def engine_of(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions
             for row in slot.view(-1).split(len(noise)) if slot.is_contiguous() else slot:
                 row.copy_(scaled[:len(row)])
         model.loaded(weight)
-    n_blocks = max_rows * -(-n_positions // BLOCK_SIZE)
-    cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
-    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, False), max_rows, STEP_TOKENS[ranks.device.type], n_positions)
+    block_size = model.kernels.block_size
+    cache = KVCache(config, ranks.tp, max_rows * -(-n_positions // block_size), block_size, dtype, ranks.device)
     letters = Tokenizer([b"x"] * config.vocab_size, {}, None, (), lambda text: [0] * len(text))
-    return Engine(Runner(model, cache, max_rows, config.vocab_size), scheduler, letters, ranks, watch)
+    return assemble(model, cache, max_rows, STEP_TOKENS[ranks.device.type], letters, watch, prefix_cache=False, seed=1)
 
 
 def message_table(ranks: Ranks, n_steps: int) -> list[dict]:

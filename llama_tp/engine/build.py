@@ -16,9 +16,11 @@ from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
+from llama_tp.engine.cuda_graph import cuda_record
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.kernels import pick
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.linear import can_pack
 from llama_tp.model.transformer import Transformer
@@ -30,9 +32,8 @@ from llama_tp.parallel.log import Progress, say
 from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
-from llama_tp.text.tokenizer import check_vocab, open_tokenizer
+from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
-BLOCK_SIZE = 16                 # slots a KV block: small enough that short prompts share prefixes
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}        # of prompts in a step, by device: enough for the matrix rate
 DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
 PACK_BEHIND = 2                 # weights read and not yet packed: each is in memory once more than in the end
@@ -86,22 +87,32 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
-    n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens)
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
+    kernels = pick(ranks.device, dtype, deterministic)
+    n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size)
     changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
     for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
         say(note, ranks, options.quiet)
 
-    model = Transformer(config, ranks, dtype, max_seq_len, deterministic)
+    model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
     load_into(model, source, ranks, watch, options.quiet)
-    cache = KVCache(config, ranks.tp, n_blocks, BLOCK_SIZE, dtype, ranks.device)
-    runner = Runner(model, cache, options.max_batch_size, min(tokenizer.n_vocab, config.vocab_size))
-    scheduler = Scheduler(BlockManager(n_blocks, BLOCK_SIZE, options.prefix_cache), options.max_batch_size, step_tokens,
-                          max_seq_len)
-    mode = f"{str(dtype)[6:]}{', deterministic' if deterministic else ''}"
+    cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
+    engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
+    mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
     say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {config.n_params / 1e9:.2f} B parameters, "
-        f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * BLOCK_SIZE:,} tokens", ranks, options.quiet)
-    return Engine(runner, scheduler, tokenizer, ranks, watch, options.seed)
+        f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,
+        options.quiet)
+    return engine
+
+
+def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int, tokenizer: Tokenizer, watch: Watch,
+             prefix_cache: bool, seed: int) -> Engine:
+    """The engine of a loaded model. On CUDA decodes are replayed from graphs and steps planned one ahead; on CPU, where the
+    device is the host, neither has anything to hide."""
+    on_cuda = model.ranks.device.type == "cuda"
+    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
+    scheduler = Scheduler(BlockManager(cache.n_blocks, cache.block_size, prefix_cache), max_rows, step_tokens, len(model.rope.cos))
+    return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
 
 def _download(ckpt_dir: str, ranks: Ranks) -> None:
@@ -137,15 +148,16 @@ def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> 
     return device.type == "cpu" and can_pack(dtype, device) and library() is not None if wanted is None else wanted
 
 
-def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int) -> int:
+def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int,
+               block_size: int) -> int:
     """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on the tightest rank.
     Raises UserError with the sum if not even one sequence fits."""
     budget = Budget(
         free=int(free_bytes(ranks) * MEMORY_SHARE), weights=weight_bytes(config, ranks.tp, dtype.itemsize),
         workspace=workspace_bytes(config, ranks.tp, step_tokens, max_rows, max_seq_len),
-        kv_per_block=BLOCK_SIZE * kv_bytes_per_token(config, ranks.tp, dtype.itemsize))
-    longest = -(-max_seq_len // BLOCK_SIZE)
-    return min(gather_ints(budget.n_blocks(longest * max_rows, longest, BLOCK_SIZE), ranks))
+        kv_per_block=block_size * kv_bytes_per_token(config, ranks.tp, dtype.itemsize))
+    longest = -(-max_seq_len // block_size)
+    return min(gather_ints(budget.n_blocks(longest * max_rows, longest, block_size), ranks))
 
 
 def free_bytes(ranks: Ranks) -> int:

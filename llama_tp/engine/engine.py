@@ -6,15 +6,16 @@ nothing of how it was built (build.py) or of who calls it (calls.py).
 
 import contextlib
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 
 from llama_tp.engine.request import Request, Sequence
-from llama_tp.engine.runner import Judge, Runner
-from llama_tp.engine.sampler import UNDECIDED, Choice, TokenLogprobs, choose, pick, score
+from llama_tp.engine.runner import Judge, Runner, Sampled
+from llama_tp.engine.sampler import TokenLogprobs, choose, score
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.step import Step, StepRow
+from llama_tp.engine.step import NOT_FINITE, Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
@@ -79,15 +80,18 @@ class Engine:
         tokenizer: for stop ids and text.
         watch: liveness, told what this rank is busy with.
         seed: for requests that bring none.
+        n_ahead: steps planned and sent while the one before still runs, 0 or 1: worth it where running is not waiting (CUDA).
     """
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, ranks: Ranks, watch: Watch, seed: int = 1):
+    def __init__(self, runner: Runner, scheduler: Scheduler, tokenizer: Tokenizer, ranks: Ranks, watch: Watch, seed: int = 1,
+                 n_ahead: int = 0):
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
-        self.ranks, self.watch, self.seed = ranks, watch, seed
+        self.ranks, self.watch, self.seed, self.n_ahead = ranks, watch, seed, n_ahead
         self.stats, self.n_steps, self.dismissed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
-        self._choices: dict[Sequence, Choice] = {}          # of the step that runs
-        self._judge = Judge(self._choose, self._take, self._pick, self._score)
+        self._running: deque[tuple[Step, Sampled]] = deque()
+        self._logprobs: dict[Sequence, TokenLogprobs] = {}  # of the tokens that the driver has chosen in the step that runs
+        self._judge = Judge(self._choose, self._score)
 
     @property
     def is_driver(self) -> bool:
@@ -125,18 +129,26 @@ class Engine:
         return [self._finished(sequence) for sequence in self.scheduler.abort(request_id)]
 
     def step(self) -> list[Delta]:
-        """One step of whatever is queued, on all ranks. -> what every sequence gained; [] when there is no work."""
-        started = time.perf_counter()
-        step = self.scheduler.plan()
-        if step is None:
+        """One step of whatever is queued, on all ranks. -> what every sequence gained; [] when there is no work.
+
+        With n_ahead, the step after it is planned and sent before this one's tokens are read. Where the driver chooses
+        tokens itself nothing is planned ahead: penalties count the very tokens that would still be missing.
+        """
+        started, run_s = time.perf_counter(), 0.0
+        n_ahead = 0 if self.scheduler.n_gathered else self.n_ahead
+        while len(self._running) <= n_ahead and (step := self.scheduler.plan()):
+            run_s += self._launch(step)
+        if not self._running:
             return []
-        send_ints(step.encode(), self.ranks)
-        self._choices.clear()
-        before_run = time.perf_counter()
-        self._run(step, self._judge)
-        run_s = time.perf_counter() - before_run - self.runner.planning_s
-        sampled = {sequence.row: _token(choice) for sequence, choice in self._choices.items()}
-        deltas = [self._gained(sequence) for sequence, _ in self.scheduler.update(step, sampled)]
+        step, read = self._running.popleft()
+        reading = time.perf_counter()
+        with self.watch.busy(f"step {step.number}"):
+            sampled = read()
+        run_s += time.perf_counter() - reading
+        deltas = [self._gained(sequence, token) for sequence, token in self.scheduler.update(step, sampled)]
+        while self._running and not self.has_work:          # what was planned ahead is computed in vain
+            step_ahead, read = self._running.popleft()
+            self.scheduler.update(step_ahead, read())
         seconds = time.perf_counter() - started
         self._count(step, seconds)
         self.stats.driver_s += seconds - run_s
@@ -144,26 +156,24 @@ class Engine:
             self.stats.first_token_s = time.perf_counter() - self._first_submit
         return deltas
 
-    def _run(self, step: Step, judge: Judge | None) -> None:
+    def _launch(self, step: Step) -> float:
+        """Driver: has all ranks run a step. -> seconds that the model took, on CPU; on CUDA, to be set going."""
+        send_ints(step.encode(), self.ranks)
+        self._logprobs.clear()
+        started = time.perf_counter()
+        self._running.append((step, self._run(step, self._judge)))
+        return time.perf_counter() - started - self.runner.planning_s
+
+    def _run(self, step: Step, judge: Judge | None) -> Sampled:
         self.n_steps = step.number
         with self.watch.busy(f"step {step.number}"):
-            self.runner.run(step, judge)
+            return self.runner.run(step, judge)
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.rows[row.row] for row in rows]
         choices = choose(sequences, logits, self.tokenizer.stop_ids)
-        self._choices.update(zip(sequences, choices))
-        return [_token(choice) for choice in choices]
-
-    def _take(self, rows: list[StepRow], tokens: list[int]) -> None:
-        for row, token in zip(rows, tokens):
-            self._choices[self.scheduler.rows[row.row]] = Choice(None if token < 0 else token, None)
-
-    def _pick(self, rows: list[StepRow], lists: torch.Tensor) -> list[int]:
-        tokens = pick([self.scheduler.rows[row.row] for row in rows], lists)
-        decided = [(row, token) for row, token in zip(rows, tokens) if token != UNDECIDED]
-        self._take([row for row, _ in decided], [token for _, token in decided])
-        return tokens
+        self._logprobs.update((sequence, choice.logprobs) for sequence, choice in zip(sequences, choices) if choice.logprobs)
+        return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
@@ -172,13 +182,12 @@ class Engine:
         scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs)
         self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
 
-    def _gained(self, sequence: Sequence) -> Delta:
+    def _gained(self, sequence: Sequence, token: int) -> Delta:
         """The delta of a sequence that has just sampled, and the decision whether it ends here."""
-        track, params, choice = self._tracks[sequence], sequence.params, self._choices[sequence]
-        if choice.token is None:
+        track, params = self._tracks[sequence], sequence.params
+        if token == NOT_FINITE:
             return self._finished(sequence, error="the model's logits are not finite (NaN or inf): weights or dtype are at "
                                   "fault, try --dtype float32")
-        token = choice.token
         if token in params.stop_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
             self.scheduler.finish(sequence, "stop")
             return self._finished(sequence)
@@ -187,7 +196,7 @@ class Engine:
             track.stream.heed(params.stop)
         if track.stream.stopped:
             self.scheduler.finish(sequence, "stop")
-        logprobs = (choice.logprobs,) if choice.logprobs else ()
+        logprobs = (self._logprobs[sequence],) if params.logprobs is not None else ()
         if sequence.finish_reason:
             return self._finished(sequence, (token,), text, logprobs)
         return Delta(sequence.request.id, sequence.index, (token,), text, logprobs,
@@ -239,8 +248,3 @@ class Engine:
             if ints[0] < 0:
                 return ints
             self._run(Step.decode(ints), None)
-
-
-def _token(choice: Choice) -> int:
-    """The token as the scheduler and the ranks hear of it: negative when the row's logits were not finite."""
-    return -1 if choice.token is None else choice.token

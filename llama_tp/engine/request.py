@@ -5,10 +5,13 @@ here, so that the rooms behind may trust every number: NaN, infinities, bools in
 vocabulary does not have. A value that slips through would end the step of everybody (vLLM CVE-2026-44223).
 """
 
+import hashlib
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
+from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, Draw
 from llama_tp.spec.errors import UserError
 
 MAX_COUNT = 2**31 - 1           # for token counts and ids: anything larger is a mistake, and int32 tensors hold it
@@ -204,6 +207,7 @@ class Sequence:
         self.params = request.params
         self.index = index                              # which of the request's n samples
         self.seed = seed                                # resolved: the request's own or the engine's
+        self.way = way(request.params)                  # GATHERED for good once filters could not decide on the shards
         self.ids = list(request.prompt_ids)
         self.n_prompt = len(self.ids)
         self.arrival = -1                               # order of arrival, given by Scheduler.add
@@ -224,6 +228,11 @@ class Sequence:
         """Length once the steps in flight have run."""
         return len(self.ids) + self.n_pending
 
+    def draw(self) -> Draw:
+        """For the token that follows the steps in flight."""
+        p = self.params
+        return Draw(_bits(p.temperature), p.top_k, _bits(p.top_p), _bits(p.min_p), random53(self.seed, self.index, self.n_ids))
+
     @property
     def n_output(self) -> int:
         return len(self.ids) - self.n_prompt
@@ -240,3 +249,25 @@ class Sequence:
     def __repr__(self) -> str:
         return (f"Sequence({self.request.id!r}, index={self.index}, row={self.row}, prompt={self.n_prompt}, "
                 f"output={self.n_output}, computed={self.n_computed}, finish={self.finish_reason})")
+
+
+def way(params: SamplingParams) -> int:
+    """How a request's tokens may be sampled (StepRow.way). What changes single logits, or asks for their logarithms,
+    needs all of them; and so does sampling from the whole vocabulary."""
+    if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+            or params.min_tokens or params.logprobs is not None):
+        return GATHERED
+    if params.temperature == 0:
+        return GREEDY
+    return FILTERED if params.top_k or params.top_p < 1 or params.min_p > 0 else GATHERED
+
+
+def random53(seed: int, index: int, position: int) -> int:
+    """The draw of one sample at one position, 0 <= draw < 2**53: a hash, the same on every machine."""
+    key = f"{seed}/{index}/{position}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11
+
+
+def _bits(value: float) -> int:
+    """A non-negative double as an int64 of the same bits."""
+    return int.from_bytes(struct.pack(">d", value), "big")

@@ -1,10 +1,10 @@
-"""Runs a step on this rank: plain ints in, the model's pass over its shard, the driver's choice back to all.
+"""Runs a step on this rank: plain ints in, the model's pass over its shard, the sampled ids kept on every rank.
 
 The same code on every rank; only `choose` and `score` are the driver's. What a row sampled last is kept here, on
-every rank, so that a decode row travels without its token.
+every rank, so that a decode row travels without its token. Nothing here waits for the device unless the driver has to
+see logits: the sampled ids are read when the driver asks for them, which may be one step later.
 """
 
-import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llama_tp.engine.sampler import SHORTLIST, UNDECIDED, likeliest
-from llama_tp.engine.step import GATHERED, GREEDY, Step, StepRow
+from llama_tp.engine.cuda_graph import DecodeGraphs, Record, on_device
+from llama_tp.engine.sampler import SHORTLIST, likeliest, pick, unpacked
+from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
@@ -22,25 +23,19 @@ from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_dri
 SCORE_ROWS = 64                 # prompt positions whose logits exist at once when prompt logprobs are asked for
 
 Choose = Callable[[list[StepRow], torch.Tensor], list[int]]
-Take = Callable[[list[StepRow], list[int]], None]
-Way = Callable[[list[StepRow], torch.Tensor, "Judge | None"], torch.Tensor]
 Score = Callable[[StepRow, int, torch.Tensor], None]
+Sampled = Callable[[], dict[int, int]]
 
 
 @dataclass(frozen=True)
 class Judge:
     """The driver's part of a step.
 
-    choose: the rows that sample and their logits (R, V) fp32 -> one token id each.
-    take: greedy rows and their token ids, on which the ranks have agreed; -1 where logits are not finite.
-    pick: rows and the shortlists of all shards (tp, R, 2 SHORTLIST + 1) -> one token id each; -1 as above, UNDECIDED where
-        the shortlist does not suffice.
+    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
     """
 
     choose: Choose
-    take: Take
-    pick: Choose
     score: Score
 
 
@@ -50,35 +45,50 @@ class Runner:
     Args:
         max_rows: the most sequences at once; rows are numbered below it.
         n_vocab: ids that may be sampled; the head's rows beyond are padding or have no text.
+        record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any other.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, max_rows: int, n_vocab: int):
+    def __init__(self, model: Transformer, cache: KVCache, max_rows: int, n_vocab: int, record: Record | None = None):
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
         self.planning_s = 0.0           # of the last step: from ints to tensors
-        self.last = torch.zeros(max_rows, dtype=torch.int64, device=model.ranks.device)
+        self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)      # one more: padding's
+        self.graphs = record and DecodeGraphs(model, cache, self.last, self.on_shards, record)
 
     @torch.inference_mode()
-    def run(self, step: Step, judge: Judge | None) -> None:
-        """One step. `judge` is given on the driver and None elsewhere."""
+    def run(self, step: Step, judge: Judge | None) -> Sampled:
+        """One step. `judge` is given on the driver and None elsewhere. -> what gives row -> sampled id, or NOT_FINITE or
+        UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
             self._own(row)
+        if self.graphs and self.graphs.hold(step):
+            self.planning_s = time.perf_counter() - started
+            return later([row.row for row in step.rows], self.graphs.run(step))
         batch, ends = self._batch(step)
         self.planning_s = time.perf_counter() - started
         hidden = self.model(batch, self.cache)                      # (T, D)
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:
                 self._score(row, hidden[end - row.n:end], judge)
-        ways: dict[Way, list[tuple[StepRow, int]]] = {self._agree: [], self._shortlist: [], self._sample: []}
+        ways: dict[int, list[tuple[StepRow, int]]] = {}
         for row, end in zip(step.rows, ends):
             if row.sample:
-                way = {GATHERED: self._sample, GREEDY: self._agree}.get(row.on_shards, self._shortlist)
-                ways[way].append((row, end - 1))
-        for way, some in ways.items():
-            if some:
-                rows, at = zip(*some)
-                self._remember(rows, way(rows, hidden[list(at)], judge))
+                ways.setdefault(row.way, []).append((row, end - 1))
+        sampled, tokens = [], []
+        for way, some in sorted(ways.items()):
+            rows, at = zip(*some)
+            sampled += [row.row for row in rows]
+            tokens.append(self._sample(way, rows, hidden[list(at)], judge))
+        if not sampled:
+            return dict
+        everything = torch.cat(tokens)
+        self.last[self._tensor(sampled)] = everything
+        return later(sampled, everything)
+
+    def _tensor(self, ints: list) -> torch.Tensor:
+        """int64 on the device, without waiting for what the device still has to do."""
+        return on_device(ints, self.ranks.device)
 
     def _own(self, row: StepRow) -> None:
         """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
@@ -86,11 +96,14 @@ class Runner:
         del table[row.block_start:]
         table.extend(row.blocks)
         n_reused = row.start // self.cache.block_size if row.block_start == 0 else 0
-        self.cache.clear(list(row.blocks[n_reused:]))
+        if row.blocks[n_reused:]:
+            self.cache.clear(self._tensor(row.blocks[n_reused:]))
+        if self.graphs and row.blocks:
+            self.graphs.own(row)
 
     def _batch(self, step: Step) -> tuple[Batch, list[int]]:
         """The step as tensors, and where each row's tokens end in it."""
-        S, device = self.cache.block_size, self.ranks.device
+        S = self.cache.block_size
         ids: list[int] = []
         positions: list[int] = []
         blocks: list[int] = []
@@ -106,10 +119,10 @@ class Runner:
             ends.append(len(ids))
         padding = max(0, self.model.rows_floor - len(ids))
         ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.cache.trash] * padding
-        flat = torch.tensor([ids, positions, blocks], device=device)                   # (3, T)
+        flat = self._tensor([ids, positions, blocks])                                  # (3, T)
         if decodes:
-            at, rows = torch.tensor(decodes, device=device).T
-            flat[0, at] = self.last[rows]
+            at, rows = self._tensor(decodes).T
+            flat[0, at] = self.last[rows].clamp(min=0)      # a row that ended meanwhile may have "sampled" NOT_FINITE
         plan = self.model.kernels.plan(spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids))
         return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
@@ -124,39 +137,38 @@ class Runner:
             if judge is not None:
                 judge.score(row, row.start + at, logits)
 
-    def _agree(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+    def _sample(self, way: int, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+        """One token for each row of one way. hidden: (R, D) -> (R,) int64."""
+        if way == GATHERED:
+            return self._choose(rows, hidden, judge)
+        return self.on_shards(hidden, None if way == GREEDY else self._tensor([row.draw for row in rows]))
+
+    def on_shards(self, hidden: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Sampling without gathering logits, greedy or with filters. hidden: (R, D); draws: (R, 5) -> (R,) int64."""
+        return self._agree(hidden) if draws is None else self._shortlist(hidden, draws)
+
+    def _agree(self, hidden: torch.Tensor) -> torch.Tensor:
         """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
-        Of equal ones the lowest id wins, at any tp. -> (R,) int64, -1 where logits are not finite."""
+        Of equal ones the lowest id wins, at any tp."""
         mine, first = self._without_padding(self.model.head(hidden))
         value, at = mine.max(dim=-1)                                                    # (R,) each; NaN counts as largest
         best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)       # (tp, 2, R)
         value, who = best[:, 0].max(dim=0)
         tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
-        tokens = torch.where(value.isfinite(), tokens, -1)
-        if judge is not None:
-            judge.take(rows, tokens.tolist())
-        return tokens
+        return torch.where(value.isfinite(), tokens, NOT_FINITE)
 
-    def _shortlist(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
-        """Each shard's best few and its whole mass, at each row's temperature, are all that the driver needs to apply
-        top_k, top_p and min_p, if these cut within the best few; else the row's logits are gathered after all. -> (R,)."""
-        temperature = torch.tensor([struct.unpack(">f", row.on_shards.to_bytes(4, "big")) for row in rows], device=hidden.device)
+    def _shortlist(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Each shard's best few and its whole mass, at each row's temperature, are all it takes to apply top_k, top_p and
+        min_p, if these cut within the best few. Rank 0's result is everyone's: on unlike hosts exp may differ."""
         mine, first = self._without_padding(self.model.logits(hidden))
-        scaled = mine / temperature                                                     # (R, V)
+        scaled = mine / unpacked(draws)[0].float()                                      # (R, V)
         values, at = likeliest(scaled, min(SHORTLIST, scaled.shape[1]))                 # (R, SHORTLIST) each, or fewer
         mass = (scaled - values[:, :1]).exp().sum(dim=-1, dtype=torch.float64)          # (R,), relative to the best
         mass = mass.masked_fill(values[:, 0] == -torch.inf, 0)                          # nothing but padding here
         values = F.pad(values.double(), (0, SHORTLIST - values.shape[1]), value=-torch.inf)
         ids = F.pad((at + first).double(), (0, SHORTLIST - at.shape[1]))
         lists = gather_stack(torch.cat([values, ids, mass.unsqueeze(1)], dim=1), self.ranks)
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=hidden.device)
-        if judge is not None:
-            tokens.copy_(torch.tensor(judge.pick(rows, lists)))
-        broadcast(tokens, self.ranks)
-        open_ = (tokens == UNDECIDED).nonzero().flatten().tolist()
-        if open_:
-            tokens[open_] = self._sample([rows[i] for i in open_], hidden[open_], judge)
-        return tokens
+        return broadcast(pick(lists, draws), self.ranks)
 
     def _without_padding(self, logits: torch.Tensor) -> tuple[torch.Tensor, int]:
         """This rank's logits (R, V) of ids that may be sampled, and the id of the first. A rank that holds nothing but
@@ -165,13 +177,24 @@ class Runner:
         n = self.n_vocab - first
         return (logits[:, :n], first) if n > 0 else (torch.full_like(logits[:, :1], -torch.inf), 0)
 
-    def _remember(self, rows: list[StepRow], tokens: torch.Tensor) -> None:
-        self.last[torch.tensor([row.row for row in rows], device=self.ranks.device)] = tokens
-
-    def _sample(self, rows: list[StepRow], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+    def _choose(self, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
         """The driver's choice from the gathered logits, broadcast to all. -> (R,) int64."""
         logits = self._logits(hidden)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self.ranks.device)
         if judge is not None:
-            tokens.copy_(torch.tensor(judge.choose(rows, logits)))
+            tokens.copy_(torch.tensor(judge.choose(list(rows), logits)))
         return broadcast(tokens, self.ranks)
+
+
+def later(rows: list[int], tokens: torch.Tensor) -> Sampled:
+    """Row -> token once it is asked for; on CUDA the copy to the host is on its way from now on."""
+    if not tokens.is_cuda:
+        return lambda: dict(zip(rows, tokens.tolist()))
+    host, done = torch.empty(len(tokens), dtype=tokens.dtype, pin_memory=True), torch.cuda.Event()
+    host.copy_(tokens, non_blocking=True)
+    done.record()
+
+    def read() -> dict[int, int]:
+        done.synchronize()
+        return dict(zip(rows, host.tolist()))
+    return read

@@ -9,16 +9,15 @@ Order of operations, as vLLM and transformers have it: logit_bias, repetition, p
 min_tokens (stop ids forbidden), temperature, top_k, top_p, min_p. Logprobs are those of the raw logits, as Meta's.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 
-from llama_tp.engine.request import SamplingParams, Sequence
+from llama_tp.engine.request import SamplingParams, Sequence, random53
+from llama_tp.engine.step import NOT_FINITE, UNDECIDED
 
 SHORTLIST = 64                  # likeliest tokens of each vocabulary shard that travel when filters are on
-UNDECIDED = -2                  # no token yet: the filters do not cut within the shortlist
 TOP_CANDIDATES = 1024           # sorted first when only top_p or min_p filter; a full sort follows if they do not suffice
 
 
@@ -63,35 +62,44 @@ def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, 
     return Choice(token, None if wanted is None else score(logits.unsqueeze(0), [token], wanted)[0])
 
 
-def pick(rows: list[Sequence], lists: torch.Tensor) -> list[int]:
-    """Samples one token a row from the likeliest of each vocabulary shard; the same token as from all logits.
+def pick(lists: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Samples one token a row from the likeliest of each vocabulary shard; the same token as from all logits. No value
+    comes to the host, so that a CUDA graph can hold it.
 
     Args:
-        rows: requests that filter (top_k, top_p, min_p) and change no single logits.
         lists: (tp, R, 2 SHORTLIST + 1) fp64: values (logits / temperature, best first), their ids, and the shard's sum of
             exp(value - its best value).
+        draws: (R, 5) int64, a step.Draw each.
 
-    -> token ids; -1 where logits are not finite, UNDECIDED where the shortlist does not show where the filters cut.
+    -> (R,) int64: token ids; NOT_FINITE where logits are not, UNDECIDED where the shortlist does not show where the
+    filters cut.
     """
-    values, ids, mass = lists.cpu().split((SHORTLIST, SHORTLIST, 1), dim=-1)            # (tp, R, SHORTLIST) twice, (tp, R, 1)
+    values, ids, mass = lists.split((SHORTLIST, SHORTLIST, 1), dim=-1)                  # (tp, R, SHORTLIST) twice, (tp, R, 1)
     best = values[..., :1].amax(dim=0)                                                  # (R, 1)
     whole = (mass * (values[..., :1] - best).exp()).sum(dim=0)                          # (R, 1); NaN if any is
     values, ids = (each.transpose(0, 1).flatten(1) for each in (values, ids))           # (R, tp * SHORTLIST) each
     values, order = values.sort(dim=-1, descending=True, stable=True)
     probs = (values[:, :SHORTLIST] - best).exp() / whole                                # (R, SHORTLIST)
-    ids = ids.gather(1, order)[:, :SHORTLIST]
-    return [_pick(row, probs[i], ids[i]) if bool(whole[i].isfinite()) else -1 for i, row in enumerate(rows)]
+    ids = ids.gather(1, order)[:, :SHORTLIST].long()
+    _, top_k, top_p, min_p, u = unpacked(draws)                                         # (R, 1) each
+    at = torch.arange(SHORTLIST, device=lists.device)
+    by_mass = (top_p < 1) & (probs.cumsum(-1)[:, -1:] > top_p)
+    by_ratio = (min_p > 0) & (probs[:, -1:] < min_p * probs[:, :1])
+    decided = torch.where(top_k > 0, top_k <= SHORTLIST, by_mass | by_ratio | (probs[:, -1:] == 0))
+    probs = torch.where((top_k > 0) & (at >= top_k), 0, probs)
+    before = probs.cumsum(-1) - probs
+    kept = (top_p >= 1) | (before <= top_p * torch.where(top_k > 0, probs.cumsum(-1)[:, -1:], 1))
+    probs = torch.where(kept & (probs >= min_p * probs[:, :1]), probs, 0)
+    reached = probs.cumsum(-1)
+    place = (reached <= u * reached[:, -1:]).sum(-1, keepdim=True)                      # (R, 1), the quantile u
+    tokens = ids.gather(1, torch.minimum(place, (probs > 0).sum(-1, keepdim=True) - 1).clamp(min=0))
+    return torch.where(whole.isfinite(), torch.where(decided, tokens, UNDECIDED), NOT_FINITE)[:, 0]
 
 
-def _pick(row: Sequence, probs: torch.Tensor, ids: torch.Tensor) -> int:
-    """probs, ids: (SHORTLIST,), likeliest first."""
-    params = row.params
-    if params.top_k > SHORTLIST or not (params.top_k or _decided(probs, params) or probs[-1] == 0):
-        return UNDECIDED
-    if params.top_k:
-        probs, ids = probs[:params.top_k], ids[:params.top_k]
-    kept = _keep(probs, params, probs.sum() if params.top_k else 1.0)
-    return int(ids[_quantile(probs[kept], uniform(row.seed, row.index, len(row.ids)))])
+def unpacked(draws: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The fields of step.Draw as numbers, (R, 1) each. draws: (R, 5) int64."""
+    temperature, top_k, top_p, min_p, u = draws.unsqueeze(-1).unbind(1)
+    return temperature.view(torch.float64), top_k, top_p.view(torch.float64), min_p.view(torch.float64), u.double() * 2.0 ** -53
 
 
 def likeliest(values: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +121,7 @@ def _quantile(probs: torch.Tensor, u: float) -> int:
 def score(logits: torch.Tensor, tokens: list[int], n_top: int) -> list[TokenLogprobs]:
     """Logprobs of given tokens and the n_top best. logits: (R, V) fp32, one row a token."""
     logprobs = torch.log_softmax(logits, dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
     values, ids = logprobs.topk(min(n_top, logits.shape[-1]), dim=-1) if n_top else (logprobs[:, :0], logprobs[:, :0])
     return [TokenLogprobs(token, value, tuple(zip(map(int, row_ids), row_values)))
             for token, value, row_ids, row_values in zip(tokens, chosen, ids.tolist(), values.tolist())]
@@ -146,9 +154,8 @@ def adjusted(row: Sequence, logits: torch.Tensor, eos_ids: tuple[int, ...]) -> t
 
 
 def uniform(seed: int, index: int, position: int) -> float:
-    """The draw in [0, 1) of one sample at one position: 53 bits of a hash, the same on every machine."""
-    key = f"{seed}/{index}/{position}".encode()
-    return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11) / (1 << 53)
+    """The draw in [0, 1) of one sample at one position."""
+    return random53(seed, index, position) * 2.0 ** -53
 
 
 def _draw(logits: torch.Tensor, params: SamplingParams, u: float) -> int:

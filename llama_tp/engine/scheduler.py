@@ -14,18 +14,19 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
  5. A newcomer is let in when every running sequence has got on and the step has a token left for it. So no more run
     than a step has tokens, the oldest gets on in every step, and everything finishes.
 
-`plan()` may be called again before `update()` has told it what the last step sampled: `in_flight` then holds both
-steps, and a sequence that ends meanwhile is dropped from the later one, whose row is computed in vain. Ranks run steps
-in the order they were planned, so a block freed by one step may be written by the next.
+`plan()` may be called again before `update()` has told it what the last step sampled (while no sequence's tokens are the
+driver's to choose: `n_gathered`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from the
+later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
+be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
+position computed again for the driver to choose.
 """
 
-import struct
 from collections import deque
 from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.request import SamplingParams, Sequence
-from llama_tp.engine.step import GATHERED, GREEDY, Step, StepRow
+from llama_tp.engine.request import Sequence
+from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, Step, StepRow
 from llama_tp.spec.errors import UserError
 
 
@@ -41,7 +42,8 @@ class Scheduler:
 
     Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all blocks together if that
     is less); `rows`, row -> Sequence or None, as the last plan left it; `in_flight`, for every step planned and not yet
-    updated the pair (Step, {row: Sequence}); the counters `n_preemptions` and `prefix_hit_tokens`.
+    updated the pair (Step, {row: Sequence}); the counters `n_gathered` (unfinished sequences whose tokens the driver
+    chooses from all logits), `n_preemptions` and `prefix_hit_tokens`.
     """
 
     def __init__(self, blocks: BlockManager, max_rows: int, max_step_tokens: int, max_seq_len: int,
@@ -57,6 +59,7 @@ class Scheduler:
         self.in_flight: deque[tuple[Step, dict[int, Sequence]]] = deque()
         self.n_steps = 0
         self.n_added = 0
+        self.n_gathered = 0
         self.n_preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -80,6 +83,7 @@ class Scheduler:
         sequence.limit = self.max_len if max_tokens is None else min(self.max_len, sequence.n_prompt + max_tokens)
         sequence.arrival = self.n_added
         self.n_added += 1
+        self.n_gathered += sequence.way == GATHERED
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -93,6 +97,7 @@ class Scheduler:
         """End a sequence; its row and blocks are free at once. The engine may name a better reason ("stop") for one
         that `update` has just ended with "length"."""
         if sequence.finish_reason is None:
+            self.n_gathered -= sequence.way == GATHERED
             if sequence.row is None:
                 self.waiting.remove(sequence)
             else:
@@ -128,10 +133,10 @@ class Scheduler:
         """Take in what the oldest step in flight has computed.
 
         Args:
-            sampled: row -> token id, for every row of the step that samples; a negative id stands for a row whose
-                logits were not finite: its sequence ends with "abort", alone.
+            sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the sequence with "abort",
+                alone; UNDECIDED has the position computed again, this sequence's tokens being the driver's from now on.
 
-        Returns the sequences that got a token, with it. It is in `ids` already (unless negative), and a sequence that
+        Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already, and a sequence that
         has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a whole) is finished with "length": that
         is decided here and nowhere else. Stop ids and stop strings are the engine's to find.
         """
@@ -145,8 +150,11 @@ class Scheduler:
                 continue
             if row.sample:
                 token = sampled[row.row]
+                if token == UNDECIDED:
+                    self._again(sequence, row.n - 1)
+                    continue
                 tokens.append((sequence, token))
-                if token < 0:
+                if token == NOT_FINITE:
                     self.finish(sequence, "abort")
                     continue
                 sequence.ids.append(token)
@@ -203,12 +211,14 @@ class Scheduler:
     def _row(self, sequence: Sequence, n: int) -> StepRow:
         """Plan the next `n` positions of a running sequence, which has the blocks for them."""
         start, end = sequence.n_planned, sequence.n_planned + n
+        way = sequence.way if end == sequence.n_ids else GATHERED
         row = StepRow(
             row=sequence.row, start=start, n=n,
             ids=() if sequence.decoding else tuple(sequence.ids[start:end]),
             sample=end == sequence.n_ids,
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
-            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]), on_shards=on_shards(sequence.params),
+            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]),
+            way=way, draw=sequence.draw() if way == FILTERED else None,
         )
         sequence.n_sent = len(sequence.blocks)
         sequence.n_planned = end
@@ -226,21 +236,33 @@ class Scheduler:
             for i in range(first_open, sequence.n_computed // self.blocks.block_size):
                 self.blocks.register(sequence.blocks[i], sequence.keys[i])
 
+    def _again(self, sequence: Sequence, n: int) -> None:
+        """Have a sequence's last position computed anew; of the step that did it in vain the n positions before count."""
+        self._drop(sequence)
+        self._computed(sequence, n)
+        sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
+        sequence.way = GATHERED
+        self.n_gathered += 1
+
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
         self.waiting.appendleft(sequence)
         self.n_preemptions += 1
 
     def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence's row and blocks, and its part in the steps in flight: a token that it samples there
-        is dropped unseen, and sampled again (the draw is keyed by position) should the sequence come back."""
-        for _, sequences in self.in_flight:
-            if sequences.get(sequence.row) is sequence:
-                del sequences[sequence.row]
+        """Take a running sequence's row and blocks."""
+        self._drop(sequence)
         self.running.remove(sequence)
         self.rows[sequence.row] = None
         self.blocks.release(sequence.blocks)
         sequence.leave()
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Take a sequence's part in the steps in flight: a token that it samples there is dropped unseen, and sampled
+        again (the draw is keyed by position) should the sequence get on."""
+        for _, sequences in self.in_flight:
+            if sequences.get(sequence.row) is sequence:
+                del sequences[sequence.row]
 
     # ------------------------------------------------------------------------------------------------- the books
 
@@ -270,15 +292,3 @@ class Scheduler:
         held = {sequence.row: sequence for sequence in self.running}
         if held != {row: sequence for row, sequence in enumerate(self.rows) if sequence is not None}:
             raise RuntimeError(f"the rows {self.rows} are not those of {self.running}")
-
-
-def on_shards(params: SamplingParams) -> int:
-    """How a request's tokens may be sampled (StepRow.on_shards). What changes single logits, or asks for their
-    logarithms, needs all of them; and so does sampling from the whole vocabulary."""
-    if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
-            or params.min_tokens or params.logprobs is not None):
-        return GATHERED
-    if params.temperature == 0:
-        return GREEDY
-    filters = params.top_k or params.top_p < 1 or params.min_p > 0
-    return int.from_bytes(struct.pack(">f", params.temperature), "big") if filters else GATHERED

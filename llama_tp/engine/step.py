@@ -11,7 +11,18 @@ from typing import NamedTuple
 
 _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
 _SAMPLE, _PROMPT_LOGITS, _DECODE = 1, 2, 4
-GATHERED, GREEDY = 0, 1                         # of StepRow.on_shards
+GATHERED, GREEDY, FILTERED = 0, 1, 2            # of StepRow.way
+NOT_FINITE, UNDECIDED = -1, -2                  # in the place of a sampled id: see StepRow.way
+
+
+class Draw(NamedTuple):
+    """What sampling with filters needs besides logits, as ints: floats as the bits of a double, `u` (the draw) times 2**53."""
+
+    temperature: int
+    top_k: int
+    top_p: int
+    min_p: int
+    u: int
 
 
 class StepRow(NamedTuple):
@@ -19,9 +30,10 @@ class StepRow(NamedTuple):
 
     `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk; empty for a decode row,
     whose one input is what the row sampled last. `sample`: a token is sampled after the last position.
-    `prompt_logits`: the logits of every position are wanted. `on_shards`: how the token may be sampled without
-    all logits coming together: GATHERED not at all, GREEDY the likeliest is wanted, else the bits of the fp32 temperature
-    at which the likeliest few are. `blocks` join the row's block table from index
+    `prompt_logits`: the logits of every position are wanted. `way`: how the token is sampled: GREEDY and FILTERED (with a
+    `draw`) on the vocabulary's shards by all ranks, which then know it without the driver; GATHERED by the driver from
+    all logits. The first two may end in UNDECIDED (the filters do not cut among the likeliest few of the shards, so that
+    the driver must have all logits), all in NOT_FINITE. `blocks` join the row's block table from index
     `block_start` on; block_start 0 starts a new table, and so a new occupant of the row, whose cache already holds the
     positions before `start` (prefix hits).
     """
@@ -34,7 +46,8 @@ class StepRow(NamedTuple):
     prompt_logits: bool
     block_start: int
     blocks: tuple[int, ...]
-    on_shards: int = GATHERED
+    way: int = GATHERED
+    draw: Draw | None = None
 
     @property
     def decodes(self) -> bool:
@@ -58,11 +71,12 @@ class Step(NamedTuple):
 
     def encode(self) -> list[int]:
         """[magic, count of all ints, number, rows] and for each row [row, start, n, flags, block_start, count of
-        blocks, on_shards, ids ..., blocks ...]; a decode row has no ids."""
+        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED one a draw."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
             flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes
-            ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), row.on_shards, *row.ids, *row.blocks)
+            ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), row.way,
+                     *row.ids, *row.blocks, *(row.draw or ()))
         ints[1] = len(ints)
         return ints
 
@@ -77,14 +91,16 @@ class Step(NamedTuple):
             head = list(islice(rest, 7))
             if len(head) < 7:
                 raise ValueError(f"step {ints[2]} ends within row {len(rows)} of {ints[3]}")
-            row, start, n, flags, block_start, n_blocks, on_shards = head
+            row, start, n, flags, block_start, n_blocks, way = head
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
+            draw = tuple(islice(rest, len(Draw._fields) if way == FILTERED else 0))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            if not good_ids or len(blocks) != n_blocks or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE):
+            whole = len(blocks) == n_blocks and len(draw) in (0, len(Draw._fields)) and way <= FILTERED
+            if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
-                                block_start, blocks, on_shards))
+                                block_start, blocks, way, Draw(*draw) if draw else None))
         if next(rest, None) is not None:
             raise ValueError(f"step {ints[2]}: ints are left over after its {ints[3]} rows")
         if len({row.row for row in rows}) != len(rows):

@@ -45,6 +45,16 @@ class Span:
     blocks: list[int]           # the sequence's block table, at least up to position start + n - 1
 
 
+@dataclass
+class Paged:
+    """B sequences as tensors on the device, whatever their lengths: what a captured step can hold."""
+
+    table: torch.Tensor         # (B, W) int32 block ids, padded with the empty block
+    used: torch.Tensor          # (B,) int32: context, this step's positions included
+    ends: torch.Tensor          # (B + 1,) int32: where each sequence's rows begin, and the last one's end
+    max_n: int                  # most rows of a sequence
+
+
 def plan(spans: list[Span], n_heads: int, block_size: int, empty_block: int, device: torch.device) -> list[Group]:
     """Cuts a step into groups, once for all layers: decodes of like context together, prefills in chunks of rows.
 
@@ -98,6 +108,16 @@ def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, groups
     for group in groups:
         out[group.rows] = _attend_group(q[group.rows], k_cache, v_cache, group).to(q.dtype)
     return out
+
+
+def attend_decodes(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: Paged) -> torch.Tensor:
+    """The same for sequences of one row each, without the host knowing their lengths: every block of the tables is
+    gathered, and what lies beyond a sequence masked. q: (B, H, E) -> (B, H, E). No promise about bits."""
+    (B, W), (_, K, S, E) = plan.table.shape, k_cache.shape
+    seen = torch.arange(W * S, device=q.device) < plan.used.unsqueeze(1)                # (B, M)
+    k, v = (cache[plan.table.long()].transpose(1, 2).reshape(B, K, W * S, E) for cache in (k_cache, v_cache))
+    out = F.scaled_dot_product_attention(q.view(B, K, -1, E), k, v, attn_mask=seen[:, None, None])     # (B, K, G, E)
+    return out.reshape(B, -1, E)
 
 
 def _attend_group(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, group: Group) -> torch.Tensor:

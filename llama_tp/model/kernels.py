@@ -6,13 +6,15 @@ between the two, results agree within the dtype's rounding. Tensor letters as in
 """
 
 import ctypes
+import inspect
 from array import array
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
-from llama_tp.model.attention import Group, Span, attend, plan
+from llama_tp.model.attention import Group, Paged, Span, attend, attend_decodes, plan
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
@@ -26,6 +28,7 @@ class TorchKernels:
     """
 
     name = "torch"
+    block_size = 16             # slots a KV block: small enough that short prompts share prefixes
 
     def __init__(self, fixed_bits: bool = False):
         self.silu = silu_fixed if fixed_bits else F.silu
@@ -33,6 +36,16 @@ class TorchKernels:
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> list[Group]:
         """What `attend` needs to know about a step of n_tokens rows, once for all layers."""
         return plan(spans, n_heads, cache.block_size, cache.empty, cache.k.device)
+
+    def plan_decodes(self, table: torch.Tensor, positions: torch.Tensor) -> Paged:
+        """The same for one row a sequence, from tensors on the device. table: (B, W) int32; positions: (B,) int64."""
+        used = positions.to(torch.int32) + 1
+        return Paged(table, used, torch.arange(len(used) + 1, dtype=torch.int32, device=used.device), 1)
+
+    def table_width(self, n_blocks: int, most: int) -> int:
+        """How many blocks of the tables `plan_decodes` should get when the longest sequence has n_blocks: here the next
+        power of two, since every one of them is read."""
+        return min(most, 1 << (n_blocks - 1).bit_length())
 
     def add_norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x += delta in place; -> x / rms(x) * weight (arXiv 1910.07467), in fp32 but for the last product, as Meta does.
@@ -49,9 +62,9 @@ class TorchKernels:
         cache.write(layer, slots, qk[:, H:], qkv[:, HK:])
         return qk[:, :H]
 
-    def attend(self, q: torch.Tensor, cache: KVCache, layer: int, groups: list[Group]) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: list[Group] | Paged) -> torch.Tensor:
         """Softmax attention of every row over its sequence's cached context. q: (T, H, E) -> (T, H, E)."""
-        return attend(q, cache.k[layer], cache.v[layer], groups)
+        return (attend_decodes if isinstance(plan, Paged) else attend)(q, cache.k[layer], cache.v[layer], plan)
 
     def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x W^T for few rows and a weight that is not packed. (R, D), (V, D) -> (R, V)."""
@@ -79,6 +92,34 @@ def silu_fixed(x: torch.Tensor) -> torch.Tensor:
     return (wide / (1 + torch.exp(-wide))).to(x.dtype)
 
 
+class FlashKernels(TorchKernels):
+    """On CUDA, with torch's paged FlashAttention (torch.nn.attention.varlen): prefill and decodes in one call that reads the
+    blocks where they lie. `call` takes varlen_attn's arguments. Never run on a GPU so far."""
+
+    name = "torch + FlashAttention"
+    block_size = 256            # FlashAttention 2 reads pages of multiples of 256 slots
+
+    def __init__(self, fixed_bits: bool = False, call=varlen_attn):
+        super().__init__(fixed_bits)
+        self.call, self.n_splits = call, 1 if fixed_bits else None     # one split: bits do not depend on the company
+
+    def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> Paged:
+        width, device = max(len(span.blocks) for span in spans), cache.k.device
+        table = torch.tensor([span.blocks + [cache.empty] * (width - len(span.blocks)) for span in spans], dtype=torch.int32)
+        used = torch.tensor([span.start + span.n for span in spans], dtype=torch.int32)
+        ends = torch.tensor([0, *(span.row + span.n for span in spans)], dtype=torch.int32)
+        return Paged(table.to(device), used.to(device), ends.to(device), max(span.n for span in spans))
+
+    def table_width(self, n_blocks: int, most: int) -> int:
+        return most             # beyond a sequence's own blocks nothing is read
+
+    def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: Paged) -> torch.Tensor:
+        k, v = cache.k[layer].transpose(1, 2), cache.v[layer].transpose(1, 2)                   # (N, S, K, E) each
+        return self.call(q.contiguous(), k, v, plan.ends, None, plan.max_n, plan.table.shape[1] * cache.block_size,
+                         window_size=(-1, 0), enable_gqa=True, seqused_k=plan.used, block_table=plan.table,
+                         num_splits=self.n_splits)
+
+
 @dataclass(frozen=True)
 class NativePlan:
     """A step's sequences as the C++ side reads them."""
@@ -92,6 +133,7 @@ class NativeKernels:
     """The C++ kernels (native/kernels.cpp): CPU, fp32 and bf16. Methods as those of TorchKernels."""
 
     name = "C++"
+    block_size = 16
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         suffix = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
@@ -156,5 +198,7 @@ Kernels = TorchKernels | NativeKernels
 
 def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
     """The fastest way there is for this machine."""
+    if device.type == "cuda" and dtype != torch.float32 and "block_table" in inspect.signature(varlen_attn).parameters:
+        return FlashKernels(fixed_bits)
     library = load() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
     return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)

@@ -27,13 +27,11 @@ class KVCache:
         self.k[layer][slots.blocks, :, slots.offsets] = k
         self.v[layer][slots.blocks, :, slots.offsets] = v
 
-    def clear(self, blocks: list[int]) -> None:
+    def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero weights: without
-        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN)."""
-        if blocks:
-            at = torch.tensor(blocks, device=self.k.device)
-            self.k[:, at] = 0
-            self.v[:, at] = 0
+        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN). blocks: (n,) int64."""
+        self.k[:, blocks] = 0
+        self.v[:, blocks] = 0
 
 
 class Slots:

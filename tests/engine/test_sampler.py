@@ -7,7 +7,8 @@ import torch
 
 from llama_tp.engine import sampler
 from llama_tp.engine.request import Request, SamplingParams, Sequence
-from llama_tp.engine.sampler import SHORTLIST, UNDECIDED, adjusted, choose, filtered, likeliest, pick, score, uniform
+from llama_tp.engine.sampler import SHORTLIST, adjusted, choose, filtered, likeliest, pick, score, uniform
+from llama_tp.engine.step import NOT_FINITE, UNDECIDED
 
 V = 50
 LOGITS = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 3
@@ -17,6 +18,10 @@ def sequence(prompt=(1, 2, 3), output=(), seed=1, index=0, **params) -> Sequence
     out = Sequence(Request("r", list(prompt), SamplingParams(**params)), index, seed)
     out.ids += output
     return out
+
+
+def picked(rows: list[Sequence], lists: torch.Tensor) -> list[int]:
+    return pick(lists, torch.tensor([row.draw() for row in rows])).tolist()
 
 
 def kept(**params) -> set[int]:
@@ -89,7 +94,7 @@ def test_shortlists_give_the_token_that_all_logits_give(params, tp, tied):
     logits = (4 * logits).round() / 4 if tied else logits                               # many equal ones, as in bf16
     rows = [sequence(prompt=(1, i), seed=i, temperature=0.7, **params) for i in range(40)]
     expected = [choice.token for choice in choose(rows, logits, ())]
-    ours = pick(rows, shortlists(logits / 0.7, tp))
+    ours = picked(rows, shortlists(logits / 0.7, tp))
     assert sum(token != UNDECIDED for token in ours) > 20
     assert all(a in (b, UNDECIDED) for a, b in zip(ours, expected))
 
@@ -113,13 +118,13 @@ def test_of_equal_values_the_lower_id_is_first():
 
 def test_a_shortlist_that_does_not_decide_says_so():
     flat = shortlists(torch.zeros(1, 1000), 2)
-    assert pick([sequence(temperature=1.0, top_p=0.9)], flat) == [UNDECIDED]
-    assert pick([sequence(temperature=1.0, top_k=65)], flat) == [UNDECIDED]
-    assert pick([sequence(temperature=1.0, top_k=64, top_p=1.0)], flat) != [UNDECIDED]
+    assert picked([sequence(temperature=1.0, top_p=0.9)], flat) == [UNDECIDED]
+    assert picked([sequence(temperature=1.0, top_k=65)], flat) == [UNDECIDED]
+    assert picked([sequence(temperature=1.0, top_k=64, top_p=1.0)], flat) != [UNDECIDED]
     for bad in (float("nan"), float("inf")):
         logits = torch.zeros(2, 1000)
         logits[1, 700] = bad
-        assert pick([sequence(temperature=1.0, top_k=3)] * 2, shortlists(logits, 2))[1] == -1
+        assert picked([sequence(temperature=1.0, top_k=3)] * 2, shortlists(logits, 2))[1] == NOT_FINITE
 
 
 @pytest.mark.parametrize("params", [{"top_p": 1.0}, {"top_p": 0.9}, {"top_k": 5, "top_p": 1.0}])

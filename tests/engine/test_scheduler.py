@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Request, SamplingParams, Sequence
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.step import Step
+from llama_tp.engine.step import GATHERED, UNDECIDED, Step
 from llama_tp.spec.errors import UserError
 
 N_VOCAB = 3                         # few ids, so that prefixes often agree
@@ -51,6 +51,7 @@ class FakeRanks:
         self.tables = [[] for _ in range(max_rows)]
         self.n_done = [0] * max_rows                                # positions of the row in the cache
         self.last = [None] * max_rows
+        self.undecided = set()                                      # rows whose last position may come again
         self.n_computed_tokens = 0
 
     def cell(self, row, position):
@@ -64,6 +65,11 @@ class FakeRanks:
             if r.fresh:
                 assert not r.decodes and r.start % self.block_size == 0
                 self.n_done[r.row], self.last[r.row] = r.start, None
+                self.undecided.discard(r.row)
+            if r.row in self.undecided and not r.decodes:
+                assert r.n == 1 and r.start < self.n_done[r.row]
+                self.n_done[r.row] = r.start
+                self.undecided.discard(r.row)
             assert r.start == self.n_done[r.row]                    # every position once, none left out
             assert r.block_start == (0 if r.fresh else len(self.tables[r.row]))
             self.tables[r.row][r.block_start:] = r.blocks
@@ -100,11 +106,12 @@ class World:
     """Scheduler and fake ranks, with up to `depth` steps in flight (1: plan, run, update; 2: planned one ahead)."""
 
     def __init__(self, n_blocks=16, block_size=4, max_rows=4, max_step_tokens=64, max_seq_len=64, prefill_chunk=None,
-                 prefix_cache=True, depth=1):
+                 prefix_cache=True, depth=1, undecided=0):
         self.blocks = BlockManager(n_blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(self.blocks, max_rows, max_step_tokens, max_seq_len, prefill_chunk)
         self.ranks = FakeRanks(n_blocks, block_size, max_rows)
-        self.depth = depth
+        self.depth, self.undecided = depth, undecided               # undecided: every so manyth token on the shards
+        self.n_on_shards = 0
         self.sequences = []
         self.steps = []
 
@@ -157,8 +164,17 @@ class World:
                 self.ranks.check_context(r.row, truth[:r.start + r.n])
                 assert tables[r.row][:len(sequence.blocks)] == sequence.blocks[:len(tables[r.row])]
                 assert r.sample == (r.start + r.n >= len(sequence.ids))     # >: planned before the last token was known
+        for r in step.rows:
+            if r.sample and r.row in live and r.way != GATHERED and self.undecided:
+                self.n_on_shards += 1
+                if self.n_on_shards % self.undecided == 0:
+                    sampled[r.row] = UNDECIDED
+                    self.ranks.undecided.add(r.row)
         tokens = self.scheduler.update(step, sampled)
-        assert [sequence for sequence, _ in tokens] == [live[r.row] for r in step.rows if r.sample and r.row in live]
+        assert [sequence for sequence, _ in tokens] == [
+            live[r.row] for r in step.rows if r.sample and r.row in live and sampled[r.row] != UNDECIDED]
+        assert self.scheduler.n_gathered == sum(
+            s.way == GATHERED for s in (*self.scheduler.running, *self.scheduler.waiting))
         for sequence, token in tokens:
             assert sequence.ids[-1] == token
             if stops(sequence):
@@ -546,6 +562,18 @@ def test_a_stop_drops_the_row_planned_ahead():
     assert successor.n_output == 2
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_an_undecided_position_is_computed_again_for_the_driver_to_choose(depth):
+    world = World(depth=depth, undecided=2)
+    sequence = world.add([1, 2, 0], max_tokens=6)
+    assert world.scheduler.n_gathered == 0
+    world.finish()
+    rows = [step.rows[0] for step in world.steps]
+    again = [row for row in rows if row.ids and row.start == 3]                 # the second token, as input known to all
+    assert [(row.n, row.way, row.ids) for row in again] == [(1, GATHERED, (sequence.ids[3],))]
+    assert [row.way for row in rows if row.sample][-3:] == [GATHERED] * 3 and world.scheduler.n_gathered == 0
+
+
 # ---------------------------------------------------------------------------------------------------- random schedules
 
 PROMPT = st.one_of(
@@ -562,7 +590,8 @@ EVENTS = st.lists(st.one_of(
 WORLD = st.fixed_dictionaries(dict(
     n_blocks=st.integers(2, 14), block_size=st.integers(1, 5), max_rows=st.integers(1, 6),
     max_step_tokens=st.integers(1, 24), max_seq_len=st.integers(2, 40),
-    prefill_chunk=st.one_of(st.none(), st.integers(1, 6)), prefix_cache=st.booleans(), depth=st.integers(1, 3)))
+    prefill_chunk=st.one_of(st.none(), st.integers(1, 6)), prefix_cache=st.booleans(), depth=st.integers(1, 3),
+    undecided=st.sampled_from([0, 1, 2, 5])))
 
 
 def run_schedule(fields, events):

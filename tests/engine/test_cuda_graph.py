@@ -1,0 +1,104 @@
+"""Captured decodes behind their seam: what is captured when, what stays where it is, and paged FlashAttention's arguments.
+
+A CUDA graph itself needs a GPU; `tests/engines.py::again` runs the captured body instead, under a guard that refuses what a
+graph cannot hold. That tokens stay the same at every tp is in tests/test_house.py.
+"""
+
+import pytest
+import torch
+
+from llama_tp.engine.cuda_graph import sizes
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.runner import Runner
+from llama_tp.model.kernels import FlashKernels
+from llama_tp.parallel.groups import single_rank
+from llama_tp.spec.weights import table
+from tests import reference
+from tests.engines import engine
+from tests.shapes import SHRUNK
+
+CONFIG = SHRUNK["8b"]
+WEIGHTS = reference.random_weights(table(CONFIG))
+PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)]
+
+
+def run(one, n_new: int, **params) -> dict[str, list[int]]:
+    for i, ids in enumerate(PROMPTS):
+        one.submit(Request(f"{i}", ids, SamplingParams(**{"max_tokens": n_new, "temperature": 0, **params})))
+    tokens: dict[str, list[int]] = {}
+    while one.has_work:
+        for delta in one.step():
+            tokens.setdefault(delta.request_id, []).extend(delta.ids)
+    one.scheduler.check_integrity()
+    return tokens
+
+
+def test_sizes_leave_few_rows_in_vain_and_keep_the_floor():
+    assert sizes(1, 1) == [1] and sizes(5, 1) == [1, 2, 4, 5] and sizes(32, 1) == [1, 2, 4, 8, 16, 24, 32]
+    assert sizes(4, 16) == [16] and sizes(32, 16) == [16, 24, 32]
+
+
+def test_a_size_is_captured_once_and_its_tensors_stay():
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    run(one, 6)
+    first = dict(one.runner.graphs.captured)
+    assert {key[0] for key in first} == {4} and not any(filtered for _, _, filtered in first)      # three rows, padded
+    run(one, 6)
+    assert one.runner.graphs.captured == first
+    run(one, 6, temperature=0.7, top_k=5)
+    assert {filtered for _, _, filtered in one.runner.graphs.captured} == {False, True}
+
+
+def test_steps_with_prompts_or_driver_chosen_tokens_are_not_replayed():
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    run(one, 1)
+    run(one, 4, logprobs=1)
+    assert not one.runner.graphs.captured
+
+
+def test_the_step_ahead_is_sent_before_the_last_one_is_read():
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    one.submit(Request("0", PROMPTS[0], SamplingParams(max_tokens=5, temperature=0)))
+    assert len(one.step()) == 1 and one.n_steps == 1 and len(one.scheduler.in_flight) == 1
+    one.submit(Request("1", PROMPTS[1], SamplingParams(max_tokens=5, temperature=0, logprobs=0)))
+    one.step()
+    assert not one.scheduler.in_flight                              # the driver chooses: nothing is planned ahead
+    while one.has_work:
+        one.step()
+    assert not one.scheduler.in_flight and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+
+
+def test_a_stop_leaves_nothing_in_flight():
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    [expected] = [ids for name, ids in run(one, 4).items() if name == "0"]
+    one.submit(Request("stop", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0, stop_ids=[expected[2]])))
+    ids = [i for _ in range(20) for delta in one.step() for i in delta.ids]
+    assert ids == expected[:2] and not one.scheduler.in_flight and not one.has_work
+
+
+def reference_varlen(q, k, v, ends, _, max_q, max_k, *, window_size, enable_gqa, seqused_k, block_table, num_splits):
+    """torch.nn.attention.varlen.varlen_attn's documented meaning, a sequence and a head at a time."""
+    assert window_size == (-1, 0) and enable_gqa and k.shape[1] % 256 == 0 and max_k >= int(seqused_k.max())
+    out = torch.full_like(q, float("nan"))                          # rows of no sequence hold anything
+    for i, n_used in enumerate(seqused_k.tolist()):
+        rows = slice(int(ends[i]), int(ends[i + 1]))
+        n = rows.stop - rows.start
+        assert 0 < n <= max_q
+        keys, values = (each[block_table[i].long()].flatten(0, 1)[:n_used].repeat_interleave(q.shape[1] // k.shape[2], dim=1)
+                        for each in (k, v))                         # (n_used, H, E)
+        scores = torch.einsum("qhe,khe->hqk", q[rows], keys) / q.shape[-1] ** 0.5
+        late = torch.arange(n_used) > torch.arange(n_used - n, n_used).unsqueeze(1)
+        out[rows] = torch.einsum("hqk,khe->qhe", scores.masked_fill(late, -torch.inf).softmax(-1), values)
+    return out
+
+
+@pytest.mark.parametrize("step_tokens", [512, 40])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
+    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 8)
+    kernels = FlashKernels(call=reference_varlen)
+    ours = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, kernels=kernels, graphs=graphs, n_blocks=8,
+                  block_size=kernels.block_size, step_tokens=step_tokens)
+    if graphs:
+        ours.runner.graphs.record = lambda body: (body(), body)[1]             # the stand-in for the kernel does read values
+    assert run(ours, 8) == expected
