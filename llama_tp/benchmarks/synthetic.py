@@ -24,6 +24,8 @@ from llama_tp.text.token_table import Tokenizer
 class StandIn:
     """A Room whose other ranks hold the same as this one; counts each collective's bytes."""
 
+    in_tree_order = True
+
     def __init__(self, tp: int):
         self.tp, self.calls = tp, Counter()
 

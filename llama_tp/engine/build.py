@@ -185,6 +185,8 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
                      "slower; to build them: python -m llama_tp.native.build")
     elif ranks.device.type == "cpu" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
         notes.append("the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go through gloo, slower")
+    elif ranks.device.type == "cuda" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
+        notes.append("torch's symmetric memory is off, not to be had or not in agreement with NCCL: small sums go through NCCL")
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:

@@ -1,8 +1,9 @@
 """What ranks say to each other: sums, gathers and small messages, each a plain function that takes `ranks`.
 
 The model group carries tensors on the device; the control group carries CPU integers and bytes; CPU ranks of one host
-have a room in shared memory that stands in for each (shared.py). With one rank every function is a no-op that returns
-what the only rank would get. Nothing is pickled. Refuses to know what is sent.
+have a room in shared memory that stands in for each (shared.py), GPUs of one node a buffer for small sums
+(one_shot.py). With one rank every function is a no-op that returns what the only rank would get. Nothing is pickled.
+Refuses to know what is sent.
 """
 
 import torch
@@ -52,7 +53,7 @@ def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
 def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on every rank. May write
     the sum to `x`."""
-    if ranks.room and ranks.room.sums(x):
+    if ranks.room and ranks.room.in_tree_order and ranks.room.sums(x):
         return all_reduce(x, ranks)
     return tree_add(list(gather_stack(x, ranks).unbind()))
 

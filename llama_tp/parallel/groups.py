@@ -25,6 +25,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 from torch.distributed.rendezvous import rendezvous
 
+from llama_tp.parallel.one_shot import OneShot, open_one_shot
 from llama_tp.parallel.shared import Room, open_rooms
 from llama_tp.spec.errors import UserError
 
@@ -57,7 +58,8 @@ class Ranks:
         n_nodes: how many nodes there are.
         master: host name or address of the driver, for sockets of our own.
         store: the key-value store of the launch, or None.
-        room, control_room: shared memory that does the work of `group` and `control`, where the ranks have one.
+        room, control_room: shared memory that does the work of `group` and `control`, where the ranks have one; for sums
+            over NVLink, `room` alone.
         tally: counts that change; the only mutable part.
     """
 
@@ -71,7 +73,7 @@ class Ranks:
     n_nodes: int = 1
     master: str = "127.0.0.1"
     store: dist.Store | None = None
-    room: Room | None = None
+    room: Room | OneShot | None = None
     control_room: Room | None = None
     tally: Tally = field(default_factory=Tally, compare=False)
 
@@ -166,8 +168,11 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     rooms = None
     if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
         rooms = open_rooms(launch.rank, launch.world, timeout_s, store, control)
-    return Ranks(launch.rank, launch.world, where, fairscale_groups.get_model_parallel_group(), control,
-                 launch.local_rank, launch.local_size, launch.n_nodes, launch.master, store, *(rooms or ()))
+    group = fairscale_groups.get_model_parallel_group()
+    if where.type == "cuda" and launch.n_nodes == 1 < launch.world:
+        rooms = (open_one_shot(group, control, launch.rank, launch.world, where), None)
+    return Ranks(launch.rank, launch.world, where, group, control, launch.local_rank, launch.local_size, launch.n_nodes,
+                 launch.master, store, *(rooms or ()))
 
 
 def single_rank(device: str | torch.device = "cpu") -> Ranks:

@@ -23,6 +23,8 @@ FOREVER_S = 1e9
 class Room:
     """One channel between tp ranks in a mapped file. Errors: RuntimeError when the others do not come in time."""
 
+    in_tree_order = True        # sums are those of collectives.tree_add
+
     def __init__(self, library: ctypes.CDLL, memory: mmap.mmap, offset: int, rank: int, tp: int, timeout_s: float):
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory, offset))
         self._memory, self._library, self.timeout_s, self.tp = memory, library, timeout_s, tp
