@@ -84,7 +84,7 @@ def read_rate(device: torch.device) -> float:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of 512 rows times a square matrix, the kind of product that prefill is made of."""
-    matrices = [Matrix(torch.full((MATRIX, MATRIX), 0.01, dtype=dtype, device=device), pack=True) for _ in range(4)]
+    matrices = [Matrix(torch.full((MATRIX, MATRIX), 0.01, dtype=dtype, device=device)) for _ in range(4)]
     x = torch.ones(512, MATRIX, dtype=dtype, device=device)
     return 4 * 2 * 512 * MATRIX**2 / median_s(lambda: [matrix(x) for matrix in matrices], device)
 

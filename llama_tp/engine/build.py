@@ -81,8 +81,6 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     _download(options.ckpt_dir, ranks)
     source = open_checkpoint(options.ckpt_dir, options.rope_factor)
     source.config.check_tp(ranks.tp)
-    tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
-    check_vocab(tokenizer, source.config.vocab_size)
     same_everywhere(source.digest(), ranks)
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
@@ -95,7 +93,10 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
-    load_into(model, source, ranks, watch, options.quiet)
+    with ThreadPoolExecutor(1) as aside:                # takes 0.6 s, most of it without the interpreter's lock
+        tokenizer = aside.submit(_tokenizer, options, source)
+        load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
+    tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
@@ -113,6 +114,12 @@ def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int
     runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
     scheduler = Scheduler(BlockManager(cache.n_blocks, cache.block_size, prefix_cache), max_rows, step_tokens, len(model.rope.cos))
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
+
+
+def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer:
+    tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
+    check_vocab(tokenizer, source.config.vocab_size)
+    return tokenizer
 
 
 def _download(ckpt_dir: str, ranks: Ranks) -> None:
@@ -200,9 +207,9 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
     return notes
 
 
-def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool) -> None:
+def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool, unless: Future) -> None:
     """Reads this rank's bytes into the model; the driver shows how far all ranks are together. While one weight is read,
-    a thread packs the one before: both take about as long."""
+    a thread packs the one before. Ends at the next weight if `unless` has failed, raising its error."""
     total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
     # A thread begins with OpenMP's own number of threads, not with the one that was set.
     packer = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
@@ -213,6 +220,8 @@ def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, qu
 
         packed: deque[Future] = deque()
         for weight in load(source, ranks.rank, ranks.tp, model.into, done):
+            if unless.done():
+                unless.result()
             packed.append(packer.submit(model.loaded, weight))
             if len(packed) > PACK_BEHIND:
                 packed.popleft().result()

@@ -8,11 +8,11 @@ between the two, results agree within the dtype's rounding. Tensor letters as in
 import ctypes
 import inspect
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from llama_tp.model.attention import Group, Paged, Span, attend, attend_decodes, plan
 from llama_tp.model.kv_cache import KVCache, Slots
@@ -94,12 +94,12 @@ def silu_fixed(x: torch.Tensor) -> torch.Tensor:
 
 class FlashKernels(TorchKernels):
     """On CUDA, with torch's paged FlashAttention (torch.nn.attention.varlen): prefill and decodes in one call that reads the
-    blocks where they lie. `call` takes varlen_attn's arguments. Never run on a GPU so far."""
+    blocks where they lie. `call`: varlen_attn, or what takes its arguments. Never run on a GPU so far."""
 
     name = "torch + FlashAttention"
     block_size = 256            # FlashAttention 2 reads pages of multiples of 256 slots
 
-    def __init__(self, fixed_bits: bool = False, call=varlen_attn):
+    def __init__(self, call: Callable[..., torch.Tensor], fixed_bits: bool = False):
         super().__init__(fixed_bits)
         self.call, self.n_splits = call, 1 if fixed_bits else None     # one split: bits do not depend on the company
 
@@ -198,7 +198,9 @@ Kernels = TorchKernels | NativeKernels
 
 def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
     """The fastest way there is for this machine."""
-    if device.type == "cuda" and dtype != torch.float32 and "block_table" in inspect.signature(varlen_attn).parameters:
-        return FlashKernels(fixed_bits)
+    if device.type == "cuda" and dtype != torch.float32:
+        from torch.nn.attention.varlen import varlen_attn               # imports torch's compiler: a second
+        if "block_table" in inspect.signature(varlen_attn).parameters:
+            return FlashKernels(varlen_attn, fixed_bits)
     library = load() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
     return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)

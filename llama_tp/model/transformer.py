@@ -14,8 +14,8 @@ from torch import nn
 from llama_tp.model.attention import Group
 from llama_tp.model.kernels import Kernels, NativePlan, pick
 from llama_tp.model.kv_cache import KVCache, Slots
-from llama_tp.model.linear import (PLAIN_ROWS_FLOOR, ROWS_FLOOR, ColumnParallelLinear, RowParallelLinear, ShardedWeight, TiedHead,
-                                   VocabParallelEmbedding, can_pack)
+from llama_tp.model.linear import (PLAIN_ROWS_FLOOR, ROWS_FLOOR, ColumnParallelLinear, RowParallelLinear, ShardedWeight, Spare,
+                                   TiedHead, VocabParallelEmbedding, can_pack)
 from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
@@ -100,6 +100,7 @@ class Transformer(nn.Module):
         self.output = (TiedHead(self.tok_embeddings, self.kernels.times) if config.tied
                        else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp), dtype))
         self.rope = Rope(config, n_positions, ranks.device)
+        self._spare = Spare()
         self._slots = self._table_of_slots()
         self._missing = {id(module): sum(m is module for m, _, _ in self._slots.values())
                          for module, _, _ in self._slots.values()}
@@ -138,14 +139,16 @@ class Transformer(nn.Module):
     def into(self, weight: Weight) -> torch.Tensor:
         """The view that this rank's part of `weight` is read into."""
         module, start, n = self._slots[weight.name]
-        return module.slot(self.ranks.device, start, n)
+        return module.slot(self.ranks.device, self._spare, start, n)
 
     def loaded(self, weight: Weight) -> None:
         """Tells the model that `weight` is complete; a fused matrix is packed when its last part is."""
         module = self._slots[weight.name][0]
         self._missing[id(module)] -= 1
         if not self._missing[id(module)]:
-            module.finish()
+            module.finish(self._spare)
+        if not any(self._missing.values()):
+            self._spare.clear()
 
     # ------------------------------------------------------------------------------------------------- forward
 

@@ -96,7 +96,7 @@ def reference_varlen(q, k, v, ends, _, max_q, max_k, *, window_size, enable_gqa,
 @pytest.mark.parametrize("graphs", [False, True])
 def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
     expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 8)
-    kernels = FlashKernels(call=reference_varlen)
+    kernels = FlashKernels(reference_varlen)
     ours = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, kernels=kernels, graphs=graphs, n_blocks=8,
                   block_size=kernels.block_size, step_tokens=step_tokens)
     if graphs:

@@ -7,7 +7,7 @@ from fairscale.nn import model_parallel
 from fairscale.nn.model_parallel import initialize
 
 from llama_tp.model.kernels import TorchKernels, pick
-from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, Spare, VocabParallelEmbedding
 from llama_tp.parallel.collectives import gather_stack
 from tests.ranks import run
 
@@ -19,8 +19,8 @@ def weights(*shape: int) -> torch.Tensor:
 
 
 def filled(layer, part: torch.Tensor):
-    layer.slot(torch.device("cpu")).copy_(part)
-    layer.finish()
+    layer.slot(torch.device("cpu"), spare := Spare()).copy_(part)
+    layer.finish(spare)
     return layer
 
 
