@@ -61,7 +61,8 @@ class Runner:
         UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
-            self._own(row)
+            if row.blocks:
+                self._own(row)
         if self.graphs and self.graphs.hold(step):
             self.planning_s = time.perf_counter() - started
             return later([row.row for row in step.rows], self.graphs.run(step))
@@ -98,7 +99,7 @@ class Runner:
         n_reused = row.start // self.cache.block_size if row.block_start == 0 else 0
         if row.blocks[n_reused:]:
             self.cache.clear(self._tensor(row.blocks[n_reused:]))
-        if self.graphs and row.blocks:
+        if self.graphs:
             self.graphs.own(row)
 
     def _batch(self, step: Step) -> tuple[Batch, list[int]]:
@@ -109,13 +110,17 @@ class Runner:
         blocks: list[int] = []
         spans, ends, decodes = [], [], []
         for row in step.rows:
-            spans.append(Span(len(ids), row.start, row.n, self.tables[row.row]))
-            if not row.ids:
+            table, start, n = self.tables[row.row], row.start, row.n
+            spans.append(Span(len(ids), start, n, table))
+            if row.ids:
+                ids += row.ids
+                positions += range(start, start + n)
+                blocks += [table[p // S] for p in range(start, start + n)]
+            else:
                 decodes.append((len(ids), row.row))
-            ids += row.ids or [0]
-            span = range(row.start, row.start + row.n)
-            positions += span
-            blocks += [self.tables[row.row][p // S] for p in span]
+                ids.append(0)
+                positions.append(start)
+                blocks.append(table[start // S])
             ends.append(len(ids))
         padding = max(0, self.model.rows_floor - len(ids))
         ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.cache.trash] * padding

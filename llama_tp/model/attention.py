@@ -15,6 +15,7 @@ It knows blocks and positions, not requests.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,7 @@ class Group:
     hidden: torch.Tensor        # (B, 1, n, 1, M) bool: True where a query must not see the slot
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Consecutive tokens of one sequence in a step: rows [row, row + n) are positions [start, start + n)."""
 
     row: int
