@@ -59,12 +59,11 @@ def open_one_shot(group: dist.ProcessGroup, control: dist.ProcessGroup, rank: in
                   memory: Any = symmetric_memory, ops: Any = None) -> OneShot | None:
     """Every rank of one node calls it once. -> None on all ranks if any of them cannot, or gets another sum than the
     group's own."""
-    one, right = None, False
+    right = False
     try:
-        if os.environ.get("LLAMA_TP_SHARED") != "0":
-            one = OneShot(group, tp, device, memory, ops)
-    except Exception:                                       # no NVLink, no such driver, another torch: said by None
-        pass
+        one = OneShot(group, tp, device, memory, ops) if os.environ.get("LLAMA_TP_SHARED") != "0" else None
+    except Exception:                                       # no NVLink, no such driver, another torch: build says so
+        one = None
     if _all(one is not None, control):
         right = all([_same(one, rank, n) for n in (8, 4096, MAX_BYTES // 2)])      # a list: every rank sums all three
     return one if _all(right, control) else None
