@@ -9,7 +9,6 @@ Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from llama_tp.engine.request import Request
@@ -71,10 +70,9 @@ class Delta:
 
 
 class Flight:
-    """One request from the moment it is taken to its last delta. Iterate over it once: it gives the deltas as they come, and
-    ends when all samples have finished. Raises UserError: the engine refused it, or Failed, or Unavailable."""
+    """One request from the moment it is taken to its last delta, and what it has written so far."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, news: asyncio.Queue):
         self.request = request
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
         self.n_output = 0                                   # ids of all samples
@@ -84,20 +82,11 @@ class Flight:
         self.n_barren = 0
         self.is_over = False
         self._scores: list | None = []                      # prompt logprobs that have come in; None once handed out
-        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._news = news
 
     @property
     def n_unfinished(self) -> int:
         return sum(ids is not None for ids in self.outputs)
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        n_left = self.request.params.n
-        while n_left:
-            item = await self._news.get()
-            if isinstance(item, Exception):
-                raise item
-            n_left -= item.finish_reason is not None
-            yield item
 
     def end(self, error: Exception) -> None:
         """Nothing more will come but this."""
@@ -110,7 +99,8 @@ class Flight:
         if self._scores:
             self._scores = []                               # half a prompt's: they all come again
         params = {name: getattr(self.request.params, name) for name in self.request.params.__dataclass_fields__}
-        return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params, "outputs": self.outputs}
+        return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params,
+                "outputs": self.outputs}
 
     def hear_scores(self, scores: list) -> None:
         if self._scores is not None:
@@ -134,6 +124,32 @@ class Flight:
         self._news.put_nowait(Delta(
             self.request.id, index, tuple(ids), delta["text"], tuple(map(_score, delta["logprobs"])), delta["finish_reason"],
             delta["error"], prompt_logprobs))
+
+
+class Ticket:
+    """Requests that were taken together. `take` gives their deltas as they come."""
+
+    def __init__(self, requests: list[Request]):
+        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self.flights = [Flight(request, self._news) for request in requests]
+        self._n_left = sum(request.params.n for request in requests)
+
+    @property
+    def is_read(self) -> bool:
+        """The last delta of the last sample has been taken."""
+        return not self._n_left
+
+    async def take(self) -> list[Delta]:
+        """What has come since the last call, at least one delta. Raises UserError: the engine refused a request; or Failed, or
+        Unavailable."""
+        items = [await self._news.get()]
+        while not self._news.empty():
+            items.append(self._news.get_nowait())
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            self._n_left -= item.finish_reason is not None
+        return items
 
 
 def _score(one: list) -> TokenLogprobs:
@@ -188,16 +204,7 @@ class Desk:
             raise Unavailable(why, None if self.dead else self.restart_s)
         return self.info
 
-    def check(self, request: Request) -> None:
-        """Raises UserError for what the ranks would refuse: ids outside the vocabulary, a prompt that is too long."""
-        info = self.ready()
-        request.check(info["n_vocab"])
-        n_prompt, most = len(request.prompt_ids), info["max_model_len"]
-        if n_prompt + 1 > most:
-            raise RequestError("the prompt is too long", f"found {n_prompt} tokens, and this model's maximum context length of {most} "
-                               "tokens must also hold one of output", "shorten the prompt", code="context_length_exceeded")
-
-    def take(self, requests: list[Request]) -> list[Flight]:
+    def take(self, requests: list[Request]) -> Ticket:
         """Takes all of them, or raises Unavailable, Full or another RequestError and takes none."""
         most = self.ready()["max_rows"] + self.max_queue
         n_new = sum(request.params.n for request in requests)
@@ -207,19 +214,20 @@ class Desk:
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
             raise Full(self.n_samples, most)
-        flights = [Flight(request) for request in requests]
-        for flight in flights:
+        ticket = Ticket(requests)
+        for flight in ticket.flights:
             self._flights[flight.request.id] = flight
             self._link.send(flight.message())
-        return flights
+        return ticket
 
-    def drop(self, flight: Flight) -> None:
+    def drop(self, ticket: Ticket) -> None:
         """The reader has gone, or has read it all; what still runs is aborted."""
-        if self._flights.pop(flight.request.id, None) and not flight.is_over:
-            flight.is_over = True
-            self.metrics.finished(flight, "abort")
-            if self._link:
-                self._link.send({"do": "abort", "id": flight.request.id})
+        for flight in ticket.flights:
+            if self._flights.pop(flight.request.id, None):
+                flight.is_over = True
+                self.metrics.finished(flight, "abort")
+                if self._link:
+                    self._link.send({"do": "abort", "id": flight.request.id})
         self._changed.set()
 
     async def wait_until_empty(self) -> None:

@@ -76,7 +76,8 @@ class RankEnd:
         try:
             self._sock.connect(path)
         except OSError as error:
-            raise UserError("rank 0 does not reach the HTTP server", f"{path}: {error}", "start python -m llama_tp.serve again") from None
+            raise UserError("rank 0 does not reach the HTTP server", f"{path}: {error}",
+                            "start python -m llama_tp.serve again") from None
         self._sock.settimeout(None)
         self._file = self._sock.makefile("rb")
         self._queue: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
