@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.text.tool_calls import CallDelta, ToolCallParser, fold, parse
+from llama_tp.text.call_grammar import CallDelta
+from llama_tp.text.tool_calls import ToolCallParser, fold, parse
 
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
          for name, properties in [("f", {"x": {}, "y": {}}), ("get_weather", {"city": {}}), ("a.b-c", {})]]
@@ -69,7 +70,8 @@ def test_forms(text, tag, found, content):
 
 
 PLAIN = ["", " ", "\n", "Hello", "{", "[", "<", "{}", "[]", "[1, 2]", '{"a": 1}', '{"name": "f"',
-         '{"name": "Bob", "parameters": {}}', '{"name": "nobody"}', '{"type": "function", "parameters": {}}', '{"name": "f", "parameters": 3}',
+         '{"name": "Bob", "parameters": {}}', '{"name": "nobody"}', '{"type": "function", "parameters": {}}',
+         '{"name": "f", "parameters": 3}',
          '{"name": "f", "parameters": [1]}', '{"name": "f", "arguments": "no json"}', '{"name": "f", "arguments": "[1]"}',
          '{"name": 3, "parameters": {}}',
          "<function=", "<function=f", "<function=f>", "<function=f>x</function>", "<function=nobody>{}</function>",
@@ -93,7 +95,8 @@ def test_what_is_no_call_is_content_unchanged(text):
 
 # Any text, and texts made of what calls are made of.
 PIECES = st.sampled_from([
-    '{"name": "f", "parameters": ', '{"x": ', '{"name": ', '"f"', "{", "}", "[", "]", "(", ")", '"', "'", "\\", "\\u12", ",", ":", ";",
+    '{"name": "f", "parameters": ', '{"x": ', '{"name": ', '"f"', "{", "}", "[", "]", "(", ")", '"', "'", "\\", "\\u12", ",",
+    ":", ";",
     " ", "\n", "<function=f>", "</function>", "<", "[f(", "x=", "1", "true", "None", "-", "brave_search.call(query=", "code", "é",
     "\ud800",
     '{"name": "f", "parameters": {"x": 1}}', "f(x=1)", "[f(x=1)]", '"type": "function"', '"arguments": ', '"""', "\x00",
@@ -137,7 +140,8 @@ def test_any_cutting_of_any_text_gives_the_same_message(text, cuts, tools, tag, 
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-10**12, 10**12) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-10**12, 10**12) | st.floats(allow_nan=False, allow_infinity=False) |
+    st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
 CALLS = st.lists(st.tuples(st.sampled_from(["f", "get_weather"]), st.dictionaries(st.text(max_size=5), JSON, max_size=3)),
                  min_size=1, max_size=3)
@@ -159,7 +163,8 @@ def test_what_is_written_as_calls_is_read_as_these_calls(wanted, key, between, a
 
 
 WORD = st.from_regex(r"[a-z_]{1,5}", fullmatch=True).map("p_".__add__)
-PYTHON_CALLS = st.lists(st.tuples(st.sampled_from(["f", "get_weather"]), st.dictionaries(WORD, JSON, max_size=3)), min_size=1, max_size=3)
+PYTHON_CALLS = st.lists(st.tuples(st.sampled_from(["f", "get_weather"]), st.dictionaries(WORD, JSON, max_size=3)),
+                        min_size=1, max_size=3)
 
 
 @settings(max_examples=300, deadline=None)
@@ -235,7 +240,8 @@ def test_not_parallel_means_one_call():
 
 @pytest.mark.parametrize("text", [
     "{" * 300_000, "[" * 300_000, "<function=" * 30_000, '{"name": "f", "parameters": ' + '{"x":' * 60_000, "[f(x=" + "(" * 300_000,
-    '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000, '{"name": "f", "parameters": {}};' * 10_000,
+    '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000,
+    '{"name": "f", "parameters": {}};' * 10_000,
     "brave_search.call(query=" + '"' * 300_000])
 def test_time_is_linear_in_the_text(text):
     started = time.monotonic()
