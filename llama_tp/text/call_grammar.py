@@ -72,7 +72,7 @@ class CallGrammar:
                         return                          # nothing but separators behind the last call
                     yield from self._any_call()
                 except Reject:
-                    as_code = tagged and self.n_calls == n_before and self._callable(CODE) and "".join(r.held).strip()
+                    as_code = tagged and self.n_calls == n_before and self._callable(CODE) and "".join(r.held).strip(SPACE)
                     yield from r.again()
                     yield from self._code() if as_code else self._content()
         except _Enough:
