@@ -220,8 +220,8 @@ def _seeded(params: SamplingParams, seed: int | None, i: int) -> SamplingParams:
 
 def _request(param: str, id: str, i: int, ids: list[int], params: SamplingParams, model: ServedModel) -> Request:
     if len(ids) + 1 > model.max_seq_len:
-        raise RequestError("the prompt is too long", f"found {len(ids)} tokens, and the context of {model.max_seq_len} must also hold "
-                           "one of output", "shorten the prompt", param=param, code="context_length_exceeded")
+        found = f"found {len(ids)} tokens, and the context of {model.max_seq_len} must also hold one of output"
+        raise RequestError("the prompt is too long", found, "shorten the prompt", param=param, code="context_length_exceeded")
     try:
         request = Request(f"{id}-{i}", ids, params)
         request.check(model.n_vocab)

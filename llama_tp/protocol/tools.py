@@ -17,4 +17,4 @@ def check_tools(body: ChatBody) -> None:
     if body.tools is not None:
         raise unsupported("tools", f"found {len(body.tools)}", "describe the tools in the system message")
     if body.tool_choice not in (None, "none"):
-        raise invalid("tool_choice", "tool_choice needs tools", f"found {str(body.tool_choice)[:80]!r} and no tools", "leave it out")
+        raise invalid("tool_choice", "tool_choice needs tools", f"found {str(body.tool_choice)[:80]!r}", "leave it out")
