@@ -86,8 +86,8 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
-    note(f"listening on http://{f'[{host}]' if ':' in host else host}:{port} (model {options.name!r}); /health is 503 until the model "
-         "has loaded")
+    host = f"[{host}]" if ":" in host else host
+    note(f"listening on http://{host}:{port} (model {options.name!r}); /health is 503 until the model has loaded")
     ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
     try:
