@@ -17,7 +17,7 @@ from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
 from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
-from llama_tp.server.answer import answer, json_reply
+from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import Desk
 from llama_tp.server.gate import Gate, bug, reply_of
 from llama_tp.server.page import headers, page
@@ -133,7 +133,7 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
         model, data = served.model(), await body_of(request)
         if len(data) <= SMALL_BYTES:
             return json_reply(work(read_json(data), model))
-        return json_reply(await asyncio.to_thread(lambda: work(read_json(data), model)))
+        return await asyncio.to_thread(lambda: long_reply(work(read_json(data), model)))
 
     @app.post("/tokenize")
     async def to_tokens(request: Request) -> Response:

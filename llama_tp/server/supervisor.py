@@ -12,6 +12,7 @@ import asyncio
 import collections
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from llama_tp.server.link import BrokenFrame, ServerEnd
 from llama_tp.spec.errors import UserError
 
 LINK = "LLAMA_TP_LINK"          # the socket's path, in the environment of the ranks: marks all that we have started
+RANKS_ERROR = re.compile(r"(?:\[rank \d+\] )?error: (.*)")     # as cli and health print it
 LOOK_S = 0.05                   # how often the torchrun process is looked at
 ENDING_S = 5.0                  # from the first sign of an end until what is left is killed
 STOPPING_S = 15.0               # the same where we ask them to end
@@ -123,7 +125,7 @@ class Supervisor:
             elif self._left_at is not None:
                 ranks.ask_to_end(ENDING_S)                  # it says why, and torchrun ends the others
             elif self.desk.n_flights and self._link and now - self.desk.heard_at > self.policy.silence_s:
-                ranks.said.append(f"error: the ranks have work, and have not been heard for {self.policy.silence_s:g} s")
+                ranks.errors.append(f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s")
                 return
             if now > ranks.end_by:
                 return
@@ -165,7 +167,8 @@ class Process:
         defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE,
                                          env={**defaults, **os.environ, **env}, start_new_session=True)
-        self.said: collections.deque[str] = collections.deque(maxlen=40)
+        self.said: collections.deque[str] = collections.deque(maxlen=80)
+        self.errors: list[str] = []                         # what ranks have said of the end
         self.end_by = float("inf")
         self._pump = threading.Thread(target=self._pass_on, daemon=True)
         self._pump.start()
@@ -190,9 +193,8 @@ class Process:
 
     def reason(self) -> str:
         """Why it ended: the error that a rank printed, or what torchrun said, or its code."""
-        lines = [line for line in self.said if line.startswith("error: ")] or [line for line in self.said if "error:" in line]
-        if lines:
-            return lines[0].partition("error:")[2].strip()
+        if self.errors:
+            return self.errors[0]
         failed = [line for line in self.said if "failed (exitcode" in line]
         return "a rank " + failed[0].partition("failed ")[2] if failed else f"torchrun left with code {self._process.returncode}"
 
@@ -203,12 +205,15 @@ class Process:
         for raw in self._process.stderr:
             line = raw.decode(errors="replace").rstrip("\n")
             self.said.append(line)
-            if line.startswith("Traceback (most recent call last)"):
+            told = RANKS_ERROR.match(line)
+            if told and len(self.errors) < 10:
+                self.errors.append(told[1])
+            elif line.startswith("Traceback (most recent call last)"):
                 show(held)
                 held = [line]
             elif held:
                 held.append(line)
-            elif not line.startswith("error: ") and "torch/distributed/elastic" not in line:
+            elif "torch/distributed/elastic" not in line:
                 show([line])
         if not any("torch/distributed/elastic" in line for line in held):
             show(held)
