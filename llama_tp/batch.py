@@ -33,8 +33,9 @@ def main(
     *, ckpt_dir: str, input: str, output: str, tokenizer_path: str | None = None, skip_bad: bool = False,
     retry_failed: bool = False, temperature: float | None = None, top_p: float | None = None, max_gen_len: int | None = None,
     seed: int = 1, model_name: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
-    device: str | None = None, dtype: str | None = None, deterministic: bool = True, rope_factor: float | None = None, prefix_cache: bool = True,
-    max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
+    device: str | None = None, dtype: str | None = None, deterministic: bool = True, rope_factor: float | None = None,
+    prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
+    quiet: bool = False,
 ):
     """Answer a file of requests. The same command goes on where it was stopped, killed or out of disk.
 
