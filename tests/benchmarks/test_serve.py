@@ -134,7 +134,8 @@ def test_no_server():
 
 @pytest.mark.parametrize("settings, says", [
     ({"url": "127.0.0.1:8000"}, "not the address"), ({"n_requests": 0}, "--n_requests must be above 0"),
-    ({"request_rate": -1.0}, "--request_rate must be above 0"), ({"concurrency": 0}, "--concurrency"), ({"spread": 1.0}, "--spread"),
+    ({"request_rate": -1.0}, "--request_rate must be above 0"), ({"concurrency": 0}, "--concurrency"),
+    ({"spread": 1.0}, "--spread"),
 ])
 def test_loads_that_make_no_sense(settings, says):
     with pytest.raises(UserError, match=says):
