@@ -12,9 +12,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.ranks import ROOT, is_alive, marked
+from tests.ranks import ROOT, marked
 
-DEMO = ROOT / "checkpoints" / "demo"
+DEMO, SCRIPTS = ROOT / "checkpoints" / "demo", ROOT / "tests" / "scripts"
 
 
 class Server:
@@ -33,6 +33,10 @@ class Server:
             assert self.process.poll() is None, f"ended before {text!r}:\n{self.stderr}"
             assert time.monotonic() < deadline, f"no {text!r} after {timeout} s:\n{self.stderr}"
             time.sleep(0.05)
+
+    def wait_listening(self) -> None:
+        self.wait_for("listening on ")
+        self.url = self.stderr.partition("listening on ")[2].split()[0]
 
     def wait_ready(self, timeout: float = 90) -> None:
         deadline = time.monotonic() + timeout
@@ -79,29 +83,41 @@ class Server:
 @contextlib.contextmanager
 def serving(*words: str, ready: bool = True, env: dict[str, str] | None = None, ckpt_dir: Path = DEMO):
     """`python -m llama_tp.serve --ckpt_dir ... --port 0` with more words; killed, ranks and all, at the end."""
+    words = ["-m", "llama_tp.serve", "--ckpt_dir", str(ckpt_dir), "--port", "0", "--device", "cpu", *words]
+    with started(words, env or {}, ready) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def pretending(*plans: str, ready: bool = True, **options):
+    """The real server in front of fake ranks with these plans (scripts/fake_rank.py), with FrontOptions; up in a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [sys.executable, str(SCRIPTS / "fake_rank.py"), folder, *plans]
+        words = [str(SCRIPTS / "fake_server.py"), json.dumps(options), *ranks]
+        with started(words, {}, ready) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def started(words: list[str], env: dict[str, str], ready: bool):
     mark = f"{os.getpid()}.{time.monotonic_ns()}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        path = os.pathsep.join([*filter(None, [(env or {}).get("PYTHONPATH")]), str(ROOT),
-                                *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH")]))
         with open(log, "wb") as out:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "llama_tp.serve", "--ckpt_dir", str(ckpt_dir), "--port", "0", "--device", "cpu", *words],
-                stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT,
-                env={**os.environ, "LLAMA_TP_THREADS": "1", **(env or {}), "PYTHONPATH": path, "LLAMA_TP_TEST_JOB": mark})
+            process = subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT, env={
+                **os.environ, "LLAMA_TP_THREADS": "1", **env, "PYTHONPATH": path, "LLAMA_TP_TEST_JOB": mark})
         server = Server(process, log, mark)
         try:
             if ready:
-                server.wait_for("listening on ")
-                server.url = server.stderr.partition("listening on ")[2].split()[0]
+                server.wait_listening()
                 server.wait_ready()
             yield server
         finally:
             process.kill()
             process.wait()
-            for pid in marked(f"LLAMA_TP_TEST_JOB={mark}"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 10
-            while any(map(is_alive, marked(f"LLAMA_TP_TEST_JOB={mark}"))) and time.monotonic() < deadline:
+            while left := marked(f"LLAMA_TP_TEST_JOB={mark}"):
+                for pid in left:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 time.sleep(0.02)

@@ -7,6 +7,7 @@ tokenizes a large body does so in a thread, so that /health keeps answering.
 import asyncio
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 
@@ -45,6 +46,12 @@ class Served:
     seed: int = 1
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
+    # few: they and the event loop take turns at the interpreter's lock
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
+
+    async def call(self, n_bytes: int, work):
+        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it."""
+        return work() if n_bytes <= SMALL_BYTES else await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
@@ -95,8 +102,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
             if body.model not in (None, served.name):
                 raise no_model(body.model, served.name)
             return prepare(body, model, order_id, seed)
-        made = order() if len(data) <= SMALL_BYTES else await asyncio.to_thread(order)
-        return await answer(made, model, served.desk, request, served.fingerprint())
+        return await answer(await served.call(len(data), order), model, served.desk, request, served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
@@ -131,9 +137,7 @@ def _add_models(app: FastAPI, served: Served) -> None:
 def _add_tokens(app: FastAPI, served: Served) -> None:
     async def converted(work, request: Request) -> Response:
         model, data = served.model(), await body_of(request)
-        if len(data) <= SMALL_BYTES:
-            return json_reply(work(read_json(data), model))
-        return await asyncio.to_thread(lambda: long_reply(work(read_json(data), model)))
+        return await served.call(len(data), lambda: long_reply(work(read_json(data), model)))
 
     @app.post("/tokenize")
     async def to_tokens(request: Request) -> Response:

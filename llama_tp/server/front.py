@@ -21,6 +21,7 @@ from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
+SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
 
 
@@ -54,6 +55,7 @@ def run(options: FrontOptions) -> None:
     sock = listen(options.host, options.port)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
+    sys.setswitchinterval(SWITCH_S)
     with sock:
         asyncio.run(_run(options, sock))
 

@@ -117,5 +117,6 @@ def _digest(key: bytes) -> bytes:
 
 async def _tell(error: UserError, send) -> None:
     status, headers, body = reply_of(error)
+    headers["content-length"] = str(len(body))
     await send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})
     await send({"type": "http.response.body", "body": body})

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from llama_tp.server.link import RankEnd
 
-INFO = {"n_vocab": 300, "max_model_len": 512, "max_rows": 8, "n_blocks": 100, "block_size": 16, "tp": 2, "device": "cpu",
+INFO = {"n_vocab": 2048, "max_model_len": 512, "max_rows": 8, "n_blocks": 100, "block_size": 16, "tp": 2, "device": "cpu",
         "dtype": "float32", "deterministic": True}
 
 
