@@ -91,25 +91,30 @@ def open_job(input: str, output: str, model: ServedModel, defaults: Defaults, ma
     """
     made_of = {"input": _file_digest(input), **made_of}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).digest()
-    journal = Journal(Path(output))
+    journal, sidecar = Journal(Path(output)), Path(f"{output}.job")
     try:
-        description = _description(journal, Path(f"{output}.job"), made_of)
+        description = _description(journal, sidecar, made_of)
         if description is None or (description["n_bad"] and not skip_bad):
             description = _checked(input, model, defaults, made_of, key, skip_bad, tell)
-            write_job(Path(f"{output}.job"), description)
-    except UserError:
+            write_job(sidecar, description)
+        job = Job(input, model, defaults, key, sidecar, description, journal, description["n_lines"],
+                  frozenset(description["duplicates"]))
+        _recover(job, Path(f"{output}.retry"), retry_failed)
+    except BaseException:
         journal.discard()
+        journal.close()
         raise
-    job = Job(input, model, defaults, key, Path(f"{output}.job"), description, journal, description["n_lines"],
-              frozenset(description["duplicates"]))
-    job.n_failed = journal.recover(job.beginnings())
-    retry = Path(f"{output}.retry")
-    if retry_failed and job.n_failed:
-        job.old, job.target = journal, Journal(retry)
-        job.n_failed = job.target.recover(job.beginnings())
-    elif retry.exists() and (journal.is_empty or not job.n_failed):
-        retry.unlink()
     return job
+
+
+def _recover(job: Job, retry: Path, retry_failed: bool) -> None:
+    """Counts what is done, in the output and, where failed lines are tried again, in the file that will replace it."""
+    job.n_failed = job.target.recover(job.beginnings())
+    if retry_failed and job.n_failed:
+        job.old, job.target = job.target, Journal(retry)
+        job.n_failed = job.target.recover(job.beginnings())
+    elif retry.exists() and (job.target.is_empty or not job.n_failed):
+        retry.unlink()
 
 
 def _description(journal: Journal, sidecar: Path, made_of: dict) -> dict | None:

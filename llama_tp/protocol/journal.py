@@ -61,6 +61,7 @@ class Journal:
 
         Raises UserError for a file that holds anything else."""
         n_failed = good = self.n_lines = 0
+        last = b""
         begins = iter(beginnings)
         with open(os.dup(self._fd), "rb") as f:
             f.seek(0)
@@ -76,6 +77,10 @@ class Journal:
                 n_failed += has_failed(line, expected)
                 good += len(line)
                 self.n_lines += 1
+                last = line
+        if last and not _is_json(last):                     # torn, and something else has been written behind it
+            raise UserError(f"--output {self.path} is not what this job has written", f"line {self.n_lines} is no JSON",
+                            "cut it off, name another --output, or move the file away")
         if good < self._size:
             os.ftruncate(self._fd, good)
             os.fsync(self._fd)
@@ -162,6 +167,13 @@ def differences(old: dict, new: dict) -> list[str]:
         elif a != b:
             found.append(f"the {name} is another")
     return found
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _sync_folder(path: Path) -> None:
