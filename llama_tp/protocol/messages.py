@@ -5,11 +5,12 @@ from llama_tp.text.chat_format import Dialog
 
 # OpenAI's roles, and ipython, which is Llama's own word for tool.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "ipython": "ipython"}
-_IGNORED = {"tool_call_id", "refusal", "annotations", "reasoning_content"}      # of answers sent back, and of tool results
+_KEPT = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}, "ipython": {"tool_call_id", "name"}}
+_IGNORED = {"refusal", "annotations", "reasoning_content"}      # of answers sent back
 
 
 def dialog_of(messages: list[dict]) -> Dialog:
-    """The messages with a text each: "developer" is spelt "system", text parts are joined by line ends.
+    """The messages with a text each, or with calls: "developer" is spelt "system", text parts are joined by line ends.
 
     Raises RequestError naming the message and its field."""
     if not messages:
@@ -23,12 +24,12 @@ def _message(message: dict, where: str) -> dict:
     if not isinstance(role, str) or role not in _ROLES:
         raise _wrong(f"{where}.role", f"found {str(role)[:80]!r}", f"use one of {', '.join(_ROLES)}")
     content = message.pop("content", None)
-    if role == "tool":
-        message.pop("name", None)                                               # the tool's, which its call has named
+    kept = {key: value for key, value in message.items() if key in _KEPT.get(role, ()) and value != []}
     for key in message:
-        if key not in _IGNORED and not (key == "tool_calls" and message[key] == []):
+        if key not in _IGNORED and key not in _KEPT.get(role, ()):
             raise unsupported(f"{where}.{key[:64]}", "", "leave it out: the chat format has no place for it")
-    return {"role": _ROLES[role], "content": _content(content, f"{where}.content")}
+    text = None if content is None and "tool_calls" in kept else _content(content, f"{where}.content")
+    return {"role": _ROLES[role], "content": text} | kept
 
 
 def _content(content: object, where: str) -> str:

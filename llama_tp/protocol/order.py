@@ -11,7 +11,7 @@ from llama_tp.engine.request import MAX_SAMPLES, Request, SamplingParams
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
 from llama_tp.protocol.messages import dialog_of
-from llama_tp.protocol.tools import check_response_format, check_tools
+from llama_tp.protocol.tools import Tools, check_response_format, read_tools
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.token_table import Tokenizer
@@ -39,6 +39,7 @@ class ServedModel:
         name: as the replies say it.
         max_seq_len: longest sequence, prompt and output; the scheduler's `max_len` where that is less.
         n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's `n_vocab`.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ServedModel:
     max_seq_len: int
     n_vocab: int
     limits: Limits = Limits()
+    chat: object | None = None
     special_names: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -65,6 +67,7 @@ class Order:
             token is written and scored: the engine shows no stop ids, and those who score count on an entry for each token.
         include_usage, continuous_usage: the counts in a last chunk, or in all.
         with_ids: token ids beside the texts.
+        tools: what the model was told that it may call; its text is searched for calls.
     """
 
     kind: Literal["chat", "completion"]
@@ -78,6 +81,7 @@ class Order:
     include_usage: bool = False
     continuous_usage: bool = False
     with_ids: bool = False
+    tools: Tools | None = None
 
     @property
     def n(self) -> int:
@@ -103,7 +107,7 @@ def prepare(body: ChatBody | CompletionBody, model: ServedModel, id: str, seed: 
 
 
 def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) -> Order:
-    check_tools(body)
+    tools = read_tools(body)
     for name in ("add_special_tokens", "echo"):
         if getattr(body, name):
             raise unsupported(name, "found true", "leave it out")
@@ -112,20 +116,25 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
     wanted = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = _params(body, model, max_tokens=max_tokens, logprobs=wanted)
-    request = _request("messages", common["id"], 0, _chat_ids(body, model), _seeded(params, seed, 0), model)
-    return Order("chat", requests=(request,), logprobs=wanted, **common)
+    request = _request("messages", common["id"], 0, _chat_ids(body, model, tools), _seeded(params, seed, 0), model)
+    return Order("chat", requests=(request,), logprobs=wanted, tools=tools, **common)
 
 
-def _chat_ids(body: ChatBody, model: ServedModel) -> list[int]:
+def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[int]:
     if body.continue_final_message and (body.add_generation_prompt and "add_generation_prompt" in body.model_fields_set):
         raise invalid("continue_final_message", "continue_final_message excludes add_generation_prompt", "both are true",
                       "set one of them")
+    if body.continue_final_message and model.chat is not None:
+        raise unsupported("continue_final_message", "found true, and a chat template of the model's own", "leave it out")
     dialog = dialog_of(body.messages)
     try:
-        ids = ChatFormat(model.tokenizer).encode_dialog(
-            dialog, add_generation_prompt=body.add_generation_prompt and not body.continue_final_message)
+        ids = (model.chat or ChatFormat(model.tokenizer)).encode_dialog(
+            dialog, add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            tools=None if tools is None else list(tools.offered))
     except UserError as error:
         raise invalid("messages", error.what, error.found, error.fix) from None
+    except RecursionError:                                                  # of a schema, or of a call's arguments
+        raise invalid("messages", "messages or tools are nested too deeply", "", "send a flatter schema") from None
     return ids[:-1] if body.continue_final_message else ids                 # without the id that ends the last message
 
 

@@ -5,20 +5,22 @@ A delta is the engine's `Delta` or anything with its attributes: request_id, ind
 prompt_logprobs. Knows no clock and no dice: `created` and ids come from the caller.
 """
 
+import hashlib
 from collections.abc import Iterable
 
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import Arrays, chat_logprobs
 from llama_tp.protocol.order import Order, ServedModel
+from llama_tp.text.tool_calls import CallDelta, ToolCallParser
 
 _OBJECTS = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
 
 class _Choice:
-    """The book about one choice of the reply."""
+    """The book about one choice of the reply. `parser` looks for calls in its text, where there are tools."""
 
-    def __init__(self, arrays: Arrays):
-        self.arrays = arrays
+    def __init__(self, arrays: Arrays, parser: ToolCallParser | None):
+        self.arrays, self.parser = arrays, parser
         self.n_tokens = 0
         self.begun = self.ended = False
         self.waiting: list = []         # deltas that came before the prompt's logprobs, which go in front of them
@@ -39,8 +41,9 @@ class Chunks:
         self._numbers = {request.id: i for i, request in enumerate(order.requests)}
         self._scored = order.echo is not None and order.logprobs is not None
         self._prompt_scores: dict[int, tuple] = {}                      # by request
-        self._choices = [_Choice(Arrays(model, 0 if order.echo is None or self._scored else len(order.echo[i // order.n])))
-                         for i in range(order.n_choices)]
+        self._python_tag = model.tokenizer.specials.get("<|python_tag|>")
+        self._choices = [_Choice(Arrays(model, 0 if order.echo is None or self._scored else len(order.echo[i // order.n])),
+                                 self._parser(i)) for i in range(order.n_choices)]
 
     @property
     def done(self) -> bool:
@@ -86,53 +89,79 @@ class Chunks:
 
     def _grown(self, place: int, delta) -> list[dict]:
         choice, order = self._choices[place], self.order
-        ids, text, scores = tuple(delta.ids), delta.text, tuple(delta.logprobs)
-        reason = delta.finish_reason
+        ids, text, scores, reason = tuple(delta.ids), delta.text, tuple(delta.logprobs), delta.finish_reason
         if reason and ids and ids[-1] in order.end_ids:
             reason = "stop"
         if order.hides_output:
             ids, text, scores, reason = (), "", (), reason and "length"
-        opening = self._opening(place) if not choice.begun else {}
-        choice.begun, choice.ended = True, reason is not None
+        if order.logprobs is None:
+            scores = ()
+        begins, choice.begun, choice.ended = not choice.begun, True, reason is not None
         choice.n_tokens += len(ids)
-        if not (text or reason or opening or (scores and order.logprobs is not None) or (ids and order.with_ids)):
-            return []
         if order.kind == "chat":
-            fields = {"index": place, "delta": {"content": text} if text else {}, "finish_reason": reason,
-                      "logprobs": chat_logprobs(self.model, scores) if order.logprobs is not None and scores else None}
+            said, reason = self._said(choice, ids, text, reason)
+            is_news = bool(said)
+            fields = {"index": place, "delta": said, "logprobs": chat_logprobs(self.model, scores) if scores else None}
         else:
-            fields = {"index": place, "text": opening.get("text", "") + text, "finish_reason": reason,
-                      "logprobs": self._arrays(place, opening, scores)}
-        if order.with_ids:
-            fields["token_ids"] = list(ids)
-            if opening and order.kind == "completion":
-                fields["prompt_token_ids"] = self._prompt_ids(place)
-        return [self._chunk(fields, {"prompt_token_ids": self._prompt_ids(place)} if opening and order.kind == "chat"
-                            and order.with_ids else {})]
+            echo = order.echo[place // order.n] if begins and order.echo is not None else ""
+            is_news = bool(text or echo)
+            fields = {"index": place, "text": echo + text, "logprobs": self._arrays(place, begins, scores)}
+        if not (is_news or reason or scores or (order.with_ids and (ids or begins))):
+            return []
+        return [self._chunk(fields | {"finish_reason": reason} | self._ids_beside(place, begins, ids))]
 
-    def _opening(self, place: int) -> dict:
-        """What stands in front of a choice's first text."""
-        order = self.order
-        opening: dict = {"ids": True} if order.with_ids else {}
-        if order.echo is not None:
-            opening["text"] = order.echo[place // order.n]
-            if self._scored:
-                opening["scores"] = self._prompt_scores[place // order.n]
-        return opening
+    def _said(self, choice: _Choice, ids: tuple, text: str, reason: str | None) -> tuple[dict, str | None]:
+        """The delta of a chat's message, and why it ends."""
+        if choice.parser is None:
+            return {"content": text} if text else {}, reason
+        pieces = choice.parser.push(text, python_tag=self._python_tag in ids)
+        if reason:
+            pieces += choice.parser.finish()
+            reason = "tool_calls" if reason == "stop" and choice.parser.n_calls else reason
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = _calls([piece for piece in pieces if isinstance(piece, CallDelta)])
+        return ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {}), reason
 
-    def _arrays(self, place: int, opening: dict, scores: tuple) -> dict | None:
+    def _parser(self, place: int) -> ToolCallParser | None:
+        """Ids of calls follow from the reply's, so that the same request has the same answer."""
+        tools = self.order.tools
+        if tools is None:
+            return None
+        return ToolCallParser(tools.offered, tools.parallel, lambda index: "call_" + hashlib.blake2b(
+            f"{self.order.id}/{place}/{index}".encode(), digest_size=12).hexdigest())
+
+    def _arrays(self, place: int, begins: bool, scores: tuple) -> dict | None:
         if self.order.logprobs is None:
             return None
-        return self._choices[place].arrays.take((*opening.get("scores", ()), *scores), first_id=self._prompt_ids(place)[0])
+        front = self._prompt_scores[place // self.order.n] if begins and self._scored else ()
+        return self._choices[place].arrays.take((*front, *scores), first_id=self._prompt_ids(place)[0])
+
+    def _ids_beside(self, place: int, begins: bool, ids: tuple) -> dict:
+        if not self.order.with_ids:
+            return {}
+        return {"token_ids": list(ids)} | ({"prompt_token_ids": self._prompt_ids(place)} if begins else {})
 
     def _prompt_ids(self, place: int) -> list[int]:
         return self.order.requests[place // self.order.n].prompt_ids
 
-    def _chunk(self, choice: dict, extra: dict | None = None) -> dict:
-        chunk = self._head | {"choices": [choice]} | (extra or {})
+    def _chunk(self, choice: dict) -> dict:
+        chunk = self._head | {"choices": [choice]}
         if self.order.continuous_usage:
             return chunk | {"usage": self.usage()}
         return chunk | ({"usage": None} if self.order.include_usage else {})
+
+
+def _calls(pieces: list[CallDelta]) -> list[dict]:
+    """Pieces of calls as a chunk has them: one entry a call, with id and name where it begins."""
+    entries: dict[int, dict] = {}
+    for piece in pieces:
+        entry = entries.setdefault(piece.index, {"index": piece.index, "function": {"arguments": ""}})
+        if piece.id is not None:
+            entry |= {"id": piece.id, "type": "function"}
+        if piece.name is not None:
+            entry["function"] = {"name": piece.name} | entry["function"]
+        entry["function"]["arguments"] += piece.arguments
+    return list(entries.values())
 
 
 class Fold:
@@ -143,15 +172,16 @@ class Fold:
         self._head: dict = {}
         self._choices: list[dict] = [_empty(order, i) for i in range(order.n_choices)]
         self._texts: list[list[str]] = [[] for _ in self._choices]      # joined at the end: a long text would be copied each time
-        self._prompt_ids: list[int] | None = None
 
     def add(self, chunk: dict) -> None:
         """Takes the next chunk of `Chunks`."""
         self._head = self._head or {key: chunk[key] for key in ("id", "object", "created", "model", "system_fingerprint")}
-        self._prompt_ids = chunk.get("prompt_token_ids", self._prompt_ids)
         for piece in chunk["choices"]:
             choice = self._choices[piece["index"]]
-            self._texts[piece["index"]].append(piece["delta"].get("content", "") if self.order.kind == "chat" else piece["text"])
+            said = piece["delta"] if self.order.kind == "chat" else {"content": piece["text"]}
+            self._texts[piece["index"]].append(said.get("content", ""))
+            for call in said.get("tool_calls", ()):
+                self._add_call(choice["message"].setdefault("tool_calls", []), call)
             for name, values in (piece["logprobs"] or {}).items():
                 if values is not None:
                     choice["logprobs"][name] += values
@@ -161,16 +191,22 @@ class Fold:
             if "prompt_token_ids" in piece:
                 choice["prompt_token_ids"] = piece["prompt_token_ids"]
 
+    @staticmethod
+    def _add_call(calls: list[dict], piece: dict) -> None:
+        if piece["index"] == len(calls):                    # calls come one after the other
+            calls.append({"id": piece["id"], "type": "function", "function": dict(piece["function"])})
+        else:
+            calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+
     def reply(self, usage: dict) -> dict:
         """The whole reply, once every choice has ended."""
         for choice, texts in zip(self._choices, self._texts):
             if self.order.kind == "chat":
-                choice["message"]["content"] = "".join(texts)
+                choice["message"]["content"] = "".join(texts) or (None if "tool_calls" in choice["message"] else "")
             else:
                 choice["text"] = "".join(texts)
-        out = self._head | {"object": "chat.completion" if self.order.kind == "chat" else "text_completion",
+        return self._head | {"object": "chat.completion" if self.order.kind == "chat" else "text_completion",
                             "choices": self._choices, "usage": usage}
-        return out if self._prompt_ids is None else out | {"prompt_token_ids": self._prompt_ids}
 
 
 def _empty(order: Order, index: int) -> dict:

@@ -142,7 +142,7 @@ def test_messages_become_a_dialog():
         "role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None}, {
         "role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"}]) == [
         {"role": "system", "content": "s"}, {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"},
-        {"role": "tool", "content": "d"}]
+        {"role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"}]
 
 
 @pytest.mark.parametrize("message, param", [
