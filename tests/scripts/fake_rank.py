@@ -2,7 +2,7 @@
 
     python fake_rank.py FOLDER [plan of the 1st life] [of the 2nd] ...
 
-A plan is a word: "live"; "die:N" (killed at its Nth step), "stop:N" (SIGSTOP), "never" (leaves with an error before it is
+A plan is a word: "live"; "slow" (20 ms a step); "die:N" (killed at its Nth step), "stop:N" (SIGSTOP), "never" (leaves with an error before it is
 ready), "deaf" (never connects), "bug" (ends with a traceback). The last plan holds for all later lives. FOLDER gets a file
 for each life with its pid, and "child" with that of a process which it leaves behind. Tokens are `token(seed, index,
 position)`, one a step; a prompt that begins with 0 ends at 4 tokens with "stop", one with 1 takes 20 ms a step.
@@ -64,7 +64,7 @@ def serve(link: RankEnd, plan: str) -> None:
         if str(n_steps) == at:
             os.kill(os.getpid(), signal.SIGKILL if how == "die" else signal.SIGSTOP)
         running = rows[:INFO["max_rows"]]
-        if any(row.prompt[0] == 1 for row in running):
+        if plan == "slow" or any(row.prompt[0] == 1 for row in running):
             time.sleep(0.02)
         deltas = [row.step() for row in running]
         rows = [row for row in rows if row.runs]
