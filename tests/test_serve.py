@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.ranks import ROOT, is_alive
+from tests.ranks import ROOT, free_port, is_alive
 from tests.servers import DEMO, serving
 
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
@@ -161,6 +161,52 @@ def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
             for _ in stream:
                 pass
         assert server.process.wait(30) == 0, server.stderr
+
+
+@pytest.mark.parametrize("loading", [True, False])
+def test_a_killed_server_leaves_no_rank_behind(loading):
+    with serving("--nproc_per_node", "2", ready=not loading) as server:
+        deadline = time.monotonic() + 30
+        while len(ranks := server.ranks()) < 2:
+            assert time.monotonic() < deadline, server.stderr
+        time.sleep(1.5 if loading else 0)                       # they import torch, and then find nobody to connect to
+        server.process.kill()
+        while any(map(is_alive, ranks)) or server.ranks():
+            assert time.monotonic() < deadline, server.stderr
+            time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_nodes_and_a_death_on_the_other():
+    """Two torchrun agents on one host; the other node runs the line that the server prints, again when it ends."""
+    port, over = free_port(), threading.Event()
+    with serving("--nproc_per_node", "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port),
+                 ready=False) as server:
+        server.wait_for("on node 1 run, again whenever it ends: ")
+        line = server.stderr.partition("whenever it ends: ")[2].splitlines()[0].split()
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "LLAMA_TP_THREADS": "1", "LLAMA_TP_TEST_JOB": server.mark}
+
+        def node():
+            while not over.is_set():
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", *line[1:]], cwd=ROOT, env=env, timeout=240,
+                               capture_output=True)
+        other = threading.Thread(target=node)
+        other.start()
+        try:
+            server.wait_listening()
+            server.wait_ready(120)
+            wanted = [{**wish, "max_tokens": 60} for wish in wishes(8)]
+            calm = asyncio.run(texts_of(server.url, wanted))
+            ranks = server.ranks()
+            assert asyncio.run(texts_of(server.url, wanted, lambda: os.kill(ranks[1], signal.SIGKILL))) == calm
+            assert "starting them again" in server.stderr
+            over.set()
+            server.process.terminate()
+            assert server.process.wait(40) == 0, server.stderr
+        finally:
+            over.set()
+            server.process.kill()
+            other.join(60)
 
 
 # Clients, on a server that lives.
