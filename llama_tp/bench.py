@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Literal
 
 from llama_tp.cli import run
@@ -11,24 +12,30 @@ from llama_tp.spec.published import PUBLISHED
 
 
 def main(
-    what: Literal["latency", "throughput", "startup"], *, ckpt_dir: str | None = None, model: str | None = None,
+    what: Literal["latency", "throughput", "startup", "serve"], *, ckpt_dir: str | None = None, model: str | None = None,
     n_layers: int | None = None, tp: int | None = None, simulate_rank: int | None = None, allreduce_us: float | None = None,
     batch_size: tuple[int, ...] = (), input_len: int = 128, output_len: int = 128, n_runs: int = 3, n_requests: int = 32,
     spread: float = 0.5, max_batch_size: int = 32, device: str | None = None, dtype: str | None = None,
     deterministic: bool | None = None, save: str | None = None, plot: str | None = None, beside: tuple[str, ...] = (),
+    url: str | None = None, chat: bool = False, request_rate: float | None = None, concurrency: int | None = None,
+    prompts_file: str | None = None, temperature: float = 0.0, ignore_eos: bool = True, seed: int = 1, api_key: str | None = None,
+    goodput: tuple[str, ...] = (), request_timeout: float = 600.0,
 ):
-    """Measure latency, throughput or startup, also under torchrun, beside what the machine could do at best.
+    """Measure latency, throughput or startup, also under torchrun, beside what the machine could do at best; or load a server.
 
     Examples:
         python -m llama_tp.bench latency --ckpt_dir checkpoints/demo --batch_size 1 --batch_size 8
         torchrun --nproc_per_node 2 -m llama_tp.bench throughput --model 1B
+        python -m llama_tp.bench serve --url http://127.0.0.1:8000 --n_requests 100 --request_rate 5 --goodput ttft:500
 
     What:
-        what: latency of one batch at a time, throughput of many requests of different lengths, or startup
+        what: latency of one batch at a time, throughput of many requests of different lengths, startup, or serve: a load on
+            any OpenAI-compatible server
 
     Model:
         ckpt_dir: a checkpoint in either layout
-        model: or random weights in a published size: 1B, 3B, 8B, 70B or 405B
+        model: or random weights in a published size: 1B, 3B, 8B, 70B or 405B; for serve, the model to ask the server for, its
+            first unless given
         n_layers: keep so many of that model's layers
         dtype: bfloat16, float16 or float32; as stored, or bfloat16, unless given
         device: cpu or cuda; what is there unless given
@@ -39,9 +46,22 @@ def main(
         input_len: tokens of a prompt
         output_len: new tokens
         n_runs: runs of each batch size that count, after one that does not
-        n_requests: requests at once, for throughput
+        n_requests: requests at once, for throughput; in all, for serve
         spread: lengths of these lie within +- this part of input_len and output_len
         max_batch_size: most sequences computed at once
+
+    A server, with serve:
+        url: its address, with or without /v1
+        chat: send chat messages instead of plain prompts
+        request_rate: requests a second, at random moments (Poisson); all at once unless given
+        concurrency: most requests under way at once
+        prompts_file: one prompt a line, or {"prompt": "..."}; random words of input_len tokens unless given
+        temperature: 0 is greedy
+        ignore_eos: write output_len tokens whatever the model says, where the server knows the field ignore_eos
+        seed: of prompts, lengths and moments
+        api_key: OPENAI_API_KEY from the environment unless given
+        goodput: NAME:MS counts requests that keep this limit, too; NAME is ttft, tpot, itl or e2el
+        request_timeout: seconds without a byte after which a request has failed
 
     One rank of many, with --model, alone on this device:
         tp: how many ranks there would be
@@ -50,9 +70,28 @@ def main(
 
     Output:
         save: also write the JSON to this file
-        plot: draw latency into this PNG or SVG
+        plot: draw latency, or a server's requests, into this PNG or SVG
         beside: files of --save from other runs, drawn into the same picture
     """
+    if what == "serve":
+        if not url or ckpt_dir:
+            raise UserError("serve measures a server that runs", f"found {'--ckpt_dir' if ckpt_dir else 'no --url'}",
+                            "start one with python -m llama_tp.serve and give --url http://127.0.0.1:8000")
+        from llama_tp.benchmarks import serve, served
+        from llama_tp.benchmarks.table import markdown
+        load = serve.Load(url, model, chat, n_requests, input_len, output_len, spread, request_rate, concurrency, prompts_file,
+                          temperature, ignore_eos, seed, api_key or os.environ.get("OPENAI_API_KEY"), serve.limits_of(goodput),
+                          request_timeout)
+        result = serve.measure(load, show=lambda text: print(text, file=sys.stderr, flush=True))
+        for table in served.tables(result):
+            print("\n" + markdown(table))
+        print("\n" + json.dumps(served.summary(result)))
+        _keep(result, save)
+        if plot:
+            served.draw(result, plot)
+        return
+    if url:
+        raise UserError("--url is for serve", f"this is {what}", f"python -m llama_tp.bench serve --url {url}")
     if (ckpt_dir is None) == (model is None):
         found = "both --ckpt_dir and --model" if model else "neither --ckpt_dir nor --model"
         raise UserError("there must be one model to measure", found, "give --ckpt_dir D, or --model 1B for random weights")
@@ -82,13 +121,17 @@ def main(
         for table in tables:
             print("\n" + markdown(table))
         print("\n" + json.dumps(result))
-        if save:
-            with open(save, "w") as f:
-                json.dump(result, f)
+        _keep(result, save)
         if plot:
             others = [json.load(open(path)) for path in beside]
             plots.draw([*others, result], plot)
     engine.close()
+
+
+def _keep(result: dict, save: str | None) -> None:
+    if save:
+        with open(save, "w") as f:
+            json.dump(result, f)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ class Engine:
     def check(self, request: Request) -> None:
         """Raises UserError if the request can never run: ids outside the vocabulary, a prompt too long."""
         request.check(self.runner.n_vocab)
-        self.scheduler.check_fits(len(request.prompt_ids))
+        self.scheduler.check_fits(len(request.prompt_ids) + request.n_written)
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises UserError, and queues nothing, if it can never run."""
@@ -120,9 +120,20 @@ class Engine:
             self._first_submit = time.perf_counter()
         self.stats.n_requests += 1
         for index in range(request.params.n):
-            sequence = Sequence(request, index, seed)
-            self.scheduler.add(sequence)
-            self._tracks[sequence] = _Track(TextStream(self.tokenizer, () if request.params.min_tokens else request.params.stop))
+            if not request.outputs or request.outputs[index] is not None:
+                sequence = Sequence(request, index, seed)
+                self.scheduler.add(sequence)
+                self._tracks[sequence] = _Track(self._stream(sequence))
+
+    def _stream(self, sequence: Sequence) -> TextStream:
+        """The text of a sequence, up to what it had written before it came here; the same as if it had been written here."""
+        params = sequence.params
+        stream = TextStream(self.tokenizer, () if params.min_tokens else params.stop)
+        for n_output, token in enumerate(sequence.output_ids, start=1):
+            stream.push([token])
+            if n_output == params.min_tokens:
+                stream.heed(params.stop)
+        return stream
 
     def abort(self, request_id: str) -> list[Delta]:
         """Ends a request; its blocks are free at once. Nothing happens if it is unknown."""

@@ -169,11 +169,16 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One prompt and how to continue it. `prompt_ids` must hold at least one id (BOS, for an empty text)."""
+    """One prompt and how to continue it. `prompt_ids` must hold at least one id (BOS, for an empty text).
+
+    `outputs` is for a request that was interrupted: for each of its n samples the ids it had written, from which it goes
+    on as if nothing had happened, or None if it had finished. It needs the seed of its first run.
+    """
 
     id: str
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
+    outputs: tuple[tuple[int, ...] | None, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.id, str) or not self.id:
@@ -183,10 +188,22 @@ class Request:
         object.__setattr__(self, "prompt_ids", list(_ids("the prompt", self.prompt_ids)))
         if not self.prompt_ids:
             raise UserError("the prompt is empty", "found no token ids", "begin it with BOS at least")
+        outputs = tuple(None if ids is None else _ids("an output", ids) for ids in self.outputs)
+        if outputs and len(outputs) != self.params.n:
+            raise UserError("there must be an output for each sample", f"found {len(outputs)}, and n is {self.params.n}",
+                            "give as many, None for those that have finished")
+        object.__setattr__(self, "outputs", outputs)
+
+    @property
+    def n_written(self) -> int:
+        """Length of the longest output it goes on from."""
+        return max((len(ids) for ids in self.outputs if ids), default=0)
 
     def check(self, n_vocab: int) -> None:
         """Raises UserError for ids of the prompt or the params that a vocabulary of `n_vocab` does not have."""
         _check_vocabulary("the prompt", self.prompt_ids, n_vocab)
+        for ids in self.outputs:
+            _check_vocabulary("an output", ids or (), n_vocab)
         self.params.check(n_vocab)
 
 
@@ -208,8 +225,8 @@ class Sequence:
         self.index = index                              # which of the request's n samples
         self.seed = seed                                # resolved: the request's own or the engine's
         self.way = way(request.params)                  # GATHERED for good once filters could not decide on the shards
-        self.ids = list(request.prompt_ids)
-        self.n_prompt = len(self.ids)
+        self.ids = [*request.prompt_ids, *(request.outputs[index] if request.outputs else ())]
+        self.n_prompt = len(request.prompt_ids)
         self.arrival = -1                               # order of arrival, given by Scheduler.add
         self.limit = 0                                  # most ids it may hold, prompt included; by Scheduler.add
         self.finish_reason: str | None = None           # None | "stop" | "length" | "abort"

@@ -78,7 +78,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; those of one request are added one after the other. Raises UserError as `check_fits`."""
-        self.check_fits(sequence.n_prompt)
+        self.check_fits(len(sequence.ids))
         max_tokens = sequence.params.max_tokens
         sequence.limit = self.max_len if max_tokens is None else min(self.max_len, sequence.n_prompt + max_tokens)
         sequence.arrival = self.n_added

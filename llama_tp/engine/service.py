@@ -1,0 +1,77 @@
+"""The driver's loop behind a server: messages in, deltas out, over a link that somebody else has made.
+
+The link has two methods: `take(wait)` gives the messages that have come in (a list; None once the other side has gone)
+and `send(message)`. The messages are those of `server/link.py`; they are JSON, so this is also where numbers that JSON
+does not have are mended.
+"""
+
+from llama_tp.engine.engine import Delta, Engine
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.sampler import TokenLogprobs
+from llama_tp.spec.errors import UserError
+
+LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world
+SCORES_A_MESSAGE = 512          # prompt logprobs: a long prompt's would hold up the server's event loop in one piece
+
+
+def serve(engine: Engine, link) -> None:
+    """Driver: does what the messages say until the link closes. Waits for them while there is nothing to compute, for hours
+    if need be, and looks in between steps otherwise: an abort frees its blocks before the next step."""
+    link.send({"is": "ready", **info(engine)})
+    while (messages := link.take(wait=not engine.has_work)) is not None:
+        deltas, refused = [], {}
+        for message in messages:
+            if message["do"] == "abort":
+                deltas += engine.abort(message["id"])
+                continue
+            try:
+                engine.submit(request_of(message))
+            except UserError as error:
+                refused[message["id"]] = [error.what, error.found, error.fix]
+        deltas += engine.step()
+        for delta in deltas:
+            for scores in _pieces(delta):
+                link.send({"is": "scores", "id": delta.request_id, "scores": scores})
+        link.send({"is": "step", "deltas": [_delta(each) for each in deltas], "refused": refused, "stats": stats(engine)})
+
+
+def info(engine: Engine) -> dict:
+    """What the server needs to know about the engine: sizes, and what makes its texts repeatable."""
+    scheduler, runner = engine.scheduler, engine.runner
+    return {"n_vocab": runner.n_vocab, "max_model_len": scheduler.max_len, "max_rows": len(scheduler.rows),
+            "n_blocks": scheduler.blocks.n_blocks, "block_size": scheduler.blocks.block_size, "tp": engine.ranks.tp,
+            "device": engine.ranks.device.type, "dtype": str(runner.model.dtype).removeprefix("torch."),
+            "deterministic": runner.model.deterministic}
+
+
+def stats(engine: Engine) -> dict:
+    """Gauges and sums since the ranks were started."""
+    scheduler, sums = engine.scheduler, engine.stats
+    return {"n_running": scheduler.n_running, "n_waiting": scheduler.n_waiting, "kv_use": scheduler.kv_use,
+            "n_preemptions": scheduler.n_preemptions, "prefix_hit_tokens": scheduler.prefix_hit_tokens,
+            "n_steps": scheduler.n_steps, "prefill_tokens": sums.prefill_tokens, "prefill_s": sums.prefill_s,
+            "decode_tokens": sums.decode_tokens, "decode_s": sums.decode_s}
+
+
+def request_of(message: dict) -> Request:
+    """The request that a submit message holds. Raises UserError like Request."""
+    params = dict(message["params"])
+    if params.get("logit_bias"):
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}    # JSON's keys are text
+    return Request(message["id"], message["prompt"], SamplingParams(**params), message["outputs"])
+
+
+def _delta(delta: Delta) -> dict:
+    return {"id": delta.request_id, "index": delta.index, "ids": delta.ids, "text": delta.text,
+            "logprobs": [_score(each) for each in delta.logprobs], "finish_reason": delta.finish_reason, "error": delta.error}
+
+
+def _pieces(delta: Delta) -> list[list]:
+    scores = delta.prompt_logprobs or ()
+    if not any(scores):                                     # handed over before, or of a prompt of one token
+        return []
+    return [[each and _score(each) for each in scores[i:i + SCORES_A_MESSAGE]] for i in range(0, len(scores), SCORES_A_MESSAGE)]
+
+
+def _score(one: TokenLogprobs) -> list:
+    return [one.token, max(one.logprob, LEAST_LOGPROB), [[token, max(value, LEAST_LOGPROB)] for token, value in one.top]]

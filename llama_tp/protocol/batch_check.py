@@ -1,0 +1,63 @@
+"""All lines of a batch's input, looked at before any of them runs, one after the other: the file does not sit in memory."""
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llama_tp.protocol.batch_lines import Defaults, custom_id_of, lines_of, order_of, read_line
+from llama_tp.protocol.errors import RequestError, invalid
+from llama_tp.protocol.order import ServedModel
+
+MAX_SHOWN = 20          # bad lines listed one by one
+
+
+@dataclass
+class Checked:
+    """What is wrong with an input file. `duplicates`: numbers of lines whose custom_id an earlier line has already."""
+
+    n_lines: int = 0
+    n_bad: int = 0
+    shown: list[tuple[int, str]] = field(default_factory=list)          # number and sentence of the first bad lines
+    duplicates: set[int] = field(default_factory=set)
+
+    def bad(self, number: int, error: RequestError) -> None:
+        self.n_bad += 1
+        self.shown.append((number, str(error)))
+        self.shown = sorted(self.shown)[:MAX_SHOWN]
+
+
+def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -> Checked:
+    """Reads every line as it will be run: its shape, its fields, its length in tokens, its custom_id."""
+    checked = Checked()
+    numbers, hashes, wrong = array("Q"), array("Q"), bytearray()        # 17 bytes a line, where the ids would be a hundred
+    for number, raw in lines_of(path):
+        checked.n_lines += 1
+        numbers.append(number)
+        hashes.append(_hash(custom_id_of(raw, number)))
+        wrong.append(False)
+        try:
+            order_of(read_line(raw, number), model, defaults, key)
+        except RequestError as error:
+            checked.bad(number, error)
+            wrong[-1] = True
+            hashes[-1] = _hash(f"line-{number}") if error.param == "custom_id" else hashes[-1]
+    ids = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][ids[order[1:]] == ids[order[:-1]]].tolist()
+    checked.duplicates = {numbers[i] for i in again}
+    for i in again:
+        if not wrong[i]:
+            checked.bad(numbers[i], duplicate_id())
+    return checked
+
+
+def duplicate_id() -> RequestError:
+    """What is wrong with a line whose custom_id is taken."""
+    return invalid("custom_id", "an earlier line has the same custom_id", "", "give each line one of its own")
+
+
+def _hash(custom_id: str) -> int:
+    """64 bits: two of a million ids share one by chance in 3 of 100 million files."""
+    return int.from_bytes(hashlib.blake2b(custom_id.encode(), digest_size=8).digest(), "little")

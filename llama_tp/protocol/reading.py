@@ -1,0 +1,51 @@
+"""Bytes from outside to a dict: JSON by its own definition, in UTF-8, with an object on top.
+
+Python's reader takes more than that (NaN, Infinity) and gives texts that no UTF-8 can hold (a lone surrogate): neither
+gets past here, so that whatever is read can also be written.
+"""
+
+import json
+import re
+
+from llama_tp.protocol.errors import RequestError
+
+_MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def read_json(data: bytes, what: str = "the body") -> dict:
+    """The object that `data` spells. A lone surrogate in any text becomes U+FFFD.
+
+    Raises RequestError naming `what`, and the place, for anything else.
+    """
+    try:
+        found = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        if _MAY_BE_SURROGATE.search(data):
+            found = _well_formed(found)
+    except (ValueError, RecursionError) as error:                       # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        raise RequestError(f"{what} is not JSON", said, "send one JSON object in UTF-8", code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise RequestError(f"{what} must be a JSON object", f"found {type(found).__name__}", "send {...}", code="invalid_json")
+    return found
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"{text[:40]} is beyond the range of numbers")
+    return value
+
+
+def _well_formed(value: object) -> object:
+    """`value` with every lone surrogate replaced, in keys too."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_well_formed(each) for each in value]
+    if isinstance(value, dict):
+        return {_well_formed(key): _well_formed(each) for key, each in value.items()}
+    return value

@@ -1,0 +1,160 @@
+"""Command: a server for OpenAI's clients.
+
+This one module is two programs. Started by a person it is the HTTP server, without torch, which starts torchrun on this
+very module; started by torchrun (RANK is set) it is one rank, which serves what comes over the link.
+"""
+
+import os
+import shlex
+import sys
+
+from llama_tp.cli import run
+from llama_tp.spec.config import check_launch
+from llama_tp.spec.errors import UserError
+
+RANK_FLAGS = ("ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size", "device", "dtype", "deterministic", "seed",
+              "rope_factor", "max_step_tokens", "prefix_cache", "step_timeout", "load_timeout", "quiet")
+KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read by every user of the machine
+
+
+def main(
+    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: str | None = None,
+    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 512, max_body_bytes: int = 8388608, max_n: int = 128,
+    max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1,
+    master_addr: str | None = None, master_port: int = 29500, tokenizer_path: str | None = None, dtype: str | None = None,
+    device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None, max_seq_len: int | None = None,
+    max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True, seed: int = 1,
+    step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
+):
+    """Serve a Llama 3 checkpoint to OpenAI's clients, and to a browser at /.
+
+    It starts torchrun itself, and starts it again when a rank dies: requests then go on where they stopped.
+
+    Examples:
+        python -m llama_tp.serve --ckpt_dir checkpoints/demo --nproc_per_node 2
+        python -m llama_tp.serve --ckpt_dir Meta-Llama-3-70B-Instruct/original --nproc_per_node 8 --host 0.0.0.0 --api_key KEY
+
+    Server:
+        host: address to listen at; 0.0.0.0 lets other machines in
+        port: to listen at; 0 takes a free one and says which
+        served_model_name: what clients call the model; the folder's name unless given
+        api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY does the same
+        page: a page for browsers at /
+        drain_timeout: seconds that requests have to finish after SIGTERM or Ctrl-C
+
+    Limits:
+        max_queue: most samples that wait for a place in the batch; more get 429
+        max_body_bytes: longest request
+        max_n: most samples of a prompt
+        max_prompts: most prompts in a request
+        max_stop: most stop strings of a request
+
+    Ranks:
+        nproc_per_node: ranks on each node
+        nnodes: nodes; the others run the line that is printed
+        master_addr: this node's address, for the others
+        master_port: a free port at that address
+        max_restarts: how often, in ten minutes, the ranks are started again
+        step_timeout: seconds after which a step counts as hung and the ranks are started again
+        load_timeout: the same for loading
+
+    Model:
+        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and *.safetensors; or
+            org/name on the Hugging Face hub
+        tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
+        dtype: bfloat16, float16 or float32; as stored unless given
+        device: cpu or cuda; what is there unless given
+        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
+        rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
+        seed: of requests that bring none
+
+    Resources:
+        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
+        max_batch_size: most samples computed at once
+        max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
+        prefix_cache: reuse the cache of prompts that begin alike
+        quiet: print no progress of loading
+    """
+    flags = {name: value for name, value in locals().items() if name in RANK_FLAGS}
+    if "RANK" in os.environ:
+        from llama_tp.engine.build import EngineOptions, build
+        from llama_tp.engine.service import serve
+        from llama_tp.parallel.ending import leave
+        from llama_tp.server.link import RankEnd
+        link, loaded = None, []
+        if os.environ["RANK"] == "0":
+            # a server that goes while we load is not waited for; later the loop sees it, and ends in good order
+            link = RankEnd(link_path(), lambda: loaded or leave(1, "the HTTP server has gone"))
+        engine = build(EngineOptions(**flags))
+        loaded.append(True)
+        if engine.is_driver:
+            serve(engine, link)
+            engine.dismiss()
+        else:
+            engine.follow()
+        engine.close()
+        return
+    check_numbers(
+        port=(port, 0, 65535), nproc_per_node=(nproc_per_node, 1, 4096), nnodes=(nnodes, 1, 4096), max_queue=(max_queue, 0, 10**6),
+        max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
+        max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
+        drain_timeout=(drain_timeout, 0, 10**6), step_timeout=(step_timeout, 1, 10**6))
+    check_launch(ckpt_dir, nnodes * nproc_per_node)
+
+    from llama_tp.checkpoint.hub import fetch
+    from llama_tp.protocol.order import Limits
+    from llama_tp.server import front, supervisor
+    from llama_tp.text.tokenizer import open_tokenizer
+    launch = torchrun_line(nproc_per_node, nnodes, master_addr, master_port)
+    ranks = ["-m", "llama_tp.serve", *words_of(flags)]
+    for node in range(1, nnodes):
+        line = shlex.join(["torchrun", *launch, "--node_rank", str(node), *ranks])
+        print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
+    front.run(front.FrontOptions(
+        command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
+        name=served_model_name or name_of(ckpt_dir), tokenizer=open_tokenizer(tokenizer_path, fetch(ckpt_dir)), host=host,
+        port=port, keys=(*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")])),
+        max_queue=max_queue, max_body_bytes=max_body_bytes,
+        limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
+        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))
+
+
+def link_path() -> str:
+    """Where the HTTP server listens for rank 0. Raises UserError if it has not started us."""
+    if "LLAMA_TP_LINK" not in os.environ:
+        raise UserError("serve starts its ranks itself", "RANK is set: torchrun or the like has started it",
+                        "run python -m llama_tp.serve --nproc_per_node N")
+    return os.environ["LLAMA_TP_LINK"]
+
+
+def check_numbers(**ranges: tuple[float, float, float]) -> None:
+    """Raises UserError for a value outside its range (value, least, most)."""
+    for name, (value, least, most) in ranges.items():
+        if not least <= value <= most:
+            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
+
+
+def torchrun_line(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
+    """torchrun's own flags, for every node."""
+    if nnodes == 1:
+        return ["--standalone", "--nproc_per_node", str(nproc_per_node)]
+    if master_addr is None:
+        raise UserError("several nodes need an address to meet at", "--master_addr is not given",
+                        "give --master_addr this node's name or address, as the others see it")
+    return ["--nnodes", str(nnodes), "--nproc_per_node", str(nproc_per_node), "--master_addr", master_addr,
+            "--master_port", str(master_port)]
+
+
+def words_of(flags: dict[str, object]) -> list[str]:
+    """The flags as the ranks are given them; what is None is left to its default."""
+    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+
+
+def name_of(ckpt_dir: str) -> str:
+    """What the model is called: its hub name, or its folder's, but for Meta's folders inside HF's."""
+    parts = [part for part in os.path.normpath(ckpt_dir).split(os.sep) if part not in ("original", "mp8", "mp16", ".", "..", "")]
+    return ckpt_dir if not os.path.isdir(ckpt_dir) else parts[-1] if parts else "model"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,229 @@
+"""The routes: OpenAI's, and those of vLLM's that clients look for. Each reads, asks the room that knows, and answers.
+
+Bodies are read here and not by FastAPI: its errors are 422, in a shape that OpenAI's clients do not know. What reads or
+tokenizes a large body does so in a thread, so that /health keeps answering.
+"""
+
+import asyncio
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from llama_tp.protocol.errors import RequestError
+from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
+from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
+from llama_tp.protocol.reading import read_json
+from llama_tp.server.answer import answer, json_reply, long_reply
+from llama_tp.server.desk import Desk
+from llama_tp.server.gate import Gate, bug, reply_of
+from llama_tp.server.page import headers, page
+from llama_tp.server.tokens import detokenize, tokenize, tokenizer_info
+from llama_tp.spec.errors import UserError
+from llama_tp.text.token_table import Tokenizer
+
+SMALL_BYTES = 8192      # a body up to this is read and tokenized on the event loop: a thread would take longer
+STATUS = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+          "draining": "the server is shutting down", "dead": "the ranks have ended"}
+
+
+@dataclass
+class Served:
+    """What the routes share.
+
+    Args:
+        seed: requests that bring none get (seed << 32) + their number, so that a run again draws the same.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    desk: Desk
+    limits: Limits = field(default_factory=Limits)
+    seed: int = 1
+    started: int = field(default_factory=lambda: int(time.time()))
+    n_prompts: int = 0
+    # few: they and the event loop take turns at the interpreter's lock
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
+
+    async def call(self, n_bytes: int, work):
+        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it."""
+        return work() if n_bytes <= SMALL_BYTES else await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    def model(self) -> ServedModel:
+        """Raises Unavailable unless the ranks are ready."""
+        info = self.desk.ready()
+        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits)
+
+    def next_seed(self) -> int:
+        self.n_prompts += self.limits.max_prompts           # one request's prompts take seed, seed + 1, ...
+        return (self.seed << 32) + self.n_prompts
+
+    def fingerprint(self) -> str:
+        info = self.desk.info
+        mode = "deterministic" if info["deterministic"] else "fast"
+        return f"llama_tp-{version()}-tp{info['tp']}-{info['device']}-{info['dtype']}-{mode}"
+
+
+def version() -> str:
+    try:
+        return metadata.version("llama_tp")
+    except metadata.PackageNotFoundError:                   # run from a checkout that is not installed
+        return "unknown"
+
+
+def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True) -> Gate:
+    """The whole application behind its gate."""
+    # FastAPI's documentation pages load scripts from elsewhere; /openapi.json is all that tools need
+    app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None)
+    app.add_exception_handler(UserError, _on_user_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    _add_completions(app, served)
+    _add_models(app, served)
+    _add_tokens(app, served)
+    _add_watching(app, served)
+    if with_page:
+        app.get("/", include_in_schema=False)(lambda: Response(page(), media_type="text/html", headers=headers()))
+    return Gate(app, served.desk.metrics, keys, max_body_bytes)
+
+
+def _add_completions(app: FastAPI, served: Served) -> None:
+    async def complete(kind: str, prefix: str, request: Request) -> Response:
+        model = served.model()
+        data, seed = await body_of(request), served.next_seed()
+        order_id = f"{prefix}-{uuid.uuid4().hex}"
+
+        def order() -> Order:
+            body = check_body(kind, read_json(data))
+            if body.model not in (None, served.name):
+                raise no_model(body.model, served.name)
+            return prepare(body, model, order_id, seed)
+        return await answer(await served.call(len(data), order), model, served.desk, request, served.fingerprint())
+
+    @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
+    async def chat_completions(request: Request) -> Response:
+        """Answers a conversation."""
+        return await complete("chat", "chatcmpl", request)
+
+    @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
+    async def completions(request: Request) -> Response:
+        """Continues texts or token ids."""
+        return await complete("completion", "cmpl", request)
+
+
+def _add_models(app: FastAPI, served: Served) -> None:
+    def card() -> dict:
+        served.model()
+        return {"id": served.name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": served.name,
+                "parent": None, "max_model_len": served.desk.info["max_model_len"]}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        """The one model that is served."""
+        return json_reply({"object": "list", "data": [card()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        """The same, by its name."""
+        if name != served.name:
+            raise no_model(name, served.name)
+        return json_reply(card())
+
+
+def _add_tokens(app: FastAPI, served: Served) -> None:
+    async def converted(work, request: Request) -> Response:
+        model, data = served.model(), await body_of(request)
+        return await served.call(len(data), lambda: long_reply(work(read_json(data), model)))
+
+    @app.post("/tokenize")
+    async def to_tokens(request: Request) -> Response:
+        """{"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens", "token_strs"}."""
+        return await converted(tokenize, request)
+
+    @app.post("/detokenize")
+    async def from_tokens(request: Request) -> Response:
+        """{"tokens"} -> {"prompt"}."""
+        return await converted(detokenize, request)
+
+    @app.get("/tokenizer_info")
+    async def info() -> Response:
+        """What of the tokenizer clients configure themselves with."""
+        return json_reply(tokenizer_info(served.tokenizer))
+
+
+def _add_watching(app: FastAPI, served: Served) -> None:
+    desk = served.desk
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when requests are taken, else 503."""
+        if desk.state == "ready":
+            return json_reply({"status": "ok"})
+        error = RequestError(STATUS[desk.state], "", "", code=desk.state, status=503)
+        error.retry_s = None if desk.dead else desk.restart_s
+        raise error
+
+    @app.get("/load")
+    async def load() -> Response:
+        """How busy it is."""
+        stats = desk.stats
+        return json_reply({"server_load": desk.n_samples, "state": desk.state, "running": stats.get("n_running", 0),
+                           "waiting": stats.get("n_waiting", 0), "kv_use": stats.get("kv_use", 0.0)})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(desk.metrics.text(desk), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version")
+    async def own_version() -> Response:
+        """Of llama_tp."""
+        return json_reply({"version": version()})
+
+
+async def body_of(request: Request) -> bytes:
+    """The body. Raises RequestError unless it says to be JSON: what says so, a foreign web page may not send unasked."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError("the content type must be application/json", f"found {kind[:80]!r}",
+                           "send the header Content-Type: application/json", code="unsupported_media_type", status=415)
+    return await request.body()
+
+
+def no_model(wanted: str, name: str) -> RequestError:
+    return RequestError("no such model", f"found {wanted[:80]!r}", f"this server has {name!r}", param="model",
+                        code="model_not_found", status=404)
+
+
+def _documented(shape: type) -> dict:
+    schema = shape.model_json_schema()
+    parts = schema.pop("$defs", {})
+    for value in schema["properties"].values():             # the reference would point to the document's root
+        if reference := value.pop("$ref", None):
+            value.update(parts[reference.rpartition("/")[2]])
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+async def _on_user_error(request: Request, error: UserError) -> Response:
+    status, headers, body = reply_of(error)
+    return Response(body, status, headers)
+
+
+async def _on_http_error(request: Request, error: HTTPException) -> Response:
+    """Starlette's own: no such route, no such method."""
+    what = {404: "no such route", 405: "this route has no such method"}.get(error.status_code, "the request cannot be read")
+    fix = "GET /openapi.json lists the routes"
+    told = RequestError(what, f"found {request.method} {request.url.path[:80]}", fix, code="not_found" if error.status_code == 404
+                        else "invalid_request", status=error.status_code)
+    status, headers, body = reply_of(told)
+    return Response(body, status, {**(error.headers or {}), **headers})
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+    """The gate prints the traceback, which Starlette hands on after this."""
+    status, headers, body = reply_of(bug(request.scope["request_id"]))
+    return Response(body, status, headers)

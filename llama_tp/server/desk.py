@@ -1,0 +1,294 @@
+"""The front desk: takes requests, hands them to the ranks, hands out what comes back, and keeps the books meanwhile.
+
+The books are what makes the server outlive its ranks: for every request in flight they hold the ids that each of its
+samples has written. When the ranks are gone, the request waits here; when there are new ones, it is handed to them with
+those ids and goes on from there. Its reader sees a pause and nothing else.
+
+Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from llama_tp.engine.request import Request
+from llama_tp.protocol.errors import RequestError
+from llama_tp.server.link import ServerEnd
+from llama_tp.server.metrics import Metrics
+from llama_tp.spec.errors import UserError
+
+MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
+
+
+class Unavailable(RequestError):
+    """There are no ranks to take this. `retry_s` is when to ask again, None for never."""
+
+    def __init__(self, why: str, retry_s: int | None):
+        fix = "ask again a little later" if retry_s else "the server has to be started again"
+        super().__init__(why, "", fix, code="engine_unavailable", status=503)
+        self.retry_s = retry_s
+
+
+class Full(RequestError):
+    """Too much waits already."""
+
+    retry_s = 1
+
+    def __init__(self, n_samples: int, most: int):
+        super().__init__("the server has too much to do", f"{n_samples} samples run or wait, and the limit is {most}",
+                         "ask again a little later", code="rate_limit_exceeded", status=429)
+
+
+class Failed(RequestError):
+    """The request was taken and could not be finished, which is no fault of its sender."""
+
+    def __init__(self, why: str):
+        super().__init__("the request could not be finished", why, "", code="engine_error", status=500)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """As the engine's: natural logs; `top` is best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """As the engine's: what one sample of a request gained in a step."""
+
+    request_id: str
+    index: int
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+class Flight:
+    """One request from the moment it is taken to its last delta, and what it has written so far."""
+
+    def __init__(self, request: Request, news: asyncio.Queue):
+        self.request = request
+        self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
+        self.n_output = 0                                   # ids of all samples
+        self.arrived = time.monotonic()
+        self.first_at = 0.0                                 # when its first token came
+        self.last_at = [0.0] * request.params.n             # when each sample's last one came
+        self.n_barren = 0
+        self.is_over = False
+        self._scores: list | None = []                      # prompt logprobs that have come in; None once handed out
+        self._news = news
+
+    @property
+    def n_unfinished(self) -> int:
+        return sum(ids is not None for ids in self.outputs)
+
+    def end(self, error: Exception) -> None:
+        """Nothing more will come but this."""
+        if not self.is_over:
+            self.is_over = True
+            self._news.put_nowait(error)
+
+    def message(self) -> dict:
+        """What hands it to the ranks, from where it stands."""
+        if self._scores:
+            self._scores = []                               # half a prompt's: they all come again
+        params = {name: getattr(self.request.params, name) for name in self.request.params.__dataclass_fields__}
+        return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params,
+                "outputs": self.outputs}
+
+    def hear_scores(self, scores: list) -> None:
+        if self._scores is not None:
+            self._scores += [each and _score(each) for each in scores]
+
+    def hear(self, delta: dict) -> None:
+        """Takes in a delta, and hands it out."""
+        index, ids = delta["index"], delta["ids"]
+        prompt_logprobs = None
+        if index == 0 and self._scores is not None:
+            if self.request.params.prompt_logprobs is not None:
+                prompt_logprobs = tuple(self._scores) or (None,) * len(self.request.prompt_ids)
+            self._scores = None
+        if delta["finish_reason"]:
+            self.outputs[index] = None
+            self.is_over = not self.n_unfinished
+        else:
+            self.outputs[index] += ids
+        self.n_output += len(ids)
+        self.n_barren = 0
+        self._news.put_nowait(Delta(
+            self.request.id, index, tuple(ids), delta["text"], tuple(map(_score, delta["logprobs"])), delta["finish_reason"],
+            delta["error"], prompt_logprobs))
+
+
+class Ticket:
+    """Requests that were taken together. `take` gives their deltas as they come."""
+
+    def __init__(self, requests: list[Request]):
+        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self.flights = [Flight(request, self._news) for request in requests]
+        self._n_left = sum(request.params.n for request in requests)
+
+    @property
+    def is_read(self) -> bool:
+        """The last delta of the last sample has been taken."""
+        return not self._n_left
+
+    async def take(self) -> list[Delta]:
+        """What has come since the last call, at least one delta. Raises UserError: the engine refused a request; or Failed, or
+        Unavailable."""
+        items = [await self._news.get()]
+        while not self._news.empty():
+            items.append(self._news.get_nowait())
+        for item in items:
+            if isinstance(item, Exception):
+                raise item
+            self._n_left -= item.finish_reason is not None
+        return items
+
+
+def _score(one: list) -> TokenLogprobs:
+    return TokenLogprobs(one[0], one[1], tuple((token, value) for token, value in one[2]))
+
+
+class Desk:
+    """All flights, and the link to whichever ranks there are.
+
+    Args:
+        max_queue: most samples that wait for a row, beside those that have one.
+        metrics: is told what happens.
+        restart_s: what a client is told to wait when there are no ranks.
+
+    `info` is what the ranks said of themselves, None until the first have loaded; `stats` what they said last.
+    """
+
+    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5):
+        self.max_queue, self.metrics, self.restart_s = max_queue, metrics, restart_s
+        self.info: dict | None = None
+        self.stats: dict = {}
+        self.draining = False
+        self.dead = ""                                      # why there will be no more ranks
+        self.heard_at = time.monotonic()                    # the last word of the ranks
+        self._link: ServerEnd | None = None
+        self._flights: dict[str, Flight] = {}               # in order of arrival
+        self._changed = asyncio.Event()
+
+    @property
+    def state(self) -> str:
+        """"ready", or why nothing new is taken: "loading", "restarting", "draining", "dead"."""
+        if self.dead or self.draining:
+            return "dead" if self.dead else "draining"
+        return "ready" if self._link else "restarting" if self.info else "loading"
+
+    @property
+    def n_flights(self) -> int:
+        return len(self._flights)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples that are not finished."""
+        return sum(flight.n_unfinished for flight in self._flights.values())
+
+    # ------------------------------------------------------------------------------------------------ for requests
+
+    def ready(self) -> dict:
+        """`info`. Raises Unavailable unless the ranks are there."""
+        if self.state != "ready":
+            why = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+                   "draining": "the server is shutting down", "dead": "the ranks have ended"}[self.state]
+            raise Unavailable(why, None if self.dead else self.restart_s)
+        return self.info
+
+    def take(self, requests: list[Request]) -> Ticket:
+        """Takes all of them, or raises Unavailable, Full or another RequestError and takes none."""
+        most = self.ready()["max_rows"] + self.max_queue
+        n_new = sum(request.params.n for request in requests)
+        if n_new > most:
+            raise RequestError("one call asks for more samples than the server queues", f"found {n_new}, and the limit is {most}",
+                               "send several calls, or raise --max_queue")
+        if self.n_samples + n_new > most:
+            self.metrics.rejected("queue_full")
+            raise Full(self.n_samples, most)
+        ticket = Ticket(requests)
+        for flight in ticket.flights:
+            self._flights[flight.request.id] = flight
+            self._link.send(flight.message())
+        return ticket
+
+    def drop(self, ticket: Ticket) -> None:
+        """The reader has gone, or has read it all; what still runs is aborted."""
+        for flight in ticket.flights:
+            if self._flights.pop(flight.request.id, None):
+                flight.is_over = True
+                self.metrics.finished(flight, "abort")
+                if self._link:
+                    self._link.send({"do": "abort", "id": flight.request.id})
+        self._changed.set()
+
+    async def wait_until_empty(self) -> None:
+        """Returns when no flight is left."""
+        while self._flights:
+            self._changed.clear()
+            await self._changed.wait()
+
+    def cut(self, error: Exception) -> None:
+        """Ends every flight with an error."""
+        for flight in list(self._flights.values()):
+            self._fail(flight, error)
+
+    # ----------------------------------------------------------------------------------------------- for the ranks
+
+    def attach(self, link: ServerEnd, info: dict) -> None:
+        """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
+        self.info, self._link, self.stats = info, link, {}
+        self.heard_at = time.monotonic()
+        for flight in self._flights.values():
+            link.send(flight.message())
+
+    def detach(self) -> None:
+        """The ranks are gone. Flights wait for the next ones, except those that gained nothing from several."""
+        if self._link is None:
+            return
+        self._link, self.stats = None, {}
+        for flight in list(self._flights.values()):
+            flight.n_barren += 1
+            if flight.n_barren >= MAX_BARREN:
+                self._fail(flight, Failed(f"the ranks ended {MAX_BARREN} times while this request was running"))
+
+    def give_up(self, why: str) -> None:
+        """There will be no more ranks."""
+        self.detach()
+        self.dead = why
+        self.cut(Unavailable("the ranks have ended", None))
+
+    def hear(self, message: dict) -> None:
+        """A message of the ranks."""
+        self.heard_at = now = time.monotonic()
+        if message["is"] == "scores":
+            if flight := self._flights.get(message["id"]):
+                flight.hear_scores(message["scores"])
+            return
+        for request_id, (what, found, fix) in message["refused"].items():
+            if flight := self._flights.get(request_id):
+                self._fail(flight, UserError(what, found, fix))
+        for delta in message["deltas"]:
+            flight = self._flights.get(delta["id"])
+            if flight and flight.outputs[delta["index"]] is not None:
+                self.metrics.gained(flight, delta, now)
+                flight.hear(delta)
+                if flight.is_over:
+                    self._flights.pop(flight.request.id)
+                    self._changed.set()
+        self.metrics.counted(self.stats, message["stats"])
+        self.stats = message["stats"]
+
+    def _fail(self, flight: Flight, error: Exception) -> None:
+        self._flights.pop(flight.request.id, None)
+        self.metrics.finished(flight, "error")
+        flight.end(error)
+        self._changed.set()

@@ -1,0 +1,122 @@
+"""The gate in front of the routes: who may come in, with how much, under which id; and the answer when we fail.
+
+Plain ASGI around the whole application, so that nothing gets past it: not a route that somebody adds, not a path that a
+Host header twists (it looks at the path alone), not a websocket.
+"""
+
+import hashlib
+import json
+import re
+import secrets
+import sys
+import time
+import traceback
+import uuid
+
+from llama_tp.protocol.errors import RequestError, error_body, status_of
+from llama_tp.server.metrics import Metrics
+from llama_tp.spec.errors import UserError
+
+OPEN = frozenset(("/", "/health"))                          # need no key; everything else does
+HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
+                      "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
+NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
+SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
+
+
+def reply_of(error: UserError) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body with which an error is told."""
+    status, headers = status_of(error), {"content-type": "application/json"}
+    retry_s = getattr(error, "retry_s", None)
+    if retry_s:
+        headers["retry-after"] = str(retry_s)
+    elif status >= 500:
+        headers["x-should-retry"] = "false"                 # OpenAI's clients would send it twice more
+    return status, headers, json.dumps(error_body(error)).encode()
+
+
+def bug(request_id: str) -> RequestError:
+    """What a client is told of an exception of ours: nothing but where to look."""
+    return RequestError("the server has failed", f"request {request_id}", "its log says more", code="internal_error", status=500)
+
+
+class Gate:
+    """Args:
+        app: the application behind.
+        keys: API keys, any of which opens; none: no key is asked for.
+        max_body_bytes: longer bodies get 413, whether or not they say their length first.
+    """
+
+    def __init__(self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20):
+        self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+        self._keys = [_digest(key.encode()) for key in keys]
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = dict(scope["headers"])
+        request_id = NOT_IN_AN_ID.sub("", headers.get(b"x-request-id", b"").decode("latin-1"))[:128] or uuid.uuid4().hex
+        started, status = time.monotonic(), 0
+
+        async def send_on(message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SAFE]
+            await send(message)
+
+        scope["request_id"] = request_id
+        try:
+            self._check(scope["path"], headers)
+            await self.app(scope, self._bounded(receive), send_on)
+        except UserError as error:
+            await _tell(error, send_on)
+        except Exception:
+            print(f"server: request {request_id} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if not status:
+                await _tell(bug(request_id), send_on)
+        finally:
+            handler = scope["path"] if scope["path"] in HANDLERS else "other"
+            self.metrics.http.labels(handler, scope["method"] if scope["method"] in ("GET", "POST") else "other", status).inc()
+            self.metrics.http_s.labels(handler).observe(time.monotonic() - started)
+
+    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Raises RequestError for a missing or wrong key, and for a body that says itself that it is too long."""
+        if self._keys and path not in OPEN:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            digest = _digest(given.strip())
+            matches = [secrets.compare_digest(digest, key) for key in self._keys]       # all of them, always
+            if not any(matches) or scheme.lower() != b"bearer":
+                raise RequestError("the API key is missing or wrong", "", "send the header Authorization: Bearer KEY",
+                                   code="invalid_api_key", status=401)
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
+            raise self._too_long()
+
+    def _too_long(self) -> RequestError:
+        return RequestError("the body is too long", f"the limit is {self.max_body_bytes:,} bytes",
+                            "send less, or raise --max_body_bytes", code="request_too_large", status=413)
+
+    def _bounded(self, receive):
+        n_bytes = 0
+
+        async def receive_some():
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            if n_bytes > self.max_body_bytes:
+                raise self._too_long()
+            return message
+        return receive_some
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def _tell(error: UserError, send) -> None:
+    status, headers, body = reply_of(error)
+    headers["content-length"] = str(len(body))
+    await send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,139 @@
+"""The local socket between the HTTP server and rank 0: frames of a length and JSON, and the two ends of it.
+
+A frame is 4 bytes, the length (big endian), and so many bytes of JSON, one object. No pickle: what is read here cannot
+run. The HTTP server listens on a socket file in a folder that only its user may enter, and rank 0 connects.
+
+    server -> rank 0   {"do": "submit", "id", "prompt": [ids], "params": {SamplingParams}, "outputs": [[ids] | null, ...]}
+                       {"do": "abort", "id"}
+    rank 0 -> server   {"is": "ready", "n_vocab", "max_model_len", ...}                         once
+                       {"is": "scores", "id", "scores": [score | null, ...]}                    prompt logprobs, piece by piece
+                       {"is": "step", "deltas": [...], "refused": {id: [what, found, fix]}, "stats": {...}}
+
+A score is [token, logprob, [[token, logprob], ...]]; a delta {"id", "index", "ids", "text", "logprobs": [score, ...],
+"finish_reason", "error"}. This module knows no more of them than that they are JSON objects.
+"""
+
+import asyncio
+import contextlib
+import json
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+from llama_tp.spec.errors import UserError
+
+MAX_FRAME_BYTES = 1 << 28       # far above any honest frame: a prompt of a million ids has some 7 MB
+LENGTH = struct.Struct(">I")
+CONNECT_S = 10.0
+
+
+class BrokenFrame(Exception):
+    """The peer sent what is no frame: too long, cut short, or no JSON object."""
+
+
+def encode(message: dict) -> bytes:
+    """One frame. ValueError for NaN and infinities, which JSON does not have, and for what is too long."""
+    data = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
+    if len(data) > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {len(data):,} bytes is longer than {MAX_FRAME_BYTES:,}")
+    return LENGTH.pack(len(data)) + data
+
+
+def length_of(head: bytes) -> int:
+    """Bytes that follow the four of `head`. Raises BrokenFrame for more than a frame may have."""
+    length = LENGTH.unpack(head)[0]
+    if length > MAX_FRAME_BYTES:
+        raise BrokenFrame(f"a frame of {length:,} bytes")
+    return length
+
+
+def decode(data: bytes) -> dict:
+    """What the bytes after the length say."""
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BrokenFrame(str(error)) from None
+    if not isinstance(message, dict):
+        raise BrokenFrame(f"a {type(message).__name__} instead of an object")
+    return message
+
+
+class RankEnd:
+    """Rank 0's end. A thread moves frames from the socket into a queue and does nothing else.
+
+    Args:
+        path: of the socket file.
+        on_close: called by the thread when the server has gone (or talks nonsense).
+
+    Raises UserError if nobody listens there.
+    """
+
+    def __init__(self, path: str, on_close: Callable[[], None] = lambda: None):
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(CONNECT_S)
+        try:
+            self._sock.connect(path)
+        except OSError as error:
+            raise UserError("rank 0 does not reach the HTTP server", f"{path}: {error}",
+                            "start python -m llama_tp.serve again") from None
+        self._sock.settimeout(None)
+        self._file = self._sock.makefile("rb")
+        self._queue: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self._on_close = on_close
+        threading.Thread(target=self._read, name="llama_tp link", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while len(head := self._file.read(LENGTH.size)) == LENGTH.size:
+                data = self._file.read(n_bytes := length_of(head))
+                if len(data) < n_bytes:
+                    break
+                self._queue.put(decode(data))
+        except (OSError, ValueError, BrokenFrame):
+            pass                                            # a peer that breaks off or talks nonsense has gone
+        self._queue.put(None)
+        self._on_close()
+
+    def take(self, wait: bool) -> list[dict] | None:
+        """The messages that have come in, at least one if `wait`; None once the server has gone."""
+        messages = [self._queue.get()] if wait else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                messages.append(self._queue.get_nowait())
+        return None if None in messages else messages
+
+    def send(self, message: dict) -> None:
+        """Sends a message; to a server that has gone, nothing: `take` tells."""
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode(message))
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+
+class ServerEnd:
+    """The server's end, on its event loop."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+        self._reader, self._writer = reader, writer
+
+    async def take(self) -> dict | None:
+        """The next message; None once rank 0 has gone. Raises BrokenFrame."""
+        try:
+            n_bytes = length_of(await self._reader.readexactly(LENGTH.size))
+            return decode(await self._reader.readexactly(n_bytes))
+        except (asyncio.IncompleteReadError, OSError):
+            return None
+
+    def send(self, message: dict) -> None:
+        """Hands a message to the loop, which sends it; never waits. What a rank that has gone does not read is dropped."""
+        if not self._writer.is_closing():
+            self._writer.write(encode(message))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,70 @@
+"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them: what lm-eval needs where it has no tokenizer of its own."""
+
+from llama_tp.protocol.errors import RequestError
+from llama_tp.protocol.logprobs import token_text
+from llama_tp.protocol.messages import dialog_of
+from llama_tp.protocol.order import ServedModel
+from llama_tp.text.chat_format import ChatFormat
+from llama_tp.text.token_table import Tokenizer
+
+KNOWN = {"tokenize": {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs"},
+         "detokenize": {"model", "tokens"}}
+
+
+def tokenize(data: dict, model: ServedModel) -> dict:
+    """Ids of a text (BOS in front, unless add_special_tokens is false) or of a conversation. Raises RequestError."""
+    _check(data, "tokenize", model)
+    flags = {name: _flag(data, name, default) for name, default in
+             (("add_special_tokens", True), ("add_generation_prompt", True), ("return_token_strs", False))}
+    if ("prompt" in data) == ("messages" in data):
+        raise _wrong("prompt", "give either prompt or messages", "both or neither are there")
+    if "messages" in data:
+        if not isinstance(data["messages"], list) or not all(isinstance(each, dict) for each in data["messages"]):
+            raise _wrong("messages", "messages must be a list of objects", f"found {str(data['messages'])[:80]!r}")
+        dialog = dialog_of(data["messages"])
+        ids = ChatFormat(model.tokenizer).encode_dialog(dialog, add_generation_prompt=flags["add_generation_prompt"])
+    else:
+        if not isinstance(data["prompt"], str):
+            raise _wrong("prompt", "prompt must be a text", f"found {str(data['prompt'])[:80]!r}")
+        ids = model.tokenizer.encode(data["prompt"], bos=flags["add_special_tokens"])
+    return {"count": len(ids), "max_model_len": model.max_seq_len, "tokens": ids,
+            "token_strs": [token_text(model, each) for each in ids] if flags["return_token_strs"] else None}
+
+
+def detokenize(data: dict, model: ServedModel) -> dict:
+    """The text of ids, without the specials. Raises RequestError."""
+    _check(data, "detokenize", model)
+    ids = data.get("tokens")
+    if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < model.tokenizer.n_vocab for each in ids):
+        raise _wrong("tokens", f"tokens must be a list of ids from 0 to {model.tokenizer.n_vocab - 1}", f"found {str(ids)[:80]!r}")
+    return {"prompt": model.tokenizer.decode(ids)}
+
+
+def tokenizer_info(tokenizer: Tokenizer) -> dict:
+    """The special tokens, in the words of HF's tokenizer_config.json."""
+    names = {token_id: name for name, token_id in tokenizer.specials.items()}
+    stops = [names[token_id] for token_id in tokenizer.stop_ids if token_id in names]
+    return {"tokenizer_class": "llama_tp", "vocab_size": tokenizer.n_vocab, "bos_token": names.get(tokenizer.bos_id),
+            "eos_token": stops[0] if stops else None, "pad_token": None, "stop_tokens": stops, "add_bos_token": False,
+            "chat_template": None}
+
+
+def _check(data: dict, route: str, model: ServedModel) -> None:
+    unknown = sorted(set(data) - KNOWN[route])
+    if unknown:
+        raise RequestError(f"{unknown[0][:64]!r} is no field of this request", "", "leave it out", param=unknown[0][:64],
+                           code="unknown_parameter")
+    if data.get("model") not in (None, model.name):
+        raise RequestError("no such model", f"found {str(data['model'])[:80]!r}", f"this server has {model.name!r}", param="model",
+                           code="model_not_found", status=404)
+
+
+def _flag(data: dict, name: str, default: bool) -> bool:
+    value = data.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(name, f"{name} must be true or false", f"found {str(value)[:80]!r}")
+    return default if value is None else value
+
+
+def _wrong(param: str, what: str, found: str) -> RequestError:
+    return RequestError(what, found, "correct the value", param=param, code="invalid_value")

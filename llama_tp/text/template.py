@@ -1,0 +1,247 @@
+"""A conversation as token ids, by the `chat_template` that a Hugging Face folder brings along.
+
+The template is jinja2 (an extra, 3.1.6 or newer: older sandboxes leak) and comes from the model's folder. It is rendered in
+jinja2's sandbox, where it can reach no Python, with limits on time and on the size of what it makes: they end mistakes and plain
+bombs with a message. They are no wall against an author who looks for the gap in them, who could as well have spoilt the weights.
+
+What transformers' `apply_chat_template` gives is what is given here, with one difference: special tokens are read out of what the
+template writes, never out of messages and tools, so that a user's "<|eot_id|>" stays plain text. Nothing is put before the
+template's text: a second BOS cannot happen.
+"""
+
+import datetime
+import functools
+import json
+import operator
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from llama_tp.spec.errors import UserError
+from llama_tp.text.token_table import Tokenizer
+
+MAX_TEMPLATE = 1 << 18                                  # characters of source
+MAX_SIZE = 1 << 22                                      # characters or items of anything that it makes
+MAX_S = 2.0
+_GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")       # a tag that only training uses
+
+
+def open_template(ckpt_dir: str, tokenizer: Tokenizer) -> "ChatTemplate":
+    """The template of a folder: chat_template.jinja, else chat_template in tokenizer_config.json. UserError if it has none,
+    if it is broken, or if jinja2 is missing."""
+    folder = Path(ckpt_dir)
+    config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    try:
+        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+        found = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the chat template of {ckpt_dir} cannot be read", str(error), "download its JSON files again") from None
+    if isinstance(found, list):                         # several, by name
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    sources = found if isinstance(found, dict) else {"default": found}
+    if not isinstance(sources.get("default"), str):
+        raise UserError(f"{ckpt_dir} has no chat template",
+                        "neither chat_template.jinja nor chat_template in tokenizer_config.json", "leave out --chat_template hf")
+    tokens = {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return ChatTemplate(sources["default"], tokenizer, sources.get("tool_use"), tokens)
+
+
+class ChatTemplate:
+    """Encodes dialogs for `tokenizer` as `source` says; does for an HF folder what ChatFormat does for all.
+
+    Args:
+        source: the template; tool_source: another one for dialogs with tools.
+        tokens: bos_token and so on, as the template calls them.
+
+    Raises UserError for a template that does not compile.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None, tokens: Mapping[str, str] | None = None):
+        self.tokenizer = tokenizer
+        self._template = _compiled(source)
+        self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self._tokens = dict(tokens or {})
+        names = sorted(tokenizer.specials, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def encode_dialog(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
+                      tools: Sequence[Mapping] | None = None, now: datetime.datetime | None = None) -> list[int]:
+        """Ids of a conversation. `now` is the time that a template may ask for (a batch job that must repeat itself fixes it).
+        UserError where the template refuses the dialog (its own words) or goes over a limit."""
+        messages = [_as_templates_expect(message) for message in messages]
+        mark = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
+        messages, tools = (_guarded(value, self._special, mark) for value in (messages, tools))
+        text = self._render(messages, tools, add_generation_prompt, now or datetime.datetime.now())
+        ids, end = [], 0
+        for special in self._special.finditer(text):
+            ids += self.tokenizer.encode(text[end:special.start()].replace(mark, ""))
+            ids.append(self.tokenizer.special_id(special[0]))
+            end = special.end()
+        return ids + self.tokenizer.encode(text[end:].replace(mark, ""))
+
+    def _render(self, messages, tools, add_generation_prompt: bool, now: datetime.datetime) -> str:
+        template = self._tool_template if tools else self._template
+        deadline = time.monotonic() + MAX_S
+
+        def watch(frame, event, arg):                   # called for each line that runs, also in a loop that writes nothing
+            if time.monotonic() > deadline:
+                raise _Limit(f"it took more than {MAX_S:g} s")
+            return watch
+        before = sys.gettrace()
+        sys.settrace(watch)
+        try:
+            return template.render(messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt,
+                                   strftime_now=now.strftime, **self._tokens)
+        except _Limit as limit:
+            raise UserError("the chat template goes too far", str(limit), "use --chat_template meta") from None
+        except Exception as error:                      # whatever its author wrote: TypeError, jinja2's own errors, ...
+            raise UserError("the chat template refuses these messages", f"{type(error).__name__}: {error}"[:300],
+                            "change the messages, or use --chat_template meta") from None
+        finally:
+            sys.settrace(before)
+
+
+class _Limit(Exception):
+    """A template goes over a limit."""
+
+
+def _compiled(source: str):
+    """The template in its sandbox. UserError if it does not compile."""
+    try:
+        import jinja2
+        import jinja2.sandbox
+    except ImportError:
+        raise UserError("a chat template needs jinja2", "it is not installed", "pip install 'llama_tp[hf]'") from None
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise UserError("a chat template needs jinja2 3.1.6 or newer", f"found {jinja2.__version__}",
+                        "pip install --upgrade jinja2")
+    if len(source) > MAX_TEMPLATE:
+        raise UserError("the chat template is too long", f"{len(source):,} characters", f"the most is {MAX_TEMPLATE:,}")
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                               extensions=["jinja2.ext.loopcontrols"])
+
+    def refuse(message):
+        raise jinja2.TemplateError(str(message))
+
+    class Namespace(jinja2.utils.Namespace):            # jinja2's own sets attributes of any name
+        def __setitem__(self, name, value):
+            if str(name).startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name}")
+            super().__setitem__(name, value)
+
+    def namespace(**attributes):
+        made = Namespace()
+        for name, value in attributes.items():
+            made[name] = value
+        return made
+    environment.globals = {"raise_exception": refuse, "namespace": namespace, "range": environment.globals["range"],
+                           "dict": lambda *pairs, **named: dict(*pairs, **named)}
+    _limit(environment)
+    source = _GENERATION.sub(lambda tag: f"{{%{tag[1]} {'endif' if tag[2] else 'if true'} {tag[3]}%}}", source)
+    try:
+        template = environment.from_string(source)
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise UserError("the chat template is broken", f"{error}"[:300], "download it again, or use --chat_template meta") from None
+    template.root_render_func.__globals__["str_join"] = environment.concat          # what ~ compiles to
+    return template
+
+
+def _limit(environment) -> None:
+    """Puts a size check around each operator, filter and call of a sandbox."""
+    checked = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}
+    environment.intercepted_binops = frozenset(checked)
+    environment.binop_table.update({sign: functools.partial(_operate, sign, function) for sign, function in checked.items()})
+    environment.concat = lambda pieces: _sized("".join(_within(map(str, pieces))))
+    environment.filters = {name: _modest(function) for name, function in environment.filters.items()}
+    environment.filters["tojson"] = _modest(_to_json)
+    call = environment.call
+    environment.call = lambda context, function, *args, **named: _sized(call(context, function, *_modestly(args), **named))
+
+
+def _operate(sign: str, function: Callable, left, right):
+    if sign == "*":
+        for many, n in ((left, right), (right, left)):
+            if isinstance(many, (str, list, tuple)) and isinstance(n, int) and len(many) * n > MAX_SIZE:
+                raise _Limit(f"it makes something of {len(many) * n:,} characters or items")
+    if sign in ("*", "**") and all(isinstance(one, int) for one in (left, right)):
+        if left.bit_length() * (right if sign == "**" else 1) + right.bit_length() > MAX_SIZE:
+            raise _Limit("it makes a number with too many digits")
+    if sign == "%" and isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\*|[0-9]{5})", left):
+        raise _Limit("it makes a very wide text")
+    return _sized(function(left, right))
+
+
+def _modest(function: Callable) -> Callable:
+    """`function`, which takes no huge numbers and gives nothing huge."""
+    @functools.wraps(function)
+    def limited(*args, **named):
+        return _sized(function(*_modestly(args), **dict(zip(named, _modestly(named.values())))))
+    return limited
+
+
+def _modestly(values) -> list:
+    values = list(values)
+    if any(isinstance(value, int) and abs(value) > MAX_SIZE for value in values):
+        raise _Limit("it asks for something huge")
+    return values
+
+
+def _sized(value):
+    if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_SIZE:
+        raise _Limit(f"it makes something of {len(value):,} characters or items")
+    return value
+
+
+def _within(pieces):
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > MAX_SIZE:
+            raise _Limit(f"it writes more than {MAX_SIZE:,} characters")
+        yield piece
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """transformers' filter: jinja2's own escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _spelling(token: str | dict | None) -> str:
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+def _as_templates_expect(message: Mapping) -> dict:
+    """An OpenAI message with arguments as objects where they are JSON: templates write them with tojson."""
+    message = dict(message)
+    if message.get("content") is None:
+        message["content"] = ""
+    if not message.get("tool_calls"):
+        message.pop("tool_calls", None)                 # templates ask whether the key is there
+        return message
+    message["tool_calls"] = [_with_object(call) for call in message["tool_calls"]]
+    return message
+
+
+def _with_object(call: Mapping) -> dict:
+    function = dict(call["function"])
+    try:
+        function["arguments"] = json.loads(function["arguments"] or "{}")
+    except (TypeError, ValueError, RecursionError):     # an object already, or broken by the model: as it is
+        pass
+    return {**call, "function": function}
+
+
+def _unused_character(text: str) -> str:
+    """A private-use character that `text` does not hold."""
+    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+
+
+def _guarded(value, special: re.Pattern, mark: str):
+    """`value` with `mark` inside each spelling of a special token, in whatever texts it holds."""
+    if isinstance(value, str):
+        return special.sub(lambda name: name[0][:1] + mark + name[0][1:], value)
+    if isinstance(value, Mapping):
+        return {_guarded(key, special, mark): _guarded(one, special, mark) for key, one in value.items()}
+    return [_guarded(one, special, mark) for one in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,20 @@
+"""The real HTTP server in front of whatever a command line starts: python fake_server.py OPTIONS(JSON) COMMAND..."""
+
+import json
+import sys
+
+from llama_tp.protocol.order import Limits
+from llama_tp.server.front import FrontOptions, run
+from llama_tp.server.supervisor import Policy
+from llama_tp.spec.errors import UserError
+from tests.servers import DEMO
+from llama_tp.text.tokenizer import open_tokenizer
+
+options = json.loads(sys.argv[1])
+policy = Policy(max_restarts=options.pop("max_restarts", 5), backoff_s=0.05)
+limits = Limits(**options.pop("limits", {}))
+try:
+    run(FrontOptions(command=sys.argv[2:], name="fake", tokenizer=open_tokenizer(None, str(DEMO)), port=0, policy=policy,
+                     limits=limits, **options))
+except UserError as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,117 @@
+"""The page at GET /: its policy, and a person's way through it in headless Chromium, with keys alone and on a phone's screen."""
+
+import base64
+import hashlib
+import re
+import shutil
+import time
+
+import pytest
+
+from tests.servers import pretending
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def server():
+    with pretending("slow") as one:
+        yield one
+
+
+@pytest.fixture
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no chromium here (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as one:
+            yield one
+
+
+def opened(browser, server, **options):
+    """A tab with the page, and what it complains about."""
+    tab = browser.new_context(**options).new_page()
+    complaints = []
+    tab.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(server.url)
+    return tab, complaints
+
+
+def until(tab, expression: str) -> None:
+    """Waits for it to be true. Playwright's own wait is an eval in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + 20
+    while not tab.evaluate(expression):
+        assert time.monotonic() < deadline, tab.inner_text("body")
+        time.sleep(0.05)
+
+
+def test_the_policy_lets_exactly_the_page_s_own_script_and_style_run(server):
+    status, headers, body = server.get("/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    policy = headers["content-security-policy"]
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        inner = re.search(rf"<{tag}>(.*?)</{tag}>".encode(), body, re.DOTALL)[1]
+        assert f"{directive} 'sha256-{base64.b64encode(hashlib.sha256(inner).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    assert not re.search(rb"https?://|//[a-z]+\.[a-z]|\son\w+=|\sstyle=", body), "nothing from elsewhere, nothing inline"
+
+
+def test_without_the_page_there_is_none():
+    with pretending("live", with_page=False) as server:
+        assert server.get("/")[0] == 404
+
+
+def test_a_conversation_with_keys_alone(browser, server):
+    tab, complaints = opened(browser, server)
+    until(tab, "document.getElementById('name').textContent === 'fake'")
+    tab.keyboard.type("hello")                              # the field has the focus from the start
+    tab.keyboard.press("Enter")
+    until(tab, "document.querySelectorAll('article').length === 2")
+    until(tab, "/1 running, 0 waiting, KV/.test(document.getElementById('live').textContent)")
+    until(tab, r"/\d+ tokens, [\d.]+ tokens\/s/.test(document.querySelector('article.assistant small').textContent)")
+    tab.keyboard.press("Escape")
+    until(tab, "/stopped/.test(document.querySelector('article.assistant small').textContent)")
+    assert re.fullmatch("[a-z]+", tab.inner_text("article.assistant span"))
+    assert tab.is_enabled("#send") and tab.is_disabled("#stop")
+    until(tab, "/0 running, 0 waiting/.test(document.getElementById('live').textContent)")
+    for _ in range(3):                                      # backwards, past the conversation, to the settings
+        tab.keyboard.press("Shift+Tab")
+        if tab.evaluate("document.activeElement.tagName") == "SUMMARY":
+            break
+    tab.keyboard.press("Enter")
+    tab.fill("#max_tokens", "3")
+    tab.fill("#text", "again")
+    tab.press("#text", "Enter")
+    until(tab, "/3 tokens.*by the limit/.test(document.querySelectorAll('article.assistant small')[1]?.textContent)")
+    tab.click("#clear")
+    assert tab.locator("article").count() == 0 and complaints == []
+
+
+def test_what_a_model_writes_is_text_and_an_error_is_said(browser, server):
+    tab, complaints = opened(browser, server)
+    tab.fill("#text", "<img src=x onerror=alert(1)><b>bold</b>")
+    tab.press("#text", "Enter")
+    tab.wait_for_selector("article.user")
+    assert tab.locator("article img, article b").count() == 0 and "<b>bold</b>" in tab.inner_text("article.user")
+    tab.click("#stop")
+    tab.click("#clear")
+    tab.evaluate("document.getElementById('temperature').value = '-1'")
+    tab.fill("#text", "x")
+    tab.press("#text", "Enter")
+    until(tab, "/temperature must be/.test(document.querySelector('article.assistant .error')?.textContent)")
+
+
+def test_it_fits_a_phone(browser, server, tmp_path):
+    tab, _ = opened(browser, server, viewport={"width": 360, "height": 640}, device_scale_factor=2)
+    tab.fill("#text", "hello")
+    tab.press("#text", "Enter")
+    until(tab, r"/\d+ tokens/.test(document.querySelector('article.assistant small')?.textContent)")
+    assert tab.evaluate("document.documentElement.scrollWidth <= 360")
+    assert tab.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+    for name in ("#text", "#send", "#stop"):
+        box = tab.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 640 and box["height"] >= 40
+    tab.screenshot(path=tmp_path / "phone.png")
+    assert (tmp_path / "phone.png").stat().st_size > 5000

@@ -1,0 +1,165 @@
+"""Ranks that end in every way: started again, and what was in flight goes on; or one clear error, and nothing left behind."""
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.server.desk import Desk, Failed, Unavailable
+from llama_tp.server.metrics import Metrics
+from llama_tp.server.supervisor import Policy, Supervisor
+from llama_tp.spec.errors import UserError
+from tests.ranks import is_alive
+
+RANK = str(Path(__file__).parents[1] / "scripts" / "fake_rank.py")
+SOON = Policy(max_restarts=4, backoff_s=0.01, silence_s=1.5)
+
+
+@contextlib.asynccontextmanager
+async def kept(folder, *plans, policy=SOON):
+    """A desk and the supervisor's task, with fake ranks of these plans; nothing of them may be left at the end."""
+    desk = Desk(100, Metrics("m"))
+    supervisor = Supervisor([sys.executable, RANK, str(folder), *plans], desk, policy)
+    task = asyncio.create_task(supervisor.run())
+    try:
+        yield desk, supervisor, task
+    finally:
+        supervisor.stop()
+        with contextlib.suppress(UserError):
+            await asyncio.wait_for(task, 20)
+        left = [int(file.read_text()) for file in folder.iterdir()]
+        assert left and not any(map(is_alive, left))
+
+
+async def until(condition, timeout=15):
+    async with asyncio.timeout(timeout):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def requests(n: int, **params) -> list[Request]:
+    return [Request(f"r{i}", [i % 2, 5, 6], SamplingParams(**{"seed": i, "max_tokens": 12, "n": 1 + i % 3, **params}))
+            for i in range(n)]
+
+
+async def read(ticket) -> list[tuple]:
+    """(ids, text, finish reason) of each sample of each request."""
+    samples = {(flight.request.id, i): [[], "", None] for flight in ticket.flights for i in range(flight.request.params.n)}
+    while not ticket.is_read:
+        for delta in await ticket.take():
+            sample = samples[delta.request_id, delta.index]
+            sample[0] += delta.ids
+            sample[1] += delta.text
+            assert sample[2] is None
+            sample[2] = delta.finish_reason
+    return [tuple(sample) for sample in samples.values()]
+
+
+async def run_all(desk, wanted) -> list:
+    await until(lambda: desk.state == "ready")
+    tickets = [desk.take(wanted[i:i + 2]) for i in range(0, len(wanted), 2)]
+    return await asyncio.wait_for(asyncio.gather(*map(read, tickets)), 30)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list:
+    async def main():
+        async with kept(tmp_path_factory.mktemp("calm"), "live") as (desk, _, _):
+            return await run_all(desk, requests(20))
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("plans", [["die:3", "live"], ["die:1", "die:7", "live"], ["stop:5", "live"], ["die:4", "never", "live"]])
+def test_what_was_in_flight_goes_on_as_if_nothing_had_happened(plans, tmp_path, undisturbed):
+    async def main():
+        async with kept(tmp_path, *plans) as (desk, supervisor, _):
+            states = set()
+            async def watch():
+                while True:
+                    states.add(desk.state)
+                    await asyncio.sleep(0.002)
+            watcher = asyncio.create_task(watch())
+            got = await run_all(desk, requests(20))
+            watcher.cancel()
+            assert supervisor.n_starts == len(plans)
+            assert states == {"loading", "ready", "restarting"} and desk.n_flights == 0
+            return got
+    assert asyncio.run(main()) == undisturbed
+
+
+def test_a_start_that_fails_is_the_ranks_own_error_once(tmp_path, capfd):
+    async def main():
+        async with kept(tmp_path, "never") as (_, supervisor, task):
+            with pytest.raises(UserError) as caught:
+                await asyncio.wait_for(task, 20)
+            assert supervisor.n_starts == 1
+            return str(caught.value)
+    assert asyncio.run(main()) == "the weights are damaged - found none - download them again"
+    said = capfd.readouterr().err
+    assert "loading" in said and "error: " not in said, "the command says it, once"
+
+
+def test_a_rank_that_dies_at_every_start_ends_in_one_error(tmp_path):
+    async def main():
+        async with kept(tmp_path, "die:3", "never") as (desk, supervisor, task):
+            await until(lambda: desk.state == "ready")
+            ticket = desk.take(requests(1))
+            with pytest.raises(UserError, match="the ranks ended 5 times within .*the last time: the weights are damaged"):
+                await asyncio.wait_for(task, 20)
+            assert supervisor.n_starts == 5
+            desk.give_up("they are gone")
+            with pytest.raises(Unavailable):
+                await read(ticket)
+            with pytest.raises(Unavailable):
+                desk.take(requests(1))
+            assert desk.state == "dead"
+    asyncio.run(main())
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, capfd):
+    async def main():
+        async with kept(tmp_path, "bug") as (_, _, task):
+            with pytest.raises(UserError, match="left with code 1"):
+                await asyncio.wait_for(task, 20)
+    asyncio.run(main())
+    assert "RuntimeError: a bug of ours" in capfd.readouterr().err
+
+
+def test_a_request_that_kills_its_ranks_is_given_up_and_the_server_lives(tmp_path):
+    """It dies in the first step of every life; the others would wait for ever behind it."""
+    async def main():
+        async with kept(tmp_path, "die:2", "die:1", "die:1", "live") as (desk, _, _):
+            await until(lambda: desk.state == "ready")
+            ticket = desk.take(requests(1))
+            with pytest.raises(Failed, match="ended 3 times while this request was running"):
+                await read(ticket)
+            assert (await run_all(desk, requests(1)))[0][0][2] == "stop"
+    asyncio.run(main())
+
+
+def test_stopping_while_the_ranks_load_or_idle(tmp_path):
+    async def main(*plans):
+        folder = tmp_path / plans[0]
+        folder.mkdir()
+        async with kept(folder, *plans) as (desk, _, _):
+            await until(lambda: list(folder.glob("child")) if plans == ("deaf",) else desk.state == "ready")
+    asyncio.run(main("live"))
+    asyncio.run(main("deaf"))
+
+
+def test_an_abort_reaches_the_ranks(tmp_path):
+    async def main():
+        async with kept(tmp_path, "live") as (desk, _, _):
+            await until(lambda: desk.state == "ready")
+            ticket = desk.take([Request("a", [1, 2], SamplingParams(seed=1, n=3))])
+            while ticket.flights[0].n_output < 6:
+                await ticket.take()
+            assert desk.stats["n_running"] == 3
+            desk.drop(ticket)
+            await until(lambda: desk.stats["n_running"] == 0)
+            assert desk.n_flights == 0
+            assert b'request_success_total{finished_reason="abort",model_name="m"} 3.0' in desk.metrics.text(desk)
+    asyncio.run(main())

@@ -1,0 +1,348 @@
+"""The chat client: its commands without a terminal, its answers from a fake server, its keys through a pipe and in a real pty."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("httpx")
+pytest.importorskip("prompt_toolkit")
+pytest.importorskip("rich")
+
+import prompt_toolkit.application
+import prompt_toolkit.input
+import prompt_toolkit.output
+import rich.console
+
+from llama_tp.chat import Markdown, Server, finished, reply, session, tail, talk
+from llama_tp.spec.errors import UserError
+from llama_tp.text.conversation import SETTINGS, Answer, Conversation
+from tests.fake_openai import FakeServer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def talked(*turns) -> Conversation:
+    """A conversation of questions and answers in turn."""
+    conversation = Conversation(model="m")
+    for question, answer in zip(turns[::2], turns[1::2]):
+        assert conversation.take(question).ask
+        conversation.answered(Answer(answer, n_tokens=3, n_prompt=9, first_s=0.5, last_s=1.5))
+    return conversation
+
+
+# What was said, and the commands.
+
+
+def test_a_conversation_grows_into_the_next_request():
+    conversation = talked("hi", "hello")
+    assert conversation.take("/system Be brief.").text == "Be brief."
+    conversation.take("/set temperature 0.5")
+    assert conversation.take("and?").ask
+    assert conversation.body() == {
+        "model": "m", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.5, "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "hello"}, {"role": "user", "content": "and?"}]}
+
+
+@pytest.mark.parametrize("line, message", [
+    ("plain", "plain"), ("//etc/hosts", "/etc/hosts"), ('"""one\ntwo"""', "one\ntwo"), ('"""\none\n\ntwo\n"""\n', "one\n\ntwo"),
+    (" /help", " /help"), ("two\nlines", "two\nlines"),
+])
+def test_what_is_sent(line, message):
+    conversation = Conversation()
+    assert conversation.take(line).ask and conversation.messages == [{"role": "user", "content": message}]
+
+
+@pytest.mark.parametrize("line, says", [
+    ("/help", "/retry"), ("/set", "temperature (the server decides)"), ("/set temperature 0.7", "temperature 0.7"),
+    ("/set max_tokens 5", "max_tokens 5"), ("/set max_tokens x", "needs a whole number, found 'x'"),
+    ("/set speed 3", "there is no setting"),
+    ("/set temperature nan", "needs a number, found 'nan'"), ("/set top_p", "top_p: the server decides"),
+    ("/system", "there is no system message"), ("/clear", "forgotten"),
+    ("/retry", "no question to ask"), ("/stats", "0 answers"), ("/save", "needs a file"), ("/load", "needs a file"),
+    ("/load /nowhere/at.all", "no saved conversation"), ("/save /nowhere/at.all", "cannot write"), ("/hlep", "did you mean /help?"),
+    ("/", "there is no /"), ("", ""), ("  \n", ""),
+])
+def test_commands_tell_and_send_nothing(line, says):
+    conversation = Conversation()
+    outcome = conversation.take(line)
+    assert says in outcome.text and not outcome.ask and not outcome.over and conversation.messages == []
+
+
+def test_settings_are_set_and_taken_back():
+    conversation = Conversation()
+    conversation.take("/set seed 7")
+    conversation.take("/set stop END")
+    assert conversation.settings == {"seed": 7, "stop": "END"} and "seed 7" in conversation.take("/set").text
+    conversation.take("/set seed")
+    assert conversation.settings == {"stop": "END"}
+    assert conversation.take("/quit").over and conversation.take("/exit").over
+
+
+def test_retry():
+    conversation = talked("one", "1", "two", "2")
+    assert conversation.take("/retry").ask
+    assert [one["content"] for one in conversation.messages] == ["one", "1", "two"]
+    conversation.answered(Answer())                             # nothing came: the question is taken back, and kept for /retry
+    assert [one["content"] for one in conversation.messages] == ["one", "1"]
+    assert conversation.take("/retry").ask and conversation.messages[-1]["content"] == "two"
+    conversation.answered(Answer("a part"))
+    assert conversation.messages[-1] == {"role": "assistant", "content": "a part"}
+
+
+def test_clear_keeps_settings_and_system():
+    conversation = talked("one", "1")
+    conversation.take("/system s")
+    conversation.take("/set top_k 3")
+    conversation.take("/clear")
+    assert conversation.body()["messages"] == [{"role": "system", "content": "s"}] and conversation.body()["top_k"] == 3
+
+
+def test_stats():
+    told = talked("one", "1", "two", "2").take("/stats").text
+    assert "2 answers, 6 tokens in 3.0 s" in told and "2.0 tok/s" in told and "4 messages, 9 tokens of prompt" in told
+    assert Answer("x", n_tokens=1, first_s=1.0, last_s=1.0).line() == "1 tokens, first after 1.00 s"
+    assert "cut at max_tokens" in Answer("x", finish_reason="length").line()
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=st.lists(st.text(max_size=8), max_size=4), system=st.none() | st.text(min_size=1, max_size=5), seed=st.integers(0, 9))
+def test_saved_and_loaded_is_the_same(texts, system, seed, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "c.json"
+    texts = [text.encode("utf-8", "replace").decode() for text in texts]
+    conversation = Conversation(system, {"seed": seed}, messages=[{"role": "user", "content": text} for text in texts])
+    assert conversation.take(f"/save {path}").text == f"saved {len(texts)} messages"
+    other = Conversation("another" if system else None, messages=[{"role": "user", "content": "old"}])
+    assert other.take(f"/load {path}").text == f"loaded {len(texts)} messages"
+    assert other.body() == conversation.body()
+
+
+@pytest.mark.parametrize("text", ["", "{}", "3", "[3]", '[{"role": "user"}]', '[{"role": "root", "content": "x"}]',
+                                  '{"messages": 3}', '[{"role": "user", "content": 3}]',
+                                  '{"messages": [], "settings": {"magic": 1}}',
+                                  '{"messages": [], "system": 3}', '{"messages": [], "settings": {"seed": []}}'])
+def test_what_is_no_saved_conversation_changes_nothing(text, tmp_path):
+    (tmp_path / "c.json").write_text(text)
+    conversation = talked("one", "1")
+    before = conversation.body()
+    assert "no saved conversation" in conversation.take(f"/load {tmp_path / 'c.json'}").text
+    assert conversation.body() == before
+
+
+NAMES = st.sampled_from(["set", "system", "clear", "retry", "stats", "help", "load", "nonsense"])
+RESTS = st.sampled_from(["", " ", " x", " seed 1", " seed", " temperature nan", " -", " \n"])
+LINES = st.text(max_size=30) | st.tuples(NAMES, RESTS).map(lambda pair: f"/{pair[0]}{pair[1]}")
+
+
+@given(lines=st.lists(LINES, max_size=6))
+def test_no_line_raises_and_questions_and_answers_alternate(lines):
+    conversation = Conversation(model="m")
+    for i, line in enumerate(lines):
+        if conversation.take(line).ask:
+            assert conversation.messages[-1]["role"] == "user"
+            conversation.answered(Answer("a" * (i % 2)))
+        json.dumps(conversation.body())
+        assert [one["role"] for one in conversation.messages] == ["user", "assistant"] * (len(conversation.messages) // 2)
+        assert set(conversation.settings) <= set(SETTINGS)
+
+
+# Answers of a server.
+
+
+@pytest.fixture
+def screen():
+    return rich.console.Console(file=io.StringIO(), force_terminal=True, width=60, height=20, color_system=None)
+
+
+def shown(console) -> str:
+    return console.file.getvalue()
+
+
+def test_an_answer_streams_and_is_counted():
+    with FakeServer(first_s=0.02, gap_s=0.01) as fake:
+        answer, server = Answer(), Server(fake.url + "/v1/", "key")
+        assert server.first_model(0) == "fake-1"
+        assert list(server.stream({"messages": []}, answer)) == ["one ", "two ", "three ", "four"]
+    assert fake.requests[0][1]["Authorization"] == "Bearer key"
+    assert (answer.text, answer.n_tokens, answer.n_prompt, answer.finish_reason) == ("one two three four", 4, 7, "stop")
+    assert 0.02 <= answer.first_s <= answer.last_s and answer.last_s >= 0.05
+    assert answer.rate == pytest.approx(3 / (answer.last_s - answer.first_s))
+
+
+def test_what_could_drive_a_terminal_is_left_out():
+    with FakeServer(pieces=["a\x1b]0;title\x07\x1b[2J\r\x9b1mb", "\x1b", "\tc\n"]) as fake:
+        assert list(Server(fake.url, None).stream({}, Answer())) == ["a]0;title[2J1mb", "\tc\n"]
+    with FakeServer(refusal=(400, "bad\x1b[2J\nthing")) as fake, pytest.raises(UserError, match=r"HTTP 400 - bad \[2J thing"):
+        list(Server(fake.url, None).stream({}, Answer()))
+
+
+def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):
+    with FakeServer(ending="error") as fake:
+        conversation = Conversation(model="m")
+        conversation.take("hello?")
+        reply(conversation, Server(fake.url, None), screen, markdown=False)
+    assert conversation.messages[-1] == {"role": "assistant", "content": "one two "}
+    assert "one two" in shown(screen) and "the server failed - a rank died" in shown(screen)
+    conversation.take("again?")
+    reply(conversation, Server(fake.url, None), screen, markdown=True)      # it is gone by now
+    assert len(conversation.messages) == 2 and conversation.unanswered == "again?"
+    assert "connection to the server broke" in shown(screen)
+
+
+def test_the_server_is_waited_for_and_named_when_it_does_not_come():
+    with FakeServer() as fake:
+        url = fake.url
+        with pytest.raises(UserError, match="does not answer as an OpenAI-compatible server"):
+            Server(url + "/wrong", None).first_model(5)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"no server at {url}.*llama_tp.serve"):
+        Server(url, None).first_model(0.5)
+    assert time.monotonic() - started >= 0.5
+
+
+# Markdown as it grows.
+
+MARKDOWN = st.lists(st.sampled_from(["a", "\n", "\n\n", "```", "```py\n", "~~~\n", "- x", "1. y\n", "# t\n", " ", "é"]),
+                    max_size=20).map("".join)
+
+
+@given(text=MARKDOWN, cuts=st.lists(st.integers(0, 60), max_size=4))
+def test_paragraphs_are_cut_at_the_same_places_however_they_come(text, cuts):
+    done, rest = finished(text)
+    assert done + rest == text and (not done or done.endswith("\n"))
+    bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
+    pieces, held = "", ""
+    for start, end in zip(bounds, bounds[1:]):
+        more, held = finished(held + text[start:end])
+        pieces += more
+    assert (pieces, held) == (done, rest)
+
+
+def test_a_block_of_code_is_never_cut():
+    assert finished("a\n\n```py\nx\n\ny\n") == ("a\n\n", "```py\nx\n\ny\n")
+    assert finished("```py\nx\n\ny\n```\n\nb") == ("```py\nx\n\ny\n```\n\n", "b")
+    assert tail("```py\n1\n2\n3\n4", 2) == "```py\n3\n4" and tail("1\n2\n3", 2) == "2\n3" and tail("1\n2", 2) == "1\n2"
+
+
+def test_markdown_is_drawn_once(screen):
+    view = Markdown(screen)
+    for piece in ["# Ti", "tle\n\nSome **bo", "ld** text\n\n", "```\ncode\n", "\nmore\n```\n", "\n- [link](http://x.y)"]:
+        view.add(piece)
+    view.close()
+    last = shown(screen).split("\x1b[1A\x1b[2K")[-1]            # behind the last redrawing
+    assert "http://x.y" in last and "**" not in shown(screen) and "```" not in shown(screen).split("more")[-1]
+
+
+# Keys.
+
+
+@contextlib.contextmanager
+def typed(keys: str, history=""):
+    """A prompt that reads these keys."""
+    with prompt_toolkit.input.create_pipe_input() as pipe:
+        pipe.send_text(keys)
+        yield session(history, input=pipe, output=prompt_toolkit.output.DummyOutput())
+
+
+@pytest.mark.parametrize("keys, lines", [
+    ("hello\rworld\r", ["hello", "world"]),
+    ("one\x1b\rtwo\r", ["one\ntwo"]),
+    ('"""one\rtwo"""\rthree\r', ['"""one\ntwo"""', "three"]),
+    ("\x1b[200~pasted\nlines\x1b[201~\r", ["pasted\nlines"]),
+])
+def test_keys(keys, lines):
+    with typed(keys) as prompt:
+        assert [prompt.prompt() for _ in lines] == lines
+
+
+def test_talk_answers_until_the_end(screen):
+    with FakeServer() as fake, typed("hi\r\x03/set seed 3\rmore\r\x04") as prompt:
+        conversation = Conversation(model="m")
+        talk(conversation, Server(fake.url, None), prompt.prompt, screen, markdown=True)
+    assert [one["content"] for one in conversation.messages] == ["hi", "one two three four", "more", "one two three four"]
+    assert fake.requests[1][2]["seed"] == 3 and "seed 3" in shown(screen) and "Ctrl-D or /quit leaves" in shown(screen)
+    assert shown(screen).count("tok/s, first after") == 2
+
+
+def test_history_is_kept_for_its_owner_alone(tmp_path):
+    path = tmp_path / "history"
+    with typed("secret\r", str(path)) as prompt:
+        prompt.prompt()
+    assert path.stat().st_mode & 0o777 == 0o600 and "secret" in path.read_text()
+    with typed("\x1b[A\r", str(path)) as prompt:
+        assert prompt.prompt() == "secret"
+    with typed("x\r", str(tmp_path / "no" / "folder")) as prompt:
+        assert prompt.prompt() == "x"
+
+
+# The whole program.
+
+
+def test_into_a_pipe_comes_nothing_but_answers(tmp_path):
+    with FakeServer() as fake:
+        done = subprocess.run([sys.executable, "-m", "llama_tp.chat", "--url", fake.url, "--history_file", ""], cwd=ROOT, text=True,
+                              input="hi\nyou\n", capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "one two three four\n" * 2, "")
+    assert len(fake.requests[1][2]["messages"]) == 3
+
+
+class Terminal:
+    """A program in a pty."""
+
+    def __init__(self, *words: str):
+        self.master, slave = pty.openpty()
+        environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environ,
+                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(slave)
+        self.said = ""
+
+    def expect(self, text: str, within_s: float = 60) -> None:
+        """Reads until `text` was said, and forgets up to there."""
+        deadline = time.monotonic() + within_s
+        while text not in self.said:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.said!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):              # a pty whose program has ended
+                    self.said += os.read(self.master, 65536).decode(errors="replace")
+        self.said = self.said.split(text, 1)[1]
+
+    def send(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+
+def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program():
+    words = [f"word{i} " for i in range(400)]
+    with FakeServer(pieces=words, gap_s=0.05) as fake:
+        terminal = Terminal("-m", "llama_tp.chat", "--url", fake.url, "--history_file", "")
+        try:
+            terminal.expect("fake-1 at http")
+            terminal.expect(">")
+            terminal.send("tell me\r")
+            terminal.expect("word3")
+            terminal.send("\x03")
+            terminal.expect("stopped; ")
+            terminal.expect(">")
+            terminal.send("/stats\r")
+            terminal.expect("1 answers")
+            terminal.send("/quit\r")
+            assert terminal.process.wait(30) == 0
+        finally:
+            terminal.process.kill()
+        deadline = time.monotonic() + 30
+        while not fake.n_broken and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert fake.n_broken == 1                               # the server was told, too

@@ -1,0 +1,161 @@
+"""Chat templates: the ids that transformers gives, special tokens that stay text, limits on hostile templates."""
+
+import datetime
+import json
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_tp.spec.errors import UserError
+from llama_tp.text.template import ChatTemplate, open_template
+from tests.text.texts import SPECIAL
+
+# Our own, with what real ones use: whitespace control, trim, namespaces, loop controls, tojson, macros, dates, refusals.
+TEMPLATE = """{{- bos_token }}
+{%- macro turn(role, text) %}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' ~ text ~ '<|eot_id|>' }}{%- endmacro %}
+{%- set ns = namespace(system='', n=0) %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set ns.system = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{{- turn('system', 'Today is ' + strftime_now('%d %b %Y') + '\\n' + ns.system) }}
+{%- if tools %}
+    {%- for tool in tools %}
+{{ tool | tojson(indent=4) }}
+    {%- endfor %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}
+    {%- if message.content == 'skip' %}{% continue %}{% endif %}
+    {%- set ns.n = ns.n + 1 %}
+    {%- if 'tool_calls' in message %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- turn('assistant', '{"name": "' + call.name + '", "parameters": ' + call.arguments | tojson + '}') }}
+    {%- elif message.role == 'assistant' %}
+        {%- generation %}{{- turn('assistant', message.content | trim) }}{% endgeneration %}
+    {%- else %}
+        {{- turn('ipython' if message.role == 'tool' else message.role, message.content | trim) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=20) | st.sampled_from(["skip", "", "  padded\n", "hello"])
+TURNS = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": TEXTS})
+CALL = {"role": "assistant", "content": None, "tool_calls": [
+    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}]}
+TOOLS = [{"type": "function", "function": {"name": "f", "description": "Größe <b>", "parameters": {"type": "object"}}}]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """An HF folder with a byte-level tokenizer that has Llama 3's special tokens, and TEMPLATE."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("hf")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(list(tiny.specials)[:12])
+    library.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
+        "chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    from llama_tp.text.tokenizer import open_tokenizer
+    return open_template(str(folder), open_tokenizer(None, str(folder)))
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(turns=st.lists(TURNS, min_size=1, max_size=4), system=st.none() | TEXTS, with_call=st.booleans(),
+       tools=st.sampled_from([None, TOOLS]), prompt=st.booleans())
+def test_ids_equal_transformers(turns, system, with_call, tools, prompt, ours, oracle):
+    dialog = [*([{"role": "system", "content": system}] if system is not None else []), *turns, *([CALL] if with_call else [])]
+    # transformers wants arguments as objects, which OpenAI sends as text
+    theirs = [{**one, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "é"}}}]} if "tool_calls" in one else one
+              for one in dialog]
+    expected = oracle.apply_chat_template(theirs, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=False)
+    assert ours.encode_dialog(dialog, prompt, tools) == expected
+
+
+def test_special_tokens_in_messages_and_tools_stay_text(ours):
+    plain, n_specials = [{"role": "user", "content": "x"}], set(ours.tokenizer.specials.values())
+    def count(*args):
+        return sum(i in n_specials for i in ours.encode_dialog(*args))
+    hostile = [{"role": "user", "content": SPECIAL}]
+    assert count(hostile) == count(plain) and SPECIAL in ours.tokenizer.decode(ours.encode_dialog(hostile))
+    tools = [{"type": "function", "function": {"name": SPECIAL, "parameters": {SPECIAL: [SPECIAL]}}}]
+    assert count(plain, True, tools) == count(plain, True, TOOLS)
+    private = [{"role": "user", "content": "\ue000\ue001<|eot_id|>"}]
+    assert "\ue000\ue001<|eot_id|>" in ours.tokenizer.decode(ours.encode_dialog(private))
+
+
+def test_the_day_can_be_fixed(ours):
+    ids = ours.encode_dialog([{"role": "user", "content": "x"}], now=datetime.datetime(2024, 7, 26))
+    assert "Today is 26 Jul 2024\n" in ours.tokenizer.decode(ids)
+
+
+def test_a_template_refuses_in_its_own_words(ours):
+    with pytest.raises(UserError, match="refuses these messages.*a system message must come first"):
+        ours.encode_dialog([{"role": "user", "content": ""}, {"role": "system", "content": ""}])
+
+
+def test_where_a_template_is_found(tiny, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="has no chat template.*leave out --chat_template hf"):
+        open_template(str(tmp_path), tiny)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": [
+        {"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]}))
+    both = open_template(str(tmp_path), tiny)
+    assert both.encode_dialog([]) == tiny.encode("plain") and both.encode_dialog([], tools=TOOLS) == tiny.encode("tools")
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert open_template(str(tmp_path), tiny).encode_dialog([]) == tiny.encode("file")
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(UserError, match="chat template is broken"):
+        open_template(str(tmp_path), tiny)
+    (tmp_path / "tokenizer_config.json").write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        open_template(str(tmp_path), tiny)
+
+
+@pytest.mark.parametrize("source", [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
+    "{{ 'x' * 10**9 }}", "{{ 10**9 * 'x' }}", "{{ [1] * 10**9 }}", "{{ 9**(9**9) }}",
+    "{{ 'x' | center(10**9) }}", "{{ 'x'.center(10**9) }}",
+    "{{ '%999999999d' % 1 }}", "{{ '%*d' % (999999999, 1) }}", "{{ range(10**9) | list }}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set ns = namespace(s=[1]) %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
+    "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set t %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = t %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+])
+def test_a_template_that_never_ends_or_grows_is_stopped(source, tiny):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="chat template"):
+        ChatTemplate(source, tiny).encode_dialog([])
+    assert time.monotonic() - started < 30              # 2 s of limit, on a busy machine
+
+
+@pytest.mark.parametrize("source", [
+    "{{ ''.__class__ }}", "{{ messages.__class__.__mro__ }}", "{{ raise_exception.__globals__ }}", "{{ strftime_now.__self__ }}",
+    "{{ namespace(__class__=1) }}", "{% set n = namespace() %}{% set n.__class__ = 1 %}", "{{ messages.append(1) }}",
+    "{{ '{0.__class__}'.format(1) }}", "{% include 'a' %}", "{{ lipsum() }}", "{{ self.__init__.__globals__ }}", "{{ open('x') }}",
+])
+def test_a_template_reaches_no_python(source, tiny):
+    try:
+        ids = ChatTemplate(source, tiny).encode_dialog([{"role": "user", "content": ""}])
+    except UserError:
+        return
+    assert tiny.decode(ids) == ""                       # an undefined value is written as nothing
