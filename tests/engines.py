@@ -31,7 +31,7 @@ class NoWatch:
 class WholeLogits(Runner):
     """Samples every row the long way, from gathered logits: for tests that look at these."""
 
-    def _sample(self, way, rows, hidden, judge):
+    def _sample(self, way, rows, hidden, judge, masks):
         return self._choose(rows, hidden, judge)
 
 
@@ -69,7 +69,7 @@ def alphabet(n_vocab: int) -> Tokenizer:
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
            step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True, graphs=False,
-           kernels=None) -> Recorder:
+           kernels=None, tokenizer=None) -> Recorder:
     """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo. graphs: as on CUDA,
     decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
@@ -79,7 +79,7 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
     run = runner(model, cache, max_rows, config.vocab_size, again if graphs else None)
-    out = Recorder(run, scheduler, alphabet(config.vocab_size), ranks, NoWatch(), n_ahead=int(graphs))
+    out = Recorder(run, scheduler, tokenizer or alphabet(config.vocab_size), ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
     return out
 

@@ -72,7 +72,7 @@ class DecodeGraphs:
 
     def hold(self, step: Step) -> bool:
         """Whether a step can be replayed: every row decodes, and samples without the host."""
-        return all(row.decodes and row.sample and row.way != GATHERED for row in step.rows)
+        return all(row.decodes and row.sample and row.way != GATHERED and not row.masked for row in step.rows)
 
     def run(self, step: Step) -> torch.Tensor:
         """-> (R,) int64, the sampled tokens, in the order of the step's rows."""

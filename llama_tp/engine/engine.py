@@ -9,6 +9,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from llama_tp.engine.request import Request, Sequence
@@ -16,10 +17,11 @@ from llama_tp.engine.runner import Judge, Runner, Sampled
 from llama_tp.engine.sampler import TokenLogprobs, choose, score
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import NOT_FINITE, Step, StepRow
-from llama_tp.parallel.collectives import recv_ints, send_ints
+from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
+from llama_tp.text.grammar import Constraint, Form, Grammars
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import Tokenizer
 
@@ -65,9 +67,12 @@ class Stats:
 
 @dataclass
 class _Track:
-    """The engine's own book about one sequence: its text so far, its prompt's logprobs by position."""
+    """The engine's own book about one sequence: its text so far, the form that it must have and which tokens may therefore come
+    next ((words,) int32 bits, sampler.allowed), its prompt's logprobs by position."""
 
     stream: TextStream
+    constraint: Constraint | None = None
+    mask: torch.Tensor | None = None
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
 
 
@@ -92,6 +97,7 @@ class Engine:
         self._running: deque[tuple[Step, Sampled]] = deque()
         self._logprobs: dict[Sequence, TokenLogprobs] = {}  # of the tokens that the driver has chosen in the step that runs
         self._judge = Judge(self._choose, self._score)
+        self._grammars: Grammars | None = None
 
     @property
     def is_driver(self) -> bool:
@@ -116,14 +122,36 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = (self.seed << 32) + self.stats.n_requests
+        constraint = self._constraint(request.params.form) if request.params.form else None
+        sequences = [Sequence(request, index, seed) for index in range(request.params.n)
+                     if not request.outputs or request.outputs[index] is not None]
+        tracks = [(sequence, self._track(sequence, constraint)) for sequence in sequences]
         if not self.stats.n_requests:
             self._first_submit = time.perf_counter()
         self.stats.n_requests += 1
-        for index in range(request.params.n):
-            if not request.outputs or request.outputs[index] is not None:
-                sequence = Sequence(request, index, seed)
-                self.scheduler.add(sequence)
-                self._tracks[sequence] = _Track(self._stream(sequence))
+        for sequence, track in tracks:
+            self.scheduler.add(sequence)
+            self._tracks[sequence] = track
+
+    def _track(self, sequence: Sequence, constraint: Constraint | None) -> _Track:
+        """The book about a sequence that is yet to run. constraint: the state at its beginning."""
+        track = _Track(self._stream(sequence), constraint and constraint.fork())
+        if constraint:
+            track.mask = self._follow_form(track, sequence.output_ids)
+        return track
+
+    def _constraint(self, form: Form) -> Constraint:
+        """The start of a form. The vocabulary is read at the first one."""
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer)
+        return self._grammars.start(form)
+
+    @staticmethod
+    def _follow_form(track: _Track, ids: list[int]) -> torch.Tensor:
+        """Takes in what the sequence has written. -> its next mask. Raises UserError when nothing can follow."""
+        for token in ids:
+            track.constraint.advance(token)
+        return torch.from_numpy(track.constraint.mask().view(np.int32).copy())
 
     def _stream(self, sequence: Sequence) -> TextStream:
         """The text of a sequence, up to what it had written before it came here; the same as if it had been written here."""
@@ -143,10 +171,10 @@ class Engine:
         """One step of whatever is queued, on all ranks. -> what every sequence gained; [] when there is no work.
 
         With n_ahead, the step after it is planned and sent before this one's tokens are read. Where the driver chooses
-        tokens itself nothing is planned ahead: penalties count the very tokens that would still be missing.
+        tokens itself or follows a form nothing is planned ahead: it needs the very tokens that would still be missing.
         """
         started, run_s = time.perf_counter(), 0.0
-        n_ahead = 0 if self.scheduler.n_gathered else self.n_ahead
+        n_ahead = 0 if self.scheduler.n_driven else self.n_ahead
         while len(self._running) <= n_ahead and (step := self.scheduler.plan()):
             run_s += self._launch(step)
         if not self._running:
@@ -170,19 +198,25 @@ class Engine:
     def _launch(self, step: Step) -> float:
         """Driver: has all ranks run a step. -> seconds that the model took, on CPU; on CUDA, to be set going."""
         send_ints(step.encode(), self.ranks)
+        masks = [self._tracks[self.scheduler.rows[row.row]].mask for row in step.rows if row.masked]
         self._logprobs.clear()
         started = time.perf_counter()
-        self._running.append((step, self._run(step, self._judge)))
+        self._running.append((step, self._run(step, self._judge, torch.stack(masks) if masks else None)))
         return time.perf_counter() - started - self.runner.planning_s
 
-    def _run(self, step: Step, judge: Judge | None) -> Sampled:
+    def _run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None) -> Sampled:
+        """masks: (masked rows, words) int32 on the driver, whose values every rank gets."""
         self.n_steps = step.number
         with self.watch.busy(f"step {step.number}"):
-            return self.runner.run(step, judge)
+            if n_masks := sum(row.masked for row in step.rows):
+                empty = torch.empty(n_masks, -(-self.tokenizer.n_vocab // 32), dtype=torch.int32)
+                masks = share_words(empty if masks is None else masks, self.ranks)
+            return self.runner.run(step, judge, masks)
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.rows[row.row] for row in rows]
-        choices = choose(sequences, logits, self.tokenizer.stop_ids)
+        masks = [self._tracks[sequence].mask for sequence in sequences]
+        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks)
         self._logprobs.update((sequence, choice.logprobs) for sequence, choice in zip(sequences, choices) if choice.logprobs)
         return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
 
@@ -202,6 +236,12 @@ class Engine:
         if token in params.stop_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
             self.scheduler.finish(sequence, "stop")
             return self._finished(sequence)
+        if track.constraint and not sequence.finish_reason:
+            try:
+                track.mask = self._follow_form(track, [token])
+            except UserError as error:
+                self.scheduler.finish(sequence, "abort")
+                return self._finished(sequence, error=str(error))
         text = track.stream.push([token])
         if sequence.n_output == params.min_tokens:
             track.stream.heed(params.stop)
@@ -258,4 +298,4 @@ class Engine:
             ints = recv_ints(self.ranks)
             if ints[0] < 0:
                 return ints
-            self._run(Step.decode(ints), None)
+            self._run(Step.decode(ints), None, None)

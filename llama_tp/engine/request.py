@@ -13,6 +13,7 @@ from numbers import Integral, Real
 
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, Draw
 from llama_tp.spec.errors import UserError
+from llama_tp.text.grammar import Form
 
 MAX_COUNT = 2**31 - 1           # for token counts and ids: anything larger is a mistake, and int32 tensors hold it
 MAX_SAMPLES = 128               # OpenAI's bound for n
@@ -107,6 +108,7 @@ class SamplingParams:
         ignore_eos: the tokenizer's stop ids do not end a completion; those of `stop_ids` still do.
         logprobs: None is off; k gives the chosen token's logprob and those of the k <= 20 likeliest.
         prompt_logprobs: the same for every token of the prompt but the first.
+        form: what the completion must look like (text/grammar.py); not with min_tokens or ignore_eos.
 
     Raises UserError naming the field.
     """
@@ -128,6 +130,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    form: Form | None = None
 
     def __post_init__(self):
         temperature = _real("temperature", self.temperature, 0.0, 100.0)
@@ -157,6 +160,11 @@ class SamplingParams:
         )
         for name, value in checked.items():
             object.__setattr__(self, name, value)               # the only write to a frozen instance: its own birth
+        if self.form is not None and not isinstance(self.form, Form):
+            raise _refuse("form", "a Form of llama_tp.text.grammar", self.form)
+        if self.form is not None and (self.min_tokens or self.ignore_eos):
+            raise UserError("a form decides where the completion ends", f"found min_tokens {self.min_tokens}, ignore_eos "
+                            f"{self.ignore_eos}", "leave min_tokens and ignore_eos out")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise UserError("min_tokens must not exceed max_tokens",
                             f"found min_tokens {self.min_tokens} and max_tokens {self.max_tokens}", "lower min_tokens")
@@ -239,6 +247,11 @@ class Sequence:
         self.blocks: list[int] = []
         self.n_sent = self.n_computed = self.n_planned = self.n_pending = 0
         self.decoding = False                           # its last token is what its row sampled last
+
+    @property
+    def driven(self) -> bool:
+        """The driver must know its last token before the next can be sampled."""
+        return self.way == GATHERED or self.params.form is not None
 
     @property
     def n_ids(self) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_tp.engine.cuda_graph import DecodeGraphs, Record, on_device
-from llama_tp.engine.sampler import SHORTLIST, likeliest, pick, unpacked
+from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, unpacked
 from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
@@ -56,8 +56,9 @@ class Runner:
         self.graphs = record and DecodeGraphs(model, cache, self.last, self.on_shards, record)
 
     @torch.inference_mode()
-    def run(self, step: Step, judge: Judge | None) -> Sampled:
-        """One step. `judge` is given on the driver and None elsewhere. -> what gives row -> sampled id, or NOT_FINITE or
+    def run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None = None) -> Sampled:
+        """One step. `judge` is given on the driver and None elsewhere; masks: (masked rows, words) int32, which tokens may come
+        (sampler.allowed), in the order of the rows. -> what gives row -> sampled id, or NOT_FINITE or
         UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
@@ -72,15 +73,16 @@ class Runner:
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:
                 self._score(row, hidden[end - row.n:end], judge)
-        ways: dict[int, list[tuple[StepRow, int]]] = {}
+        ways: dict[tuple[int, bool], list[tuple[StepRow, int]]] = {}
         for row, end in zip(step.rows, ends):
             if row.sample:
-                ways.setdefault(row.way, []).append((row, end - 1))
+                ways.setdefault((row.way, row.masked), []).append((row, end - 1))
         sampled, tokens = [], []
-        for way, some in sorted(ways.items()):
+        for (way, masked), some in sorted(ways.items()):
             rows, at = zip(*some)
             sampled += [row.row for row in rows]
-            tokens.append(self._sample(way, rows, hidden[list(at)], judge))
+            mask = self._masks_of(rows, step, masks) if masked else None
+            tokens.append(self._sample(way, rows, hidden[list(at)], judge, mask))
         if not sampled:
             return dict
         everything = torch.cat(tokens)
@@ -142,30 +144,36 @@ class Runner:
             if judge is not None:
                 judge.score(row, row.start + at, logits)
 
-    def _sample(self, way: int, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
-        """One token for each row of one way. hidden: (R, D) -> (R,) int64."""
+    def _sample(self, way: int, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None,
+                masks: torch.Tensor | None) -> torch.Tensor:
+        """One token for each row of one way. hidden: (R, D); masks: (R, words) or None -> (R,) int64."""
         if way == GATHERED:
             return self._choose(rows, hidden, judge)
-        return self.on_shards(hidden, None if way == GREEDY else self._tensor([row.draw for row in rows]))
+        return self.on_shards(hidden, None if way == GREEDY else self._tensor([row.draw for row in rows]), masks)
 
-    def on_shards(self, hidden: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-        """Sampling without gathering logits, greedy or with filters. hidden: (R, D); draws: (R, 5) -> (R,) int64."""
-        return self._agree(hidden) if draws is None else self._shortlist(hidden, draws)
+    def _masks_of(self, rows: tuple[StepRow, ...], step: Step, masks: torch.Tensor) -> torch.Tensor:
+        order = [row.row for row in step.rows if row.masked]
+        return masks[[order.index(row.row) for row in rows]].to(self.ranks.device)
 
-    def _agree(self, hidden: torch.Tensor) -> torch.Tensor:
+    def on_shards(self, hidden: torch.Tensor, draws: torch.Tensor | None, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Sampling without gathering logits, greedy or with filters. hidden: (R, D); draws: (R, 5); masks: (R, words) ->
+        (R,) int64."""
+        return self._agree(hidden, masks) if draws is None else self._shortlist(hidden, draws, masks)
+
+    def _agree(self, hidden: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
         Of equal ones the lowest id wins, at any tp."""
-        mine, first = self._without_padding(self.model.head(hidden))
+        mine, first = self._choices(self.model.head(hidden), masks)
         value, at = mine.max(dim=-1)                                                    # (R,) each; NaN counts as largest
         best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)       # (tp, 2, R)
         value, who = best[:, 0].max(dim=0)
         tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
         return torch.where(value.isfinite(), tokens, NOT_FINITE)
 
-    def _shortlist(self, hidden: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def _shortlist(self, hidden: torch.Tensor, draws: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """Each shard's best few and its whole mass, at each row's temperature, are all it takes to apply top_k, top_p and
         min_p, if these cut within the best few. Rank 0's result is everyone's: on unlike hosts exp may differ."""
-        mine, first = self._without_padding(self.model.logits(hidden))
+        mine, first = self._choices(self.model.logits(hidden), masks)
         scaled = mine / unpacked(draws)[0].float()                                      # (R, V)
         values, at = likeliest(scaled, min(SHORTLIST, scaled.shape[1]))                 # (R, SHORTLIST) each, or fewer
         mass = (scaled - values[:, :1]).exp().sum(dim=-1, dtype=torch.float64)          # (R,), relative to the best
@@ -175,12 +183,15 @@ class Runner:
         lists = gather_stack(torch.cat([values, ids, mass.unsqueeze(1)], dim=1), self.ranks)
         return broadcast(pick(lists, draws), self.ranks)
 
-    def _without_padding(self, logits: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """This rank's logits (R, V) of ids that may be sampled, and the id of the first. A rank that holds nothing but
-        padding offers one of minus infinity."""
+    def _choices(self, logits: torch.Tensor, masks: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+        """This rank's logits (R, V) of ids that may be sampled, minus infinity where a mask forbids it, and the id of the
+        first. A rank that holds nothing but padding offers one of minus infinity."""
         first = self.ranks.rank * logits.shape[1]
-        n = self.n_vocab - first
-        return (logits[:, :n], first) if n > 0 else (torch.full_like(logits[:, :1], -torch.inf), 0)
+        n = min(self.n_vocab - first, logits.shape[1])
+        if n <= 0:
+            return torch.full_like(logits[:, :1], -torch.inf), 0
+        mine = logits[:, :n]
+        return (mine if masks is None else mine.masked_fill(~allowed(masks, first, n), -torch.inf)), first
 
     def _choose(self, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
         """The driver's choice from the gathered logits, broadcast to all. -> (R,) int64."""

@@ -38,22 +38,27 @@ class Choice:
     logprobs: TokenLogprobs | None
 
 
-def choose(rows: list[Sequence], logits: torch.Tensor, eos_ids: tuple[int, ...]) -> list[Choice]:
+def choose(rows: list[Sequence], logits: torch.Tensor, eos_ids: tuple[int, ...],
+           masks: list[torch.Tensor | None] | None = None) -> list[Choice]:
     """Samples one token a row.
 
     Args:
         rows: what is to be continued; a draw's position is the length of its ids.
         logits: (R, V) fp32, unscaled; not changed.
         eos_ids: the tokenizer's stop ids, which min_tokens holds off (with the request's own).
+        masks: for each row which tokens may come, (words,) int32 bits (see `allowed`), or None.
     """
     highest, best = (each.tolist() for each in logits.max(dim=-1))                     # NaN counts as highest
     finite = [value < math.inf for value in highest]                                    # false for NaN too
-    return [_choose(row, logits[i], best[i], eos_ids) if finite[i] else Choice(None, None) for i, row in enumerate(rows)]
+    return [_choose(row, logits[i], best[i], eos_ids, masks and masks[i]) if finite[i] else Choice(None, None)
+            for i, row in enumerate(rows)]
 
 
-def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, ...]) -> Choice:
+def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, ...], mask: torch.Tensor | None) -> Choice:
     params = row.params
     changed = adjusted(row, logits, eos_ids)
+    if mask is not None:
+        changed = changed.masked_fill(~allowed(mask, 0, len(logits)), -math.inf)
     if params.temperature == 0:
         token = best if changed is logits else int(changed.argmax())
     else:
@@ -151,6 +156,15 @@ def adjusted(row: Sequence, logits: torch.Tensor, eos_ids: tuple[int, ...]) -> t
     if held_off:
         logits[list(held_off)] = -math.inf
     return logits
+
+
+def allowed(masks: torch.Tensor, first: int, n: int) -> torch.Tensor:
+    """Bits to bools: whether tokens first .. first + n - 1 may come; token i is bit i % 32 of word i // 32, those beyond the
+    words may not. (..., words) int32 -> (..., n)."""
+    ids = torch.arange(first, first + n, device=masks.device)
+    known = ids < 32 * masks.shape[-1]
+    words = masks[..., torch.where(known, ids >> 5, 0)]                                 # (..., n)
+    return ((words >> (ids & 31).int()) & 1).bool() & known
 
 
 def uniform(seed: int, index: int, position: int) -> float:

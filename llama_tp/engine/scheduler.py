@@ -14,8 +14,8 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
  5. A newcomer is let in when every running sequence has got on and the step has a token left for it. So no more run
     than a step has tokens, the oldest gets on in every step, and everything finishes.
 
-`plan()` may be called again before `update()` has told it what the last step sampled (while no sequence's tokens are the
-driver's to choose: `n_gathered`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from the
+`plan()` may be called again before `update()` has told it what the last step sampled (while no sequence needs
+the driver to know its last token first: `n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from the
 later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
 position computed again for the driver to choose.
@@ -42,8 +42,8 @@ class Scheduler:
 
     Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all blocks together if that
     is less); `rows`, row -> Sequence or None, as the last plan left it; `in_flight`, for every step planned and not yet
-    updated the pair (Step, {row: Sequence}); the counters `n_gathered` (unfinished sequences whose tokens the driver
-    chooses from all logits), `n_preemptions` and `prefix_hit_tokens`.
+    updated the pair (Step, {row: Sequence}); the counters `n_driven` (unfinished sequences whose tokens the driver
+    chooses from all logits, or whose form it must follow), `n_preemptions` and `prefix_hit_tokens`.
     """
 
     def __init__(self, blocks: BlockManager, max_rows: int, max_step_tokens: int, max_seq_len: int,
@@ -59,7 +59,7 @@ class Scheduler:
         self.in_flight: deque[tuple[Step, dict[int, Sequence]]] = deque()
         self.n_steps = 0
         self.n_added = 0
-        self.n_gathered = 0
+        self.n_driven = 0
         self.n_preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -83,7 +83,7 @@ class Scheduler:
         sequence.limit = self.max_len if max_tokens is None else min(self.max_len, sequence.n_prompt + max_tokens)
         sequence.arrival = self.n_added
         self.n_added += 1
-        self.n_gathered += sequence.way == GATHERED
+        self.n_driven += sequence.driven
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -97,7 +97,7 @@ class Scheduler:
         """End a sequence; its row and blocks are free at once. The engine may name a better reason ("stop") for one
         that `update` has just ended with "length"."""
         if sequence.finish_reason is None:
-            self.n_gathered -= sequence.way == GATHERED
+            self.n_driven -= sequence.driven
             if sequence.row is None:
                 self.waiting.remove(sequence)
             else:
@@ -219,6 +219,7 @@ class Scheduler:
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
             block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]),
             way=way, draw=sequence.draw() if way == FILTERED else None,
+            masked=way != GATHERED and sequence.params.form is not None,
         )
         sequence.n_sent = len(sequence.blocks)
         sequence.n_planned = end
@@ -241,8 +242,8 @@ class Scheduler:
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
+        self.n_driven += not sequence.driven
         sequence.way = GATHERED
-        self.n_gathered += 1
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

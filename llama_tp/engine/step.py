@@ -10,7 +10,7 @@ from itertools import islice
 from typing import NamedTuple
 
 _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
-_SAMPLE, _PROMPT_LOGITS, _DECODE = 1, 2, 4
+_SAMPLE, _PROMPT_LOGITS, _DECODE, _MASKED = 1, 2, 4, 8
 GATHERED, GREEDY, FILTERED = 0, 1, 2            # of StepRow.way
 NOT_FINITE, UNDECIDED = -1, -2                  # in the place of a sampled id: see StepRow.way
 
@@ -33,9 +33,9 @@ class StepRow(NamedTuple):
     `prompt_logits`: the logits of every position are wanted. `way`: how the token is sampled: GREEDY and FILTERED (with a
     `draw`) on the vocabulary's shards by all ranks, which then know it without the driver; GATHERED by the driver from
     all logits. The first two may end in UNDECIDED (the filters do not cut among the likeliest few of the shards, so that
-    the driver must have all logits), all in NOT_FINITE. `blocks` join the row's block table from index
-    `block_start` on; block_start 0 starts a new table, and so a new occupant of the row, whose cache already holds the
-    positions before `start` (prefix hits).
+    the driver must have all logits), all in NOT_FINITE. `masked`: only some tokens may be sampled; which travels behind the
+    step. `blocks` join the row's block table from index `block_start` on; block_start 0 starts a new table, and so a
+    new occupant of the row, whose cache already holds the positions before `start` (prefix hits).
     """
 
     row: int
@@ -48,6 +48,7 @@ class StepRow(NamedTuple):
     blocks: tuple[int, ...]
     way: int = GATHERED
     draw: Draw | None = None
+    masked: bool = False
 
     @property
     def decodes(self) -> bool:
@@ -74,7 +75,7 @@ class Step(NamedTuple):
         blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED one a draw."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
-            flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes
+            flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes | _MASKED * row.masked
             ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), row.way,
                      *row.ids, *row.blocks, *(row.draw or ()))
         ints[1] = len(ints)
@@ -97,10 +98,10 @@ class Step(NamedTuple):
             draw = tuple(islice(rest, len(Draw._fields) if way == FILTERED else 0))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
             whole = len(blocks) == n_blocks and len(draw) in (0, len(Draw._fields)) and way <= FILTERED
-            if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE):
+            if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _MASKED):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
-                                block_start, blocks, way, Draw(*draw) if draw else None))
+                                block_start, blocks, way, Draw(*draw) if draw else None, bool(flags & _MASKED)))
         if next(rest, None) is not None:
             raise ValueError(f"step {ints[2]}: ints are left over after its {ints[3]} rows")
         if len({row.row for row in rows}) != len(rows):

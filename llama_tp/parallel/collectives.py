@@ -117,6 +117,13 @@ def recv_ints(ranks: Ranks) -> list[int]:
     return ints
 
 
+def share_words(words: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The driver's CPU tensor on every rank, over the control group; workers pass an empty one of its shape. -> it."""
+    if ranks.tp > 1:
+        _control(words, ranks)
+    return words
+
+
 def broadcast_bytes(data: bytes | None, ranks: Ranks) -> bytes:
     """The driver's `data` on every rank; workers pass None."""
     if ranks.tp == 1:

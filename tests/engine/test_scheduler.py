@@ -173,7 +173,7 @@ class World:
         tokens = self.scheduler.update(step, sampled)
         assert [sequence for sequence, _ in tokens] == [
             live[r.row] for r in step.rows if r.sample and r.row in live and sampled[r.row] != UNDECIDED]
-        assert self.scheduler.n_gathered == sum(
+        assert self.scheduler.n_driven == sum(
             s.way == GATHERED for s in (*self.scheduler.running, *self.scheduler.waiting))
         for sequence, token in tokens:
             assert sequence.ids[-1] == token
@@ -566,12 +566,12 @@ def test_a_stop_drops_the_row_planned_ahead():
 def test_an_undecided_position_is_computed_again_for_the_driver_to_choose(depth):
     world = World(depth=depth, undecided=2)
     sequence = world.add([1, 2, 0], max_tokens=6)
-    assert world.scheduler.n_gathered == 0
+    assert world.scheduler.n_driven == 0
     world.finish()
     rows = [step.rows[0] for step in world.steps]
     again = [row for row in rows if row.ids and row.start == 3]                 # the second token, as input known to all
     assert [(row.n, row.way, row.ids) for row in again] == [(1, GATHERED, (sequence.ids[3],))]
-    assert [row.way for row in rows if row.sample][-3:] == [GATHERED] * 3 and world.scheduler.n_gathered == 0
+    assert [row.way for row in rows if row.sample][-3:] == [GATHERED] * 3 and world.scheduler.n_driven == 0
 
 
 # ---------------------------------------------------------------------------------------------------- random schedules
