@@ -9,6 +9,7 @@ from llama_tp.engine.engine import Delta, Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.sampler import TokenLogprobs
 from llama_tp.spec.errors import UserError
+from llama_tp.text.grammar import Form
 
 LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world
 SCORES_A_MESSAGE = 512          # prompt logprobs: a long prompt's would hold up the server's event loop in one piece
@@ -58,6 +59,8 @@ def request_of(message: dict) -> Request:
     params = dict(message["params"])
     if params.get("logit_bias"):
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}    # JSON's keys are text
+    if params.get("form"):
+        params["form"] = Form(**params["form"])
     return Request(message["id"], message["prompt"], SamplingParams(**params), message["outputs"])
 
 

@@ -8,7 +8,9 @@ import numpy as np
 
 from llama_tp.protocol.batch_lines import Defaults, custom_id_of, lines_of, order_of, read_line
 from llama_tp.protocol.errors import RequestError, invalid
-from llama_tp.protocol.order import ServedModel
+from llama_tp.protocol.forms import check_form
+from llama_tp.protocol.order import Order, ServedModel
+from llama_tp.text.grammar import Grammars
 
 MAX_SHOWN = 20          # bad lines listed one by one
 
@@ -30,7 +32,7 @@ class Checked:
 
 def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -> Checked:
     """Reads every line as it will be run: its shape, its fields, its length in tokens, its custom_id."""
-    checked = Checked()
+    checked, forms = Checked(), _Forms(model)
     numbers, hashes, wrong = array("Q"), array("Q"), bytearray()        # 17 bytes a line, where the ids would be a hundred
     for number, raw in lines_of(path):
         checked.n_lines += 1
@@ -38,7 +40,9 @@ def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -
         hashes.append(_hash(custom_id_of(raw, number)))
         wrong.append(False)
         try:
-            order_of(read_line(raw, number), model, defaults, key)
+            order = order_of(read_line(raw, number), model, defaults, key)
+            if order.form_field:
+                forms.check(order)
         except RequestError as error:
             checked.bad(number, error)
             wrong[-1] = True
@@ -51,6 +55,21 @@ def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -
         if not wrong[i]:
             checked.bad(numbers[i], duplicate_id())
     return checked
+
+
+class _Forms:
+    """The forms of answers that lines ask for: each is compiled once, most jobs having one or two."""
+
+    def __init__(self, model: ServedModel):
+        self._model, self._grammars, self._good = model, None, set()
+
+    def check(self, order: Order) -> None:
+        """Raises RequestError for a form that cannot be followed."""
+        form = order.requests[0].params.form
+        if hash(form) not in self._good:
+            self._grammars = self._grammars or Grammars(self._model.tokenizer)
+            check_form(order.form_field, form, self._grammars)
+            self._good.add(hash(form))
 
 
 def duplicate_id() -> RequestError:

@@ -46,6 +46,10 @@ class Body(_Shape):
     stop_token_ids: Any = None                              # a list of token ids
     ignore_eos: bool = False
     return_token_ids: bool = False
+    response_format: dict[str, Any] | None = None           # OpenAI's
+    structured_outputs: dict[str, Any] | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
 
 class ChatBody(Body):
@@ -59,7 +63,6 @@ class ChatBody(Body):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     # ---
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -77,7 +80,6 @@ class CompletionBody(Body):
     best_of: int | None = None
     # ---
     add_special_tokens: bool = True                         # BOS in front of a text; never in front of ids
-    response_format: dict[str, Any] | None = None
 
 
 BODIES = {"chat": ChatBody, "completion": CompletionBody}

@@ -10,8 +10,9 @@ from typing import Literal
 from llama_tp.engine.request import MAX_SAMPLES, Request, SamplingParams
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
+from llama_tp.protocol.forms import read_form
 from llama_tp.protocol.messages import dialog_of
-from llama_tp.protocol.tools import Tools, check_response_format, read_tools
+from llama_tp.protocol.tools import Tools, read_tools
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.token_table import Tokenizer
@@ -68,6 +69,7 @@ class Order:
         include_usage, continuous_usage: the counts in a last chunk, or in all.
         with_ids: token ids beside the texts.
         tools: what the model was told that it may call; its text is searched for calls.
+        form_field: the field that asked for the form of the answers, if one did (requests' params.form).
     """
 
     kind: Literal["chat", "completion"]
@@ -82,6 +84,7 @@ class Order:
     continuous_usage: bool = False
     with_ids: bool = False
     tools: Tools | None = None
+    form_field: str = ""
 
     @property
     def n(self) -> int:
@@ -97,7 +100,6 @@ def prepare(body: ChatBody | CompletionBody, model: ServedModel, id: str, seed: 
 
     Raises RequestError for what `model` cannot run: too long, too many, ids outside the vocabulary, no chat format.
     """
-    check_response_format(body)
     _check_counts(body, model.limits)
     common = dict(id=id, stream=body.stream, include_usage=body.stream_options.include_usage,
                   continuous_usage=body.stream_options.continuous_usage_stats, with_ids=body.return_token_ids)
@@ -115,9 +117,10 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
         raise invalid("top_logprobs", "top_logprobs needs logprobs", "logprobs is not true", "set logprobs")
     wanted = (body.top_logprobs or 0) if body.logprobs else None
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = _params(body, model, max_tokens=max_tokens, logprobs=wanted)
+    form_field, form = read_form(body, tools) or ("", None)
+    params = _params(body, model, max_tokens=max_tokens, logprobs=wanted, form=form)
     request = _request("messages", common["id"], 0, _chat_ids(body, model, tools), _seeded(params, seed, 0), model)
-    return Order("chat", requests=(request,), logprobs=wanted, tools=tools, **common)
+    return Order("chat", requests=(request,), logprobs=wanted, tools=tools, form_field=form_field, **common)
 
 
 def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[int]:
@@ -144,8 +147,10 @@ def _completion(body: CompletionBody, model: ServedModel, seed: int | None, comm
     hides_output = body.max_tokens == 0
     scores = body.echo and body.logprobs is not None
     scores_one = scores and body.max_tokens <= 1 and not body.min_tokens and not body.ignore_eos
+    form_field, form = read_form(body, None) or ("", None)
     params = _params(body, model, max_tokens=body.max_tokens or 1, logprobs=body.logprobs,
-                     prompt_logprobs=body.logprobs if scores else None)
+                     prompt_logprobs=body.logprobs if scores else None, form=form)
+    scores_one = scores_one and form is None
     end_ids = frozenset((*model.tokenizer.stop_ids, *params.stop_ids)) if scores_one else frozenset()
     if scores_one:
         params = replace(params, ignore_eos=True, stop_ids=())
@@ -160,7 +165,7 @@ def _completion(body: CompletionBody, model: ServedModel, seed: int | None, comm
         raise invalid("n", "prompt times n is too many samples", f"found {len(requests)} prompts and n {body.n}",
                       f"ask for at most {model.limits.max_samples} in one request")
     return Order("completion", requests=tuple(requests), echo=tuple(texts) if body.echo else None, logprobs=body.logprobs,
-                 hides_output=hides_output, end_ids=end_ids, **common)
+                 hides_output=hides_output, end_ids=end_ids, form_field=form_field, **common)
 
 
 def _prompts(prompt: object, limits: Limits) -> list[str | list[int]]:
@@ -192,7 +197,7 @@ def _check_counts(body: Body, limits: Limits) -> None:
         raise invalid("stop", "stop holds too many strings", f"found {len(body.stop)}", f"send at most {limits.max_stop}")
 
 
-def _params(body: Body, model: ServedModel, **others: int | None) -> SamplingParams:
+def _params(body: Body, model: ServedModel, **others: object) -> SamplingParams:
     names = ("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "top_k", "min_p",
              "repetition_penalty", "min_tokens", "ignore_eos")
     try:

@@ -14,7 +14,7 @@ HARMLESS = frozenset((
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction",
     "request_id", "priority", "spaces_between_special_tokens"))
 
-_STRUCTURED = "structured output is not supported yet: leave it out, and ask for the form in the prompt"
+_STRUCTURED = "use structured_outputs, which replaced it"
 _TEMPLATE = "the chat format is the server's own: leave it out"
 _SAMPLER = "this sampler has no such step: leave it out"
 _TEXT_ONLY = "this model reads and writes text only: leave it out"
@@ -22,9 +22,9 @@ _IDS = "ask for return_token_ids instead"
 
 # Name -> (values that ask for nothing, what to do instead of anything else). None always asks for nothing.
 REFUSED: dict[str, tuple[tuple, str]] = {
-    "structured_outputs": (({},), _STRUCTURED), "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
+    "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
     "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED), "guided_decoding_backend": ((), _STRUCTURED),
-    "guided_whitespace_pattern": ((), _STRUCTURED), "regex": ((), _STRUCTURED), "grammar": ((), _STRUCTURED),
+    "guided_whitespace_pattern": ((), _STRUCTURED),
     "chat_template": ((), _TEMPLATE), "chat_template_kwargs": (({},), _TEMPLATE), "documents": (([],), _TEMPLATE),
     "use_beam_search": ((False,), _SAMPLER), "length_penalty": ((1, 1.0), _SAMPLER), "early_stopping": ((False,), _SAMPLER),
     "typical_p": ((1, 1.0), _SAMPLER), "top_a": ((0, 0.0), _SAMPLER), "bad_words": (([],), "use logit_bias"),

@@ -1,11 +1,9 @@
-"""What a request may ask beyond plain text: tools, read here into what the chat format offers and the parser looks for, and forms
-of output. The one place that says what of it is not there yet.
-"""
+"""The tools of a request, read into what the chat format offers, the parser looks for and a form may demand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_tp.protocol.errors import invalid, unsupported
-from llama_tp.protocol.fields import ChatBody, CompletionBody
+from llama_tp.protocol.fields import ChatBody
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import tool_name
 
@@ -15,18 +13,17 @@ _FUNCTION_KEYS = {"name", "description", "parameters", "strict"}
 
 @dataclass(frozen=True)
 class Tools:
-    """The tools that a model is told of. `parallel`: it may call several in one message."""
+    """The tools that a model is told of.
+
+    parallel: it may call several in one message. must_call: it has to call one, `only` that one if given. strict: the arguments
+    of its calls have to follow the tools' schemas.
+    """
 
     offered: tuple[dict, ...]
     parallel: bool = True
-
-
-def check_response_format(body: ChatBody | CompletionBody) -> None:
-    """Raises RequestError unless the output may be any text."""
-    if body.response_format in (None, {"type": "text"}):
-        return
-    raise unsupported("response_format", f"found type {str(body.response_format.get('type'))[:80]!r}",
-                      'leave it out or send {"type": "text"}, and ask for the form in the prompt')
+    must_call: bool = False
+    only: str | None = None
+    strict: bool = False
 
 
 def read_tools(body: ChatBody) -> Tools | None:
@@ -42,14 +39,26 @@ def read_tools(body: ChatBody) -> Tools | None:
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise invalid("tools", "a tool's name must be its own", f"found {twice[0][:64]!r} twice", "rename one of them")
-    if choice in (None, "auto"):
-        return Tools(tuple(body.tools), body.parallel_tool_calls is not False)
     if choice == "none":
         return None
-    if choice != "required" and not isinstance(choice, dict):
+    only = _only(choice, names)
+    tools = Tools(tuple(body.tools), body.parallel_tool_calls is not False, choice not in (None, "auto"), only,
+                  any(tool.get("function", {}).get("strict") for tool in body.tools))
+    return replace(tools, parallel=False) if only else tools
+
+
+def _only(choice: object, names: list[str]) -> str | None:
+    """The name in tool_choice, if it is of that kind."""
+    if choice in (None, "auto", "required"):
+        return None
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
         raise invalid("tool_choice", "tool_choice has a wrong value", f"found {str(choice)[:80]!r}",
                       'send "auto", "none", "required" or {"type": "function", "function": {"name": "..."}}')
-    raise unsupported("tool_choice", f"found {str(choice)[:80]!r}", 'only "auto" and "none" are: ask for the call in the prompt')
+    if name not in names:
+        raise invalid("tool_choice", "tool_choice names no tool", f"found {name[:64]!r}", "name one of the tools")
+    return name
 
 
 def _name(tool: dict, where: str) -> str:
@@ -60,8 +69,9 @@ def _name(tool: dict, where: str) -> str:
     function = tool.get("function") if tool.get("type") == "function" else {}
     if unknown := [key for key in (*tool, *function) if key not in {"type", "function"} | _FUNCTION_KEYS]:
         raise unsupported(f"{where}.{unknown[0][:64]}", "", "leave it out")
-    if function.get("strict"):
-        raise unsupported(f"{where}.function.strict", "found true", "leave it out: arguments are not forced into the schema")
+    if not isinstance(function.get("strict", False), bool):
+        raise invalid(f"{where}.function.strict", "strict must be true or false", f"found {str(function['strict'])[:80]!r}",
+                      "correct it")
     if not isinstance(function.get("parameters", {}), dict):
         raise invalid(f"{where}.function.parameters", "a tool's parameters must be a JSON schema", "", "send an object")
     return name

@@ -5,6 +5,7 @@ tokenizes a large body does so in a thread, so that /health keeps answering.
 """
 
 import asyncio
+import functools
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
+from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
@@ -24,6 +26,7 @@ from llama_tp.server.gate import Gate, bug, reply_of
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
+from llama_tp.text.grammar import Grammars
 from llama_tp.text.token_table import Tokenizer
 
 SMALL_BYTES = 8192      # a body up to this is read and tokenized on the event loop: a thread would take longer
@@ -51,7 +54,15 @@ class Served:
 
     async def call(self, n_bytes: int, work):
         """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it."""
-        return work() if n_bytes <= SMALL_BYTES else await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        return work() if n_bytes <= SMALL_BYTES else await self.in_thread(work)
+
+    async def in_thread(self, work):
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Made with the first form: it reads the whole vocabulary. Raises UserError without llguidance."""
+        return Grammars(self.tokenizer)
 
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
@@ -102,7 +113,10 @@ def _add_completions(app: FastAPI, served: Served) -> None:
             if body.model not in (None, served.name):
                 raise no_model(body.model, served.name)
             return prepare(body, model, order_id, seed)
-        return await answer(await served.call(len(data), order), model, served.desk, request, served.fingerprint())
+        made = await served.call(len(data), order)
+        if made.form_field:
+            await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
+        return await answer(made, model, served.desk, request, served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:

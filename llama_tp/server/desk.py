@@ -9,7 +9,7 @@ Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
@@ -98,7 +98,7 @@ class Flight:
         """What hands it to the ranks, from where it stands."""
         if self._scores:
             self._scores = []                               # half a prompt's: they all come again
-        params = {name: getattr(self.request.params, name) for name in self.request.params.__dataclass_fields__}
+        params = asdict(self.request.params)
         return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params,
                 "outputs": self.outputs}
 

@@ -55,9 +55,10 @@ def lark(grammar: object) -> Form:
     return Form("lark", _source("the grammar", grammar))
 
 
-def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool = True) -> Form:
+def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False) -> Form:
     """A call of one of an OpenAI request's `tools`, or of the one called `name`, as JSON that `tool_calls` reads; several with ;
-    between them if `parallel`. For tool_choice required, or a named one. UserError if there is no such tool."""
+    between them if `parallel`. For tool_choice required, or a named one; `or_text`: or else a text that does not begin like a
+    call, for strict tools that may be left alone. UserError if there is no such tool."""
     rules = []
     for tool in tools:
         function = tool.get("function") if isinstance(tool.get("function"), Mapping) else {"name": tool.get("type")}
@@ -69,7 +70,8 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
         found = f"found {len(rules)}" + (f" called {name!r}" if name else "")
         raise UserError(f"a tool must be called, out of 1 to {MAX_TOOLS}", found, "correct tools or tool_choice")
     calls = " | ".join(f"call_{i}" for i in range(len(rules)))
-    start = 'start: call ("; " call)*' if parallel else "start: call"
+    start = 'call ("; " call)*' if parallel else "call"
+    start = f"start: {start} | text\ntext: /([^{{\\[<](?s:.*))?/" if or_text else f"start: {start}"
     return lark("\n".join([start, f"call: {calls}", *rules]))
 
 

@@ -64,10 +64,10 @@ def function(**more) -> dict:
     ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0]", "invalid_value"),
     ({"tools": [{"type": "web_search"}]}, "tools[0]", "invalid_value"),
     ({"tools": [CLOCK | {"odd": 1}]}, "tools[0].odd", "unsupported_parameter"),
-    ({"tools": [function(strict=True)]}, "tools[0].function.strict", "unsupported_parameter"),
+    ({"tools": [function(strict=1)]}, "tools[0].function.strict", "invalid_value"),
     ({"tools": [function(parameters=[])]}, "tools[0].function.parameters", "invalid_value"),
-    ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-    ({"tools": [WEATHER], "tool_choice": function()}, "tool_choice", "unsupported_parameter"),
+    ({"tools": [WEATHER], "tool_choice": function()}, "tool_choice", "invalid_value"),
+    ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": "f"}}, "tool_choice", "invalid_value"),
     ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice", "invalid_value"),
     ({"tool_choice": "auto"}, "tool_choice", "invalid_value"),
 ])

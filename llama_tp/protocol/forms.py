@@ -1,0 +1,85 @@
+"""The form that an answer must have, out of the fields that ask for one: OpenAI's response_format, tool_choice and strict tools,
+vLLM's structured_outputs, and regex and grammar by themselves.
+"""
+
+import re
+from collections.abc import Mapping
+
+from llama_tp.protocol.errors import RequestError, invalid, unsupported
+from llama_tp.protocol.fields import ChatBody, CompletionBody
+from llama_tp.protocol.tools import Tools
+from llama_tp.spec.errors import UserError
+from llama_tp.text.grammar import Form, Grammars, json_object, json_schema, lark, regex, tool_call
+
+_SCHEMA_KEYS = {"name", "description", "schema", "strict"}
+_ONE = 'send {"json": schema}, {"regex": ...}, {"choice": [...]}, {"grammar": ...} or {"json_object": true}'
+
+
+def read_form(body: ChatBody | CompletionBody, tools: Tools | None) -> tuple[str, Form] | None:
+    """(the field that asks for it, the form), or None where any text will do. Raises RequestError naming a field that is wrong,
+    or two that ask for different things."""
+    found = {}
+    for name, read in (("response_format", _of_response_format), ("structured_outputs", _of_structured_outputs),
+                       ("regex", regex), ("grammar", lark)):
+        value = getattr(body, name)
+        form = None if value is None else _read(name, read, value)
+        if form:
+            found[name] = form
+    if tools and (tools.must_call or tools.strict):
+        name = "tool_choice" if tools.must_call else "tools"
+        found[name] = _read(name, lambda _: tool_call(tools.offered, tools.only, tools.parallel, or_text=not tools.must_call), None)
+    if len(found) > 1:
+        names = list(found)
+        raise invalid(names[1], "an answer has one form", f"found {' and '.join(names)}", "send one of them")
+    return next(iter(found.items()), None)
+
+
+def check_form(param: str, form: Form, grammars: Grammars) -> None:
+    """Raises RequestError for a form that cannot be followed. May take half a second: not for an event loop."""
+    _read(param, grammars.start, form)
+
+
+def _read(param: str, read, value: object):
+    try:
+        return read(value)
+    except RequestError:
+        raise
+    except UserError as error:
+        raise invalid(param, error.what, error.found, error.fix) from None
+
+
+def _of_response_format(value: Mapping) -> Form | None:
+    kind = value.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return json_object()
+    if kind != "json_schema":
+        raise invalid("response_format.type", "response_format has a wrong type", f"found {str(kind)[:80]!r}",
+                      "send text, json_object or json_schema")
+    inner = value.get("json_schema")
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+        raise invalid("response_format.json_schema", "json_schema must have a name and a schema", f"found {str(inner)[:80]!r}",
+                      'send {"name": "...", "schema": {...}}')
+    if unknown := set(inner) - _SCHEMA_KEYS:
+        raise unsupported(f"response_format.json_schema.{min(unknown)[:64]}", "", "leave it out")
+    return json_schema(inner.get("schema", {"type": "object"}))
+
+
+def _of_structured_outputs(value: Mapping) -> Form | None:
+    given = {name: each for name, each in value.items() if each is not None and each is not False}
+    if not given:
+        return None
+    [(name, wanted), *more] = given.items()
+    if more or name not in ("json", "regex", "choice", "grammar", "json_object"):
+        raise invalid("structured_outputs", "structured_outputs must ask for one form", f"found {str(list(given))[:80]}", _ONE)
+    if name == "choice":
+        if not isinstance(wanted, list) or not wanted or not all(isinstance(each, str) and each for each in wanted):
+            raise invalid("structured_outputs.choice", "choice must be a list of texts", f"found {str(wanted)[:80]!r}", _ONE)
+        return regex("|".join(map(_literal, wanted)))
+    return json_object() if name == "json_object" else {"json": json_schema, "regex": regex, "grammar": lark}[name](wanted)
+
+
+def _literal(text: str) -> str:
+    """A regex of Rust's syntax for exactly this text."""
+    return re.sub(r"[^\w\s]|_", lambda found: "\\" + found[0] if found[0].isascii() and found[0] != "_" else found[0], text)
