@@ -24,7 +24,7 @@ MAX_SOURCE = 1 << 16                                    # characters of a schema
 MAX_TOOLS = 128
 # Free whitespace between JSON tokens lets a model that is pushed off its way write blanks for ever.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False,
-                 "json_allow_general_unicode_escapes": True}           # models were trained on \\u00e9, too
+                 "json_allow_general_unicode_escapes": True}    # models have learnt these, too
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,16 @@ def test_json_is_allowed_as_models_write_it(value, indent, grammars, tiny):
         assert constraint.complete
 
 
+def test_blanks_end_and_escapes_mean_characters(grammars, tiny):
+    def takes(text):
+        try:
+            return grammars.start(json_object(), tiny.encode(text)).complete
+        except UserError:
+            return False
+    assert takes("{" + " " * 40 + "}") and takes('{ "a" :\n\t1 , "b": [ ] }') and not takes("{" + " " * 41 + "}")
+    assert takes('{"a": "\\u00e9\\ud83d\\ude00\\n"}') and not takes('{"a": "\\ud800"}') and not takes('{"a": "\n"}')
+
+
 def test_special_tokens_are_no_text_and_stops_come_at_the_end(grammars, tiny):
     specials, stops = set(tiny.specials.values()), set(tiny.stop_ids)
     constraint = grammars.start(regex(r"(.|\n)*"))
