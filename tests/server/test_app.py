@@ -132,6 +132,11 @@ def test_a_body_without_a_length_is_cut_off_too(server):
     assert is_openai_error(int(reply.split()[1]), json.loads(reply.partition(b"\r\n\r\n")[2]), 413)
 
 
+def test_headers_without_end_are_cut_off(server):
+    assert raw(server, b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000).startswith(b"HTTP/1.1 400")
+    assert server.get("/health")[0] == 200
+
+
 def test_request_ids_are_echoed_clean(server):
     assert server.get("/health", **{"X-Request-Id": "abc-1.2"})[1]["x-request-id"] == "abc-1.2"
     assert server.get("/nothing", **{"X-Request-Id": "a b<c>" + "d" * 500})[1]["x-request-id"] == "abc" + "d" * 125
