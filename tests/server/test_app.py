@@ -272,6 +272,35 @@ def test_the_end_of_the_ranks_is_told_in_the_stream():
         assert server.process.wait(20) == 1
 
 
+def test_sigterm_lets_streams_finish_and_takes_no_more():
+    with pretending("slow") as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="fake", prompt="O", max_tokens=60, stream=True)
+        chunks = [next(iter(stream))]
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("ending: 1 requests")
+        assert server.get("/health")[0] == 503
+        status, body = server.post("/v1/completions", {"prompt": "x"})
+        assert status == 503 and body["error"]["code"] == "engine_unavailable"
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(20) == 0, server.stderr
+
+
+def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
+    with pretending("slow", drain_s=600) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="fake", prompt=["O"] * 4, max_tokens=500, n=32, stream=True)
+        next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("ending: 4 requests")
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shut down"):
+            for _ in stream:
+                pass
+        assert server.process.wait(20) == 0, server.stderr
+
+
 def test_a_drain_that_takes_too_long_is_cut():
     with pretending("live", drain_s=0.5) as server:
         results = []
