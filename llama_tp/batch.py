@@ -143,7 +143,11 @@ def something_to_do(job: Job | None, store) -> bool:
     """Whether there is any line left: rank 0 knows, the others wait to hear it in the launch's store, if need be for hours."""
     if job is None:
         store.set_timeout(STORE_WAIT)
-        return store.get(WORD) == b"go"
+        try:
+            return store.get(WORD) == b"go"
+        except RuntimeError as error:                       # torch's network errors are RuntimeErrors
+            said = str(error).split("\n")[0][:200]
+            raise UserError("rank 0 has ended before it gave the word to begin", said, "see its message") from None
     if job.is_done:
         job.finish()
     if store is not None:

@@ -200,6 +200,10 @@ BAD = ['{"prompt": "fine", "max_tokens": 3, "custom_id": "a"}', '{"prompt": "x",
 def test_bad_lines_are_listed_before_anything_is_loaded(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(BAD))
+    with torchrun(2, words(source, target)) as job:               # the rank that waits for rank 0's word says nothing
+        assert job.wait(60) == 1 and not job.left_over(within=5)
+        assert [line.split(" - ")[0] for line in job.stderr.splitlines() if line.startswith(("error", "[rank"))] == [
+            f"error: --input {source} has bad lines"]
     done = batch(source, target, code=1)
     listed = [line for line in done.stderr.splitlines() if line.startswith("batch: bad line ")]
     assert [line.split(":")[1].split()[-1] for line in listed] == ["2", "3", "4", "5", "6", "7", "8", "9"]
@@ -252,6 +256,30 @@ def test_flags_that_cannot_be(tmp_path):
         assert said in batch(*changed, "--quiet", code=1).stderr
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "holds no lines" in batch(tmp_path / "empty.jsonl", tmp_path / "out.jsonl", code=1).stderr
+
+
+def test_scores_are_those_of_the_tokens_written(tmp_path):
+    """What lm-eval does: write, then score the same ids as a prompt, with one token more; then with none. To the bit."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+
+    def completion(custom_id: str, **body) -> dict:
+        body = {"model": "m", "temperature": 0, "logprobs": 2} | body
+        return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
+    source.write_text(json.dumps(completion("write", prompt="ROMEO:", max_tokens=12, return_token_ids=True)))
+    batch(source, target)
+    [written] = answers(target)[0]["response"]["body"]["choices"]
+    ids = written["prompt_token_ids"] + written["token_ids"]
+    lines = [completion(f"score{n}", prompt=[ids, ids[:-3]], echo=True, max_tokens=n) for n in (0, 1)]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch(source, tmp_path / "scores.jsonl")
+    for n, line in enumerate(answers(tmp_path / "scores.jsonl")):
+        for choice, length in zip(line["response"]["body"]["choices"], (len(ids), len(ids) - 3)):
+            arrays, first = choice["logprobs"], len(written["prompt_token_ids"])
+            assert {len(each) for each in arrays.values()} == {length + n}
+            for name in ("tokens", "token_logprobs", "top_logprobs"):
+                assert arrays[name][first:length] == written["logprobs"][name][:length - first]
+            assert all(number == max(top.values()) for number, top in
+                       list(zip(arrays["token_logprobs"], arrays["top_logprobs"]))[first:length])
 
 
 @contextlib.contextmanager

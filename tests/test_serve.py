@@ -111,6 +111,7 @@ def test_a_rank_that_dies_at_every_start_ends_the_server_with_one_clear_error():
         assert "Traceback" not in server.stderr and not server.ranks()
 
 
+@pytest.mark.slow
 def test_ranks_that_cannot_come_back_end_the_server_with_one_clear_error(tmp_path):
     """The checkpoint is damaged while it serves; the stream in flight ends with an error of its own."""
     folder = shutil.copytree(DEMO, tmp_path / "demo")
@@ -131,39 +132,7 @@ def test_ranks_that_cannot_come_back_end_the_server_with_one_clear_error(tmp_pat
         assert not server.ranks()
 
 
-def test_sigterm_lets_streams_finish_and_takes_no_more():
-    with serving("--drain_timeout", "30") as server:
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.completions.create(model="demo", prompt="O", max_tokens=400, temperature=0, stream=True,
-                                           extra_body={"ignore_eos": True})
-        chunks = [next(iter(stream))]
-        server.process.send_signal(signal.SIGTERM)
-        server.wait_for("ending: 1 requests")
-        assert server.get("/health")[0] == 503
-        status, body = server.post("/v1/completions", {"prompt": "x"})
-        assert status == 503 and body["error"]["code"] == "engine_unavailable"
-        chunks += list(stream)
-        assert chunks[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(30) == 0, server.stderr
-        assert not server.ranks()
-
-
-def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
-    with serving("--drain_timeout", "600") as server:
-        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
-        stream = client.completions.create(model="demo", prompt=["O"] * 4, max_tokens=500, n=32, stream=True,
-                                           extra_body={"ignore_eos": True})
-        next(iter(stream))
-        server.process.send_signal(signal.SIGINT)
-        server.wait_for("ending: 4 requests")
-        server.process.send_signal(signal.SIGINT)
-        with pytest.raises(openai.APIError, match="shut down"):
-            for _ in stream:
-                pass
-        assert server.process.wait(30) == 0, server.stderr
-
-
-@pytest.mark.parametrize("loading", [True, False])
+@pytest.mark.parametrize("loading", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_killed_server_leaves_no_rank_behind(loading):
     with serving("--nproc_per_node", "2", ready=not loading) as server:
         deadline = time.monotonic() + 30

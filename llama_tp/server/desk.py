@@ -214,6 +214,8 @@ class Desk:
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
             raise Full(self.n_samples, most)
+        if not self._flights:
+            self.heard_at = time.monotonic()                # they had nothing to say until now
         ticket = Ticket(requests)
         for flight in ticket.flights:
             self._flights[flight.request.id] = flight

@@ -81,8 +81,9 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
     desk = Desk(options.max_queue, Metrics(options.name))
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
-    http = _Http(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none", server_header=False,
-                                timeout_graceful_shutdown=LAST_BYTES_S))
+    # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
+    http = _Http(uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="off", ws="none",
+                                server_header=False, timeout_graceful_shutdown=LAST_BYTES_S))
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,14 +10,17 @@ from typing import NamedTuple
 from llama_tp.spec.errors import UserError
 
 HELP = """\
-/set               show the settings; /set temperature 0.7 sets one, /set temperature takes it back
-/system TEXT       the system message; /system alone shows it, /system - removes it
-/clear             forget the conversation, keep settings and system message
-/retry             ask the last question again
-/save FILE  /load FILE   the conversation as JSON
-/stats             tokens and speed so far
-/quit              leave (or Ctrl-D)
-Enter sends; Alt-Enter, or a message between \"\"\" and \"\"\", makes lines. Ctrl-C stops an answer. // sends a leading /."""
+/set              show the settings
+/set NAME VALUE   set one, for example /set temperature 0.7; /set NAME takes it back
+/system TEXT      the system message; /system shows it, /system - removes it
+/clear            forget the conversation, keep settings and system message
+/retry            ask the last question again
+/save FILE        write the conversation as JSON
+/load FILE        go on with a saved one
+/stats            tokens and speed so far
+/quit             leave (or Ctrl-D)
+Enter sends. Alt-Enter, or a message between \"\"\" and \"\"\", makes lines.
+Ctrl-C stops an answer. // sends a leading /."""
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int, "stop": str,
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float}
 ROLES = ("system", "user", "assistant")

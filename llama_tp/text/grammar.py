@@ -3,7 +3,7 @@
 llguidance (an extra) does the work: it walks the vocabulary's bytes along a parser, without the GIL. A `Form` is checked text that
 can travel; `Grammars` belongs to a tokenizer and turns forms into a `Constraint`, the state of one sample. Masks are bits: token i
 may come if bit i % 32 of word i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
-complete, other special tokens never.
+complete, other special tokens never. Where the form leaves one text only, the mask asks for the tokenizer's own spelling of it.
 
 What a client sends can be slow only up to a bound: its size, and llguidance's limits on the size of a grammar (compiling: the
 worst found took 0.4 s, so call it off the event loop) and on the work for one mask (the worst found took 0.3 s; beyond the limit
@@ -24,7 +24,7 @@ MAX_SOURCE = 1 << 16                                    # characters of a schema
 MAX_TOOLS = 128
 # Free whitespace between JSON tokens lets a model that is pushed off its way write blanks for ever.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False,
-                 "json_allow_general_unicode_escapes": True}           # models were trained on \\u00e9, too
+                 "json_allow_general_unicode_escapes": True}    # models have learnt these, too
 
 
 @dataclass(frozen=True)

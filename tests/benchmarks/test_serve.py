@@ -18,6 +18,8 @@ from llama_tp.benchmarks.served import DETAILS, Outcome, percentile, result_of
 from llama_tp.spec.errors import UserError
 from tests.fake_openai import FakeServer
 
+pytest.importorskip("httpx")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -2,10 +2,11 @@
 
     python fake_rank.py FOLDER [plan of the 1st life] [of the 2nd] ...
 
-A plan is a word: "live"; "slow" (20 ms a step); "die:N" (killed at its Nth step), "stop:N" (SIGSTOP), "never" (leaves with an error before it is
-ready), "deaf" (never connects), "bug" (ends with a traceback). The last plan holds for all later lives. FOLDER gets a file
-for each life with its pid, and "child" with that of a process which it leaves behind. Tokens are `token(seed, index,
-position)`, one a step; a prompt that begins with 0 ends at 4 tokens with "stop", one with 1 takes 20 ms a step.
+A plan is a word: "live"; "slow" (20 ms a step); "die:N" (killed at its Nth step); "stop:N" (SIGSTOP); "never" (leaves with an
+error before it is ready); "deaf" (never connects); "bug" (ends with a traceback). The last plan holds for all later lives.
+FOLDER gets a file for each life with its pid, and "child" with that of a process which it leaves behind. Tokens are
+`token(seed, index, position)`, one a step; a prompt that begins with 0 ends at 4 tokens with "stop", one with 1 takes 20 ms a
+step.
 """
 
 import os

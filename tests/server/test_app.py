@@ -132,6 +132,11 @@ def test_a_body_without_a_length_is_cut_off_too(server):
     assert is_openai_error(int(reply.split()[1]), json.loads(reply.partition(b"\r\n\r\n")[2]), 413)
 
 
+def test_headers_without_end_are_cut_off(server):
+    assert raw(server, b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000).startswith(b"HTTP/1.1 400")
+    assert server.get("/health")[0] == 200
+
+
 def test_request_ids_are_echoed_clean(server):
     assert server.get("/health", **{"X-Request-Id": "abc-1.2"})[1]["x-request-id"] == "abc-1.2"
     assert server.get("/nothing", **{"X-Request-Id": "a b<c>" + "d" * 500})[1]["x-request-id"] == "abc" + "d" * 125
@@ -265,6 +270,35 @@ def test_the_end_of_the_ranks_is_told_in_the_stream():
                 texts.append(chunk.choices[0].text)
         assert len(texts) >= 7
         assert server.process.wait(20) == 1
+
+
+def test_sigterm_lets_streams_finish_and_takes_no_more():
+    with pretending("slow") as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="fake", prompt="O", max_tokens=60, stream=True)
+        chunks = [next(iter(stream))]
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("ending: 1 requests")
+        assert server.get("/health")[0] == 503
+        status, body = server.post("/v1/completions", {"prompt": "x"})
+        assert status == 503 and body["error"]["code"] == "engine_unavailable"
+        chunks += list(stream)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(20) == 0, server.stderr
+
+
+def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
+    with pretending("slow", drain_s=600) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
+        stream = client.completions.create(model="fake", prompt=["O"] * 4, max_tokens=500, n=32, stream=True)
+        next(iter(stream))
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("ending: 4 requests")
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.APIError, match="shut down"):
+            for _ in stream:
+                pass
+        assert server.process.wait(20) == 0, server.stderr
 
 
 def test_a_drain_that_takes_too_long_is_cut():

@@ -150,6 +150,16 @@ def test_stopping_while_the_ranks_load_or_idle(tmp_path):
     asyncio.run(main("deaf"))
 
 
+def test_a_silence_without_work_is_no_hang(tmp_path):
+    async def main():
+        async with kept(tmp_path, "slow", policy=Policy(silence_s=0.6)) as (desk, supervisor, _):
+            await until(lambda: desk.state == "ready")
+            await asyncio.sleep(1)
+            assert len(await run_all(desk, requests(1, max_tokens=70))) == 1        # 1.4 s of steps
+            assert supervisor.n_starts == 1
+    asyncio.run(main())
+
+
 def test_an_abort_reaches_the_ranks(tmp_path):
     async def main():
         async with kept(tmp_path, "live") as (desk, _, _):

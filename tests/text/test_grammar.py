@@ -68,17 +68,20 @@ def test_whatever_is_sampled_has_the_form(seed, grammars, tiny):
 @given(text=st.text("abéc ", max_size=6),
        pattern=st.sampled_from([r"[ab]*c", r"(a|bé)+", r"a?b?c?", r".{2,3}", r"ab|ac|abc", r" *é"]))
 def test_a_text_is_complete_exactly_where_the_regex_matches(text, pattern, grammars, tiny):
-    """Whatever tokens spell it; and each step is allowed exactly if some match begins with the text so far."""
+    """Whatever tokens spell it. (A mask may allow less: bytes that are forced are to be spelled as the tokenizer does.)"""
     for ids in (tiny.encode(text), [i for byte in text.encode() for i in range(256) if tiny.token_bytes(i) == bytes([byte])]):
         constraint = grammars.start(regex(pattern))
-        for n, token in enumerate(ids):
-            if token not in allowed(constraint, tiny.n_vocab):
-                assert not re.fullmatch(pattern, text)
-                break
-            constraint.advance(token)
-        else:
-            assert constraint.complete == bool(re.fullmatch(pattern, text))
-            assert (constraint.complete and set(tiny.stop_ids) <= allowed(constraint, tiny.n_vocab)) or not constraint.complete
+        try:
+            for token in ids:
+                constraint.advance(token)
+        except UserError:
+            assert not re.fullmatch(pattern, text)
+            continue
+        assert constraint.complete == bool(re.fullmatch(pattern, text))
+        options = allowed(constraint, tiny.n_vocab)
+        assert options and constraint.complete == (set(tiny.stop_ids) <= options) == bool(set(tiny.stop_ids) & options)
+        for token in sorted(options)[:20]:
+            constraint.fork().advance(token)                    # raises if the mask has promised too much
 
 
 @pytest.mark.parametrize("value", [{}, {"a": [1, -2.5e3, None, True, "é\n\""], "b": {"c": {}}}, {"": ""}])
@@ -88,6 +91,16 @@ def test_json_is_allowed_as_models_write_it(value, indent, grammars, tiny):
         text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
         constraint = grammars.start(json_object(), tiny.encode(text))       # advance raises if a token is not allowed
         assert constraint.complete
+
+
+def test_blanks_end_and_escapes_mean_characters(grammars, tiny):
+    def takes(text):
+        try:
+            return grammars.start(json_object(), tiny.encode(text)).complete
+        except UserError:
+            return False
+    assert takes("{" + " " * 40 + "}") and takes('{ "a" :\n\t1 , "b": [ ] }') and not takes("{" + " " * 41 + "}")
+    assert takes('{"a": "\\u00e9\\ud83d\\ude00\\n"}') and not takes('{"a": "\\ud800"}') and not takes('{"a": "\n"}')
 
 
 def test_special_tokens_are_no_text_and_stops_come_at_the_end(grammars, tiny):
