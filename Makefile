@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench clean
+.PHONY: help setup demo chat test test-slow check bench clean
 
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
@@ -26,6 +26,10 @@ setup: $(VENV)/.test  ## make .venv with everything that tests need (about 1 GB 
 demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \
 	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --max_gen_len 300 --device cpu
+
+chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
+	@$(BIN)/python -m llama_tp.serve --ckpt_dir checkpoints/demo --device cpu --port 8011 --quiet 2>/dev/null & server=$$!; \
+	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60
 
 test: $(VENV)/.test  ## run the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest
@@ -59,6 +63,10 @@ else
 endif
 	@$(PIP) -e .
 	@$(BIN)/python -m llama_tp.native.build
+	@touch $@
+
+$(VENV)/.doors: $(VENV)/.core
+	@$(PIP) -e '.[serve,chat]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core

@@ -123,7 +123,7 @@ def link_path() -> str:
     """Where the HTTP server listens for rank 0. Raises UserError if it has not started us."""
     if "LLAMA_TP_LINK" not in os.environ:
         raise UserError("serve starts its ranks itself", "RANK is set: torchrun or the like has started it",
-                        "run python -m llama_tp.serve --nproc_per_node N")
+                        "run python -m llama_tp.serve without a launcher")
     return os.environ["LLAMA_TP_LINK"]
 
 

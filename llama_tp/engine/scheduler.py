@@ -14,9 +14,9 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
  5. A newcomer is let in when every running sequence has got on and the step has a token left for it. So no more run
     than a step has tokens, the oldest gets on in every step, and everything finishes.
 
-`plan()` may be called again before `update()` has told it what the last step sampled (while no sequence needs
-the driver to know its last token first: `n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from the
-later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
+`plan()` may be called again before `update()` has told it what the last step sampled, while no sequence needs the driver to
+know its last token first (`n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from
+the later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
 position computed again for the driver to choose.
 """
