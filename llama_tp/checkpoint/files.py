@@ -8,10 +8,13 @@ an error that can be named. Every complaint about a file names it and says what 
 import json
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from llama_tp.spec.errors import UserError
 
 AGAIN = "download it again (`hf download ORG/NAME`, or `llama download` for Meta's own files)"
+READERS = 4                     # threads that read one long run together
+PART_BYTES = 4 << 20            # what is worth a thread's while
 _HEAD_BYTES = 512               # enough to tell a git-lfs pointer (about 130 bytes) and a web page from weights
 
 
@@ -104,6 +107,7 @@ class Files:
     def __init__(self):
         self._fds: dict[str, int] = {}
         self._noted: dict[str, tuple[int, int]] = {}
+        self._readers: ThreadPoolExecutor | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,23 +129,21 @@ class Files:
                             "let the copy or download finish, then start again")
 
     def fill(self, path: str, offset: int, memory: memoryview) -> None:
-        """Reads len(memory) bytes from byte `offset` of the file into `memory`."""
+        """Reads len(memory) bytes from byte `offset` of the file into `memory`; long runs in several parts at once, since one
+        thread alone does not keep a fast disk busy."""
         fd = self._fds.get(path)
         if fd is None:
             fd = self._fds[path] = open_regular(path)
             self._unchanged(path, fd)
-        done = 0
-        while done < len(memory):
-            try:
-                n = os.preadv(fd, [memory[done:]], offset + done)
-            except OSError as error:
-                raise UserError(f"{path} cannot be read at byte {offset + done}", str(error.strerror),
-                                "check the disk or the mount, or " + AGAIN) from error
-            if n == 0:
-                raise UserError(f"{path} is shorter than when it was opened",
-                                f"it ends before byte {offset + len(memory)}",
-                                "let the copy or download finish, then start again")
-            done += n
+        if len(memory) < 2 * PART_BYTES:
+            _read(fd, path, offset, memory)
+            return
+        part = max(PART_BYTES, -(-len(memory) // READERS))
+        self._readers = self._readers or ThreadPoolExecutor(READERS, "llama_tp read")
+        reads = [self._readers.submit(_read, fd, path, offset + at, memory[at:at + part]) for at in range(0, len(memory), part)]
+        wait(reads)                                         # all of them, also when one fails: they write to `memory`
+        for read in reads:
+            read.result()
 
     def check_unchanged(self) -> None:
         """Raises UserError if a file that was read has been written to since its header was read."""
@@ -150,5 +152,22 @@ class Files:
 
     def close(self) -> None:
         """Closes every file; a later read opens what it needs again."""
+        if self._readers:
+            self._readers.shutdown()
+            self._readers = None
         while self._fds:
             os.close(self._fds.popitem()[1])
+
+
+def _read(fd: int, path: str, offset: int, memory: memoryview) -> None:
+    done = 0
+    while done < len(memory):
+        try:
+            n = os.preadv(fd, [memory[done:]], offset + done)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read at byte {offset + done}", str(error.strerror),
+                            "check the disk or the mount, or " + AGAIN) from error
+        if n == 0:
+            raise UserError(f"{path} is shorter than when it was opened", f"it ends before byte {offset + len(memory)}",
+                            "let the copy or download finish, then start again")
+        done += n
