@@ -95,9 +95,10 @@ class Step(NamedTuple):
             row, start, n, flags, block_start, n_blocks, way = head
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
-            draw = tuple(islice(rest, len(Draw._fields) if way == FILTERED else 0))
+            n_draw = len(Draw._fields) if way == FILTERED else 0
+            draw = tuple(islice(rest, n_draw))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            whole = len(blocks) == n_blocks and len(draw) in (0, len(Draw._fields)) and way <= FILTERED
+            whole = len(blocks) == n_blocks and len(draw) == n_draw and way <= FILTERED
             if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _MASKED):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
