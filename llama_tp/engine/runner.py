@@ -58,7 +58,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None = None) -> Sampled:
         """One step. `judge` is given on the driver and None elsewhere; masks: (masked rows, words) int32, which tokens may come
-        (sampler.allowed), in the order of the rows. -> what gives row -> sampled id, or NOT_FINITE or
+        (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or
         UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
@@ -66,7 +66,8 @@ class Runner:
                 self._own(row)
         if self.graphs and self.graphs.hold(step):
             self.planning_s = time.perf_counter() - started
-            return later([row.row for row in step.rows], self.graphs.run(step))
+            tokens = self.graphs.run(step)
+            return later([row.row for row in step.rows], tokens) if judge else dict
         batch, ends = self._batch(step)
         self.planning_s = time.perf_counter() - started
         hidden = self.model(batch, self.cache)                      # (T, D)
@@ -87,7 +88,7 @@ class Runner:
             return dict
         everything = torch.cat(tokens)
         self.last[self._tensor(sampled)] = everything
-        return later(sampled, everything)
+        return later(sampled, everything) if judge else dict
 
     def _tensor(self, ints: list) -> torch.Tensor:
         """int64 on the device, without waiting for what the device still has to do."""
