@@ -116,7 +116,8 @@ def cuda_record() -> Record:
             body()                      # cuBLAS and NCCL set themselves up at their first call, which no graph may hold
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: NCCL's watchdog looks at its events meanwhile, which the default would count as an error
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             body()
         return graph.replay
     return record
