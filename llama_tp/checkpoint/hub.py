@@ -6,8 +6,8 @@ import re
 from llama_tp.spec.errors import UserError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HF_FILES = ["*.json", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]
-_META_FILES = ["*.json", "tokenizer.model", "original/*"]       # for models published without safetensors
+_HF_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]
+_META_FILES = ["*.json", "*.jinja", "tokenizer.model", "original/*"]       # for models published without safetensors
 
 
 def is_repo(path: str) -> bool:

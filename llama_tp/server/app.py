@@ -47,14 +47,15 @@ class Served:
     desk: Desk
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
+    chat: object | None = None              # what encodes dialogs, as ServedModel's
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
     # few: they and the event loop take turns at the interpreter's lock
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
 
     async def call(self, n_bytes: int, work):
-        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it."""
-        return work() if n_bytes <= SMALL_BYTES else await self.in_thread(work)
+        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it, or may run a template."""
+        return work() if n_bytes <= SMALL_BYTES and self.chat is None else await self.in_thread(work)
 
     async def in_thread(self, work):
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
@@ -67,7 +68,7 @@ class Served:
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
         info = self.desk.ready()
-        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits)
+        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat)
 
     def next_seed(self) -> int:
         self.n_prompts += self.limits.max_prompts           # one request's prompts take seed, seed + 1, ...

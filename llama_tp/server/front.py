@@ -33,6 +33,7 @@ class FrontOptions:
         command: what starts the ranks.
         name: of the model, as clients say it.
         drain_s: for what runs to finish, once asked to end.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
     """
 
     command: list[str]
@@ -48,6 +49,7 @@ class FrontOptions:
     drain_s: float = 20.0
     seed: int = 1
     with_page: bool = True
+    chat: object | None = None
 
 
 def run(options: FrontOptions) -> None:
@@ -79,7 +81,7 @@ class _Http(uvicorn.Server):
 
 async def _run(options: FrontOptions, sock: socket.socket) -> None:
     desk = Desk(options.max_queue, Metrics(options.name))
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed)
+    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="off", ws="none",
