@@ -8,6 +8,7 @@ import asyncio
 import functools
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -40,6 +41,7 @@ class Served:
 
     Args:
         seed: requests that bring none get (seed << 32) + their number, so that a run again draws the same.
+        clock, new_id: what a reply's `created` is, and its id after the prefix.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Served:
     chat: object | None = None              # what encodes dialogs, as ServedModel's
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
+    clock: Callable[[], float] = time.time
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     # few: they and the event loop take turns at the interpreter's lock
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
 
@@ -107,7 +111,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
     async def complete(kind: str, prefix: str, request: Request) -> Response:
         model = served.model()
         data, seed = await body_of(request), served.next_seed()
-        order_id = f"{prefix}-{uuid.uuid4().hex}"
+        order_id = f"{prefix}-{served.new_id()}"
 
         def order() -> Order:
             body = check_body(kind, read_json(data))
@@ -117,7 +121,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         made = await served.call(len(data), order)
         if made.form_field:
             await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
-        return await answer(made, model, served.desk, request, served.fingerprint())
+        return await answer(made, model, served.desk, request, int(served.clock()), served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
