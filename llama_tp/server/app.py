@@ -15,6 +15,7 @@ from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
@@ -97,6 +98,7 @@ def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 
     app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None)
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))   # gone while it still sent
     app.add_exception_handler(Exception, _on_bug)
     _add_completions(app, served)
     _add_models(app, served)
@@ -185,6 +187,8 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         error = RequestError(STATUS[desk.state], "", "", code=desk.state, status=503)
         error.retry_s = None if desk.dead else desk.restart_s
         raise error
+
+    app.head("/health", include_in_schema=False)(health)    # what some load balancers ask with
 
     @app.get("/load")
     async def load() -> Response:
