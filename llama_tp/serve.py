@@ -20,7 +20,7 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 
 def main(
     *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: str | None = None,
-    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 512, max_body_bytes: int = 8388608, max_n: int = 128,
+    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024, max_body_bytes: int = 8388608, max_n: int = 128,
     max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1,
     master_addr: str | None = None, master_port: int = 29500, tokenizer_path: str | None = None, dtype: str | None = None,
     device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
@@ -110,6 +110,9 @@ def main(
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
     folder = fetch(ckpt_dir)
+    if not os.path.isdir(folder):
+        raise UserError(f"--ckpt_dir {folder} is no folder", "it is a file" if os.path.exists(folder) else "there is none",
+                        "point it at the checkpoint's folder, or write org/name of a model on the hub")
     tokenizer = open_tokenizer(tokenizer_path, folder)
     chat = open_template(folder, tokenizer) if chat_template == "hf" else None
     launch = torchrun_line(nproc_per_node, nnodes, master_addr, master_port)

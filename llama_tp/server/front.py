@@ -6,6 +6,7 @@ signal ends it at once.
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sys
@@ -42,7 +43,7 @@ class FrontOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[str, ...] = ()
-    max_queue: int = 512
+    max_queue: int = 1024
     max_body_bytes: int = 8 << 20
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
@@ -58,6 +59,8 @@ def run(options: FrontOptions) -> None:
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # each client is an open file; 1,024, as often set, are few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with sock:
         asyncio.run(_run(options, sock))
 
