@@ -90,6 +90,9 @@ def main(
         raise UserError(f"--input {input} cannot be read", "there is no such file", "name a file (it is read twice, so no pipe)")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise UserError(f"--output {output} cannot be written", "there is no such folder", "make it, or correct the name")
+    if os.path.exists(output) and (not os.path.isfile(output) or os.path.samefile(input, output)):
+        found = "it is the --input" if os.path.isfile(output) else "it is no file that can be gone on with"
+        raise UserError(f"--output {output} cannot be written", found, "name a file of its own")
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch
