@@ -102,6 +102,10 @@ def main(
         max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
         max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
         drain_timeout=(drain_timeout, 0, 10**6), step_timeout=(step_timeout, 1, 10**6))
+    keys = (*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")]))
+    if not all(key and key.isascii() and key.isprintable() for key in keys):
+        raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
+                        "correct it (an empty one would let everybody in)")
     check_launch(ckpt_dir, nnodes * nproc_per_node)
 
     from llama_tp.checkpoint.hub import fetch
@@ -123,7 +127,7 @@ def main(
     front.run(front.FrontOptions(
         command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
         name=served_model_name or name_of(ckpt_dir), tokenizer=tokenizer, chat=chat, host=host,
-        port=port, keys=(*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")])),
+        port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))
