@@ -26,7 +26,7 @@ from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import Desk
 from llama_tp.server.gate import Gate, bug, reply_of
 from llama_tp.server.page import headers, page
-from llama_tp.server.tokens import detokenize, tokenize, tokenizer_info
+from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Grammars
 from llama_tp.text.token_table import Tokenizer
@@ -160,12 +160,12 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
         model, data = served.model(), await body_of(request)
         return await served.call(len(data), lambda: long_reply(work(read_json(data), model)))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=_body(SHAPES["tokenize"]))
     async def to_tokens(request: Request) -> Response:
         """{"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens", "token_strs"}."""
         return await converted(tokenize, request)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=_body(SHAPES["detokenize"]))
     async def from_tokens(request: Request) -> Response:
         """{"tokens"} -> {"prompt"}."""
         return await converted(detokenize, request)
@@ -228,6 +228,10 @@ def _documented(shape: type) -> dict:
     for value in schema["properties"].values():             # the reference would point to the document's root
         if reference := value.pop("$ref", None):
             value.update(parts[reference.rpartition("/")[2]])
+    return _body(schema)
+
+
+def _body(schema: dict) -> dict:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

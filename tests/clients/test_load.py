@@ -12,7 +12,6 @@ import pytest
 from tests.servers import serving
 
 N_STREAMS, MAX_QUEUE = 500, 400         # 32 run and 400 wait: the rest gets 429
-MAX_GROWTH = 12 << 20                   # bytes by which the line through a process's sizes may rise in a whole run
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SPEAKERS = ("ROMEO", "JULIET", "First Citizen", "KING RICHARD III", "Nurse", "MENENIUS", "GLOUCESTER", "All")
 WISHES = [dict(model="demo", prompt=f"{name}:\n{word}", max_tokens=12 + 4 * i, **kind)
@@ -52,19 +51,19 @@ def growth(times: list[float], sizes: list[int]) -> float:
     return float(np.polyfit(times, sizes, 1)[0]) * (times[-1] - times[0])
 
 
+# A process may grow by `most` bytes in `duration_s`, after `warm_s`: the ranks fill oneDNN's cache with a kernel for each size of
+# a step (1,024 at most) and touch their KV cache for the first time, some 100 MB in the first two minutes.
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("duration_s", [20, pytest.param(600, marks=pytest.mark.slow)])
-def test_500_streams_at_once(duration_s):
+@pytest.mark.parametrize("warm_s, duration_s, most", [(5, 20, 64 << 20), pytest.param(150, 600, 12 << 20, marks=pytest.mark.slow)])
+def test_500_streams_at_once(warm_s, duration_s, most):
     with serving("--nproc_per_node", "2", "--max_queue", str(MAX_QUEUE)) as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
         alone = [client.completions.create(**wish).choices[0].text for wish in WISHES]
         assert len(set(alone)) > len(WISHES) / 2
         pids = [server.process.pid, *server.ranks()]
         times, sizes, n_waves, n_done, n_refused = [], [], 0, 0, 0
-        asyncio.run(wave(server.url, True))                             # warm-up: caches, arenas, every branch once
-        asyncio.run(wave(server.url, False))
-        began = time.monotonic()
-        while time.monotonic() - began < duration_s or n_waves < 4:
+        began = time.monotonic() + warm_s
+        while time.monotonic() - began < duration_s or times[-3] < 0:
             results = asyncio.run(wave(server.url, leavers=n_waves % 2 == 1))
             wrong = {i: text for i, text in enumerate(results) if isinstance(text, str) and text != alone[i % len(WISHES)]}
             assert not wrong, f"wave {n_waves}: {len(wrong)} texts differ, e.g. {list(wrong.items())[:2]}"
@@ -76,10 +75,11 @@ def test_500_streams_at_once(duration_s):
         print(f"{n_waves} waves, {n_done} streams finished, {n_refused} got 429, MB of server and ranks:",
               [[round(size / 1e6, 1) for size in row] for row in sizes[::max(1, len(sizes) // 10)]])
         assert n_refused and server.ranks() == pids[1:], "the same ranks from the beginning to the end"
-        risen = {pid: growth(times, [row[i] for row in sizes]) for i, pid in enumerate(pids)}
-        assert max(risen.values()) < MAX_GROWTH, risen
-        page = server.get("/metrics")[2].decode()
-        assert 'status="5' not in page and "Traceback" not in server.stderr
+        first = next(i for i, at in enumerate(times) if at >= 0)
+        risen = [growth(times[first:], [row[i] for row in sizes[first:]]) for i in range(len(pids))]
+        print("MB that they grew after warming up:", [round(each / 1e6, 2) for each in risen])
+        assert max(risen) < most, risen
+        assert not server.failures() and "Traceback" not in server.stderr
         deadline = time.monotonic() + 10
         while "llama_tp:kv_cache_usage_perc{model_name=\"demo\"} 0.0" not in (page := server.get("/metrics")[2].decode()):
             assert time.monotonic() < deadline, page                    # no block is left behind
