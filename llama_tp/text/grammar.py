@@ -64,6 +64,8 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
         function = tool.get("function") if isinstance(tool.get("function"), Mapping) else {"name": tool.get("type")}
         if name in (None, function.get("name")):
             schema = function.get("parameters") or _parameters_of_built_in(function.get("name"))
+            if isinstance(schema, Mapping):
+                schema = {"type": "object", **schema}       # arguments are, whether or not the schema says it
             head = json.dumps(f'{{"name": {json.dumps(function.get("name"))}, "parameters": ', ensure_ascii=False)
             rules.append(f'call_{len(rules)}: {head} %json {_json(schema, _JSON_OPTIONS)} "}}"')
     if not rules or len(rules) > MAX_TOOLS:

@@ -160,6 +160,8 @@ def test_calls_of_tools(grammars, tiny):
     assert [call.name for call in parse(f"{f}; {g}; {search}", TOOLS).tool_calls] == ["f", "g", "brave_search"]
     quoted = [{"type": "function", "function": {"name": 'a"\\é|\n'}}]
     assert takes(tool_call(quoted), json.dumps({"name": 'a"\\é|\n', "parameters": {}}))
+    untyped = tool_call([{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}])
+    assert takes(untyped, '{"name": "f", "parameters": {"x": 1}}') and not takes(untyped, '{"name": "f", "parameters": true}')
     for wrong in ((TOOLS, "nobody"), ([], None), (TOOLS * 50, None)):
         with pytest.raises(UserError, match="a tool must be called"):
             tool_call(*wrong)
