@@ -51,16 +51,16 @@ def folder(tmp_path_factory):
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = tokenizers.decoders.ByteLevel()
     library.train_from_iterator(LINES * 3, tokenizers.trainers.BpeTrainer(
-        vocab_size=320, special_tokens=["<|begin_of_text|>", "<|end_of_text|>"],
+        vocab_size=320, special_tokens=["<|end_of_text|>", "<|begin_of_text|>"],     # lm-eval takes a BOS of id 0 for none
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     library.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 1)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=library, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
                                          clean_up_tokenization_spaces=False).save_pretrained(place)
     torch.manual_seed(5)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4, head_dim=16,
-        vocab_size=library.get_vocab_size(), max_position_embeddings=512, bos_token_id=0, eos_token_id=1, initializer_range=0.3))
+        vocab_size=library.get_vocab_size(), max_position_embeddings=512, bos_token_id=1, eos_token_id=0, initializer_range=0.3))
     model.float().save_pretrained(place)
     return place
 

@@ -33,12 +33,13 @@ def is_right(case, reply) -> None:
     """Holds a reply against what we promise of all replies."""
     said = f"{case.method} {case.formatted_path} {str(case.body)[:500]} -> {reply.status_code} {reply.text[:500]}"
     assert reply.status_code < 500 and reply.status_code != 422, said
+    [kind] = reply.headers["content-type"]
     if reply.status_code >= 400:
         error = json.loads(reply.text)["error"]
         assert set(error) == ERROR and isinstance(error["message"], str) and isinstance(error["code"], str | None), said
-    elif reply.headers["content-type"].startswith("text/event-stream"):
+    elif kind.startswith("text/event-stream"):
         assert reply.text.endswith("data: [DONE]\n\n") and '"error"' not in reply.text.partition("\n")[0], said
-    elif reply.headers["content-type"].startswith("application/json"):
+    elif kind.startswith("application/json"):
         json.loads(reply.text)
 
 
