@@ -11,12 +11,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-slow check bench clean
+.PHONY: help setup demo chat test test-slow test-clients check bench clean
 
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TORCH=installed   use the torch >= 2.11 of \$$(PYTHON) (GPU machines) instead of $(TORCH)"
 	@echo "  PYTHON=python3.12 make .venv from this Python (3.10 or newer)"
@@ -36,6 +36,9 @@ test: $(VENV)/.test  ## run the tests (about 8 minutes on 2 cores)
 
 test-slow: $(VENV)/.test  ## run all tests, also many ranks, big files and peers
 	$(BIN)/python -m pytest --slow
+
+test-clients: $(VENV)/.clients  ## openai, langchain, lm-eval, schemathesis, a browser and a 10-minute load against the server
+	$(BIN)/python -m pytest --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
 
 check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
 	$(BIN)/ruff check .
@@ -72,4 +75,9 @@ $(VENV)/.doors: $(VENV)/.core
 $(VENV)/.test: $(VENV)/.core
 	@echo "setup: what the tests need" >&2
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.test
+	@echo "setup: clients of others" >&2
+	@$(PIP) -e '.[test,clients]'
 	@touch $@

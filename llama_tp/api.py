@@ -5,6 +5,7 @@ written for Meta's repository run with only their import line changed.
 """
 
 import atexit
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,11 @@ from llama_tp.engine.build import EngineOptions, build
 from llama_tp.engine.calls import Calls
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import SamplingParams
-from llama_tp.engine.session import Sample, run
+from llama_tp.engine.session import Sample, chat_encoder, run
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat, Dialog
+from llama_tp.text.template import ChatTemplate
 
 Prompt = str | list[int]
 
@@ -43,8 +45,9 @@ class Completion:
 class Llama:
     """A loaded model. Build it with `Llama.build` on every rank."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, ckpt_dir: str = "", chat_template: str = "meta"):
         self.engine, self.tokenizer = engine, engine.tokenizer
+        self._template = (ckpt_dir, chat_template)
         self._calls = Calls(engine)
 
     @staticmethod
@@ -59,7 +62,8 @@ class Llama:
             max_batch_size: most sequences computed at once; more prompts wait.
             model_parallel_size: must be the number of ranks, if given.
             seed: of requests without a seed of their own.
-            options: other fields of `EngineOptions` (device, dtype, deterministic, step_timeout, ...).
+            options: other fields of `EngineOptions` (device, dtype, deterministic, step_timeout, ...); chat_template="hf" encodes
+                dialogs by the folder's own template instead of as Meta's code does.
 
         Raises UserError on a single rank; under torchrun an error ends the whole job with one message.
         """
@@ -73,7 +77,7 @@ class Llama:
         if not engine.is_driver:
             sys.stdout = open(os.devnull, "w")
         atexit.register(engine.close)
-        return Llama(engine)
+        return Llama(engine, ckpt_dir, options.get("chat_template", "meta"))
 
     def close(self) -> None:
         """Leaves the job; also done when the script ends."""
@@ -113,14 +117,17 @@ class Llama:
                         max_gen_len: int | None = None, logprobs: bool = False) -> list[dict]:
         """Answers dialogs; contents are stripped, as llama3 did. -> [{"generation": {"role": "assistant", "content"}}],
         with "tokens" (their texts) and "logprobs" if asked for."""
-        chat = ChatFormat(self.tokenizer)
-        ids = [chat.encode_dialog(dialog, strip=True) for dialog in dialogs]
+        ids = [self._chat.encode_dialog(dialog, strip=True) for dialog in dialogs]
         tokens, values = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs)
         answers = [{"generation": {"role": "assistant", "content": self.tokenizer.decode(each)}} for each in tokens]
         if logprobs:
             for answer, each, numbers in zip(answers, tokens, values):
                 answer |= {"tokens": [self.tokenizer.decode([t]) for t in each], "logprobs": numbers}
         return answers
+
+    @functools.cached_property
+    def _chat(self) -> ChatFormat | ChatTemplate:
+        return chat_encoder(self.engine, *self._template)
 
     def _length(self, max_gen_len: int | None) -> int:
         return max_gen_len or self.engine.scheduler.max_seq_len - 1
@@ -146,7 +153,7 @@ class Llama:
         one = bool(messages) and isinstance(messages[0], dict)
         dialogs = [messages] if one else list(messages)
         each = _params(params, len(dialogs))
-        out = self._complete("chat", lambda: [("", ChatFormat(self.tokenizer).encode_dialog(d)) for d in dialogs], each)
+        out = self._complete("chat", lambda: [("", self._chat.encode_dialog(dialog)) for dialog in dialogs], each)
         return out[0] if one and len(out) == 1 else out
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Completion]:

@@ -10,7 +10,8 @@ import shlex
 import signal
 import sys
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -25,7 +26,9 @@ from llama_tp.text.tokenizer import check_vocab
 
 LINE_EVERY_S = 10.0             # how often the state is printed where there is no terminal for a bar
 WORD = "llama_tp/batch"         # key in the launch's store
-PARAMETERS = ("temperature", "top_p", "max_gen_len", "seed", "dtype", "deterministic", "rope_factor")     # that answers depend on
+PARAMETERS = ("temperature", "top_p", "max_gen_len", "seed", "dtype", "deterministic", "rope_factor",
+              "chat_template")          # what answers depend on
+TEMPLATES_DATE = datetime(2024, 7, 26)  # of any job: Llama's own templates say so where they know no date
 STORE_WAIT = timedelta(days=365)        # workers wait while rank 0 looks through the input, however long that takes
 
 
@@ -34,8 +37,8 @@ def main(
     retry_failed: bool = False, temperature: float | None = None, top_p: float | None = None, max_gen_len: int | None = None,
     seed: int = 1, model_name: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
     device: str | None = None, dtype: str | None = None, deterministic: bool = True, rope_factor: float | None = None,
-    prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
-    quiet: bool = False,
+    chat_template: Literal["meta", "hf"] = "meta", prefix_cache: bool = True, max_step_tokens: int | None = None,
+    step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
 ):
     """Answer a file of requests. The same command goes on where it was stopped, killed or out of disk.
 
@@ -64,6 +67,8 @@ def main(
         deterministic: the same answers however often the job is interrupted, and at tp 1, 2, 4 and 8; a CPU keeps that to the
             bit, on CUDA other company in a batch can still change low bits; without it answers may differ after an interruption
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
+        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings; one that asks
+            for the date is told 26 Jul 2024, what Llama's own templates say, so that a job is the same on any day
 
     Sampling, for lines that do not say it themselves:
         temperature: 0 is greedy; 1 for OpenAI's lines and 0.6 for plain ones unless given
@@ -85,6 +90,9 @@ def main(
         raise UserError(f"--input {input} cannot be read", "there is no such file", "name a file (it is read twice, so no pipe)")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise UserError(f"--output {output} cannot be written", "there is no such folder", "make it, or correct the name")
+    if os.path.exists(output) and (not os.path.isfile(output) or os.path.samefile(input, output)):
+        found = "it is the --input" if os.path.isfile(output) else "it is no file that can be gone on with"
+        raise UserError(f"--output {output} cannot be written", found, "name a file of its own")
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch
@@ -92,11 +100,14 @@ def main(
     from llama_tp.engine.build import DEFAULT_SEQ_LEN, EngineOptions, build
     from llama_tp.engine.session import report
     from llama_tp.parallel.groups import open_store, read_launch
+    from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
     launch, job = read_launch(os.environ), None
     if launch is None or launch.rank == 0:
         source = open_checkpoint(fetch(ckpt_dir), rope_factor)
-        model = served(source, open_tokenizer(tokenizer_path, source.folder), flags, max_seq_len or DEFAULT_SEQ_LEN)
+        tokenizer = open_tokenizer(tokenizer_path, source.folder)
+        chat = open_template(fetch(ckpt_dir, cached_only=True), tokenizer, TEMPLATES_DATE) if chat_template == "hf" else None
+        model = served(source, tokenizer, chat, flags, max_seq_len or DEFAULT_SEQ_LEN)
         job = open_job(input, output, model, Defaults(temperature, top_p, max_gen_len), made_of(source, model, flags), skip_bad,
                        retry_failed, lambda line: None if quiet else print(f"batch: {line}", file=sys.stderr, flush=True))
         source.close()
@@ -124,18 +135,19 @@ def main(
     return job and closing_word(job, job.n_failed, quiet)
 
 
-def served(source, tokenizer, flags: dict, max_seq_len: int) -> ServedModel:
-    """What the input's lines are held against: `source` is an opened checkpoint."""
+def served(source, tokenizer, chat, flags: dict, max_seq_len: int) -> ServedModel:
+    """What the input's lines are held against: `source` is an opened checkpoint, `chat` its template if that is used."""
     check_vocab(tokenizer, source.config.vocab_size)
     name = flags["model_name"] or os.path.basename(os.path.abspath(flags["ckpt_dir"]))
     n_vocab = min(tokenizer.n_vocab, source.config.vocab_size)
-    return ServedModel(name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab)
+    return ServedModel(name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab, chat=chat)
 
 
 def made_of(source, model: ServedModel, flags: dict) -> dict:
     """What must stay the same for a file to be gone on with: all that an answer depends on, and no tp."""
     names = [name for name in os.listdir(source.folder) if name.endswith((".safetensors", ".pth")) and not name.startswith(".")]
-    return {"model": sampled_digest(source.folder, names, source.digest()), "tokenizer": tokenizer_digest(model),
+    template = {} if model.chat is None else {"chat template": model.chat.digest()}
+    return {"model": sampled_digest(source.folder, names, source.digest()), "tokenizer": tokenizer_digest(model), **template,
             "parameters": {name: flags[name] for name in PARAMETERS} | {"model_name": model.name, "max_seq_len": model.max_seq_len}}
 
 

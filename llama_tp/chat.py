@@ -80,11 +80,18 @@ def main(
 
 
 class Server:
-    """An OpenAI-compatible server at `url`."""
+    """An OpenAI-compatible server at `url`. Raises UserError for what is no URL, and for a key that no header can carry."""
 
     def __init__(self, url: str, api_key: str | None):
         self.root = url.rstrip("/").removesuffix("/v1")
-        local = httpx.URL(self.root).host in ("localhost", "127.0.0.1", "::1")
+        host = ""
+        with contextlib.suppress(httpx.InvalidURL):
+            host = httpx.URL(self.root).host
+        if not host:
+            raise UserError("--url is not the address of a server", f"found {url!r}", "write --url http://127.0.0.1:8000")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise UserError("an API key is made of ASCII characters", "this one is not", "correct --api_key, or OPENAI_API_KEY")
+        local = host in ("localhost", "127.0.0.1", "::1")
         self.client = httpx.Client(headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
                                    timeout=httpx.Timeout(None, connect=10.0), trust_env=not local)      # no proxy to this machine
 

@@ -6,6 +6,7 @@ Text goes to stdout as it is made, or one JSON line a prompt with --json; everyt
 import json
 import os
 import sys
+from typing import Literal
 
 from llama_tp.cli import run
 from llama_tp.spec.config import check_launch
@@ -14,7 +15,8 @@ from llama_tp.spec.errors import UserError
 
 def main(
     *, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None, prompts_file: str | None = None,
-    chat: bool = False, system: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
+    chat: bool = False, system: str | None = None, chat_template: Literal["meta", "hf"] = "meta",
+    max_seq_len: int | None = None, max_batch_size: int = 32,
     max_gen_len: int | None = None, min_tokens: int = 0, temperature: float = 0.6, top_p: float = 0.9, top_k: int = 0,
     min_p: float = 0.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
     logit_bias: tuple[str, ...] = (), seed: int = 1, n_samples: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
@@ -41,7 +43,8 @@ def main(
     Prompts:
         prompt: the text to continue, or the user's message with --chat; - reads it from stdin
         prompts_file: one prompt a line; a line that begins with " is a JSON string
-        chat: wrap each prompt in the Llama 3 chat format
+        chat: make each prompt the user's message in a chat
+        chat_template: with --chat, meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
         system: the system message, with --chat
 
     Sampling:
@@ -80,11 +83,13 @@ def main(
         raise UserError("--logprobs has nowhere to go", "text output shows no numbers", "add --json")
     if system is not None and not chat:
         raise UserError("--system is a message of a chat", "--chat is not set", "add --chat")
+    if chat_template != "meta" and not chat:
+        raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.engine.build import EngineOptions, build
     from llama_tp.engine.request import SamplingParams
-    from llama_tp.engine.session import generate, report
+    from llama_tp.engine.session import chat_encoder, generate, report
     params = SamplingParams(
         max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -93,11 +98,12 @@ def main(
     engine = build(EngineOptions(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,
         seed=seed, rope_factor=rope_factor, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache,
-        step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet))
+        step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet, chat_template=chat_template))
     try:
         if engine.is_driver:
             present = JsonLines(echo) if json else Text(echo)
-            for sample in generate(engine, texts, params, chat, system):
+            encoder = chat_encoder(engine, ckpt_dir, chat_template) if chat else None
+            for sample in generate(engine, texts, params, encoder, system):
                 present(sample)
             engine.dismiss()
         else:

@@ -7,6 +7,7 @@ very module; started by torchrun (RANK is set) it is one rank, which serves what
 import os
 import shlex
 import sys
+from typing import Literal
 
 from llama_tp.cli import run
 from llama_tp.spec.config import check_launch
@@ -19,10 +20,11 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 
 def main(
     *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: str | None = None,
-    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 512, max_body_bytes: int = 8388608, max_n: int = 128,
+    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024, max_body_bytes: int = 8388608, max_n: int = 128,
     max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1,
     master_addr: str | None = None, master_port: int = 29500, tokenizer_path: str | None = None, dtype: str | None = None,
-    device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None, max_seq_len: int | None = None,
+    device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
+    chat_template: Literal["meta", "hf"] = "meta", max_seq_len: int | None = None,
     max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True, seed: int = 1,
     step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
 ):
@@ -66,6 +68,7 @@ def main(
         device: cpu or cuda; what is there unless given
         deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
+        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
         seed: of requests that bring none
 
     Resources:
@@ -99,12 +102,23 @@ def main(
         max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
         max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
         drain_timeout=(drain_timeout, 0, 10**6), step_timeout=(step_timeout, 1, 10**6))
+    keys = (*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")]))
+    if not all(key and key.isascii() and key.isprintable() for key in keys):
+        raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
+                        "correct it (an empty one would let everybody in)")
     check_launch(ckpt_dir, nnodes * nproc_per_node)
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.protocol.order import Limits
     from llama_tp.server import front, supervisor
+    from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
+    folder = fetch(ckpt_dir)
+    if not os.path.isdir(folder):
+        raise UserError(f"--ckpt_dir {folder} is no folder", "it is a file" if os.path.exists(folder) else "there is none",
+                        "point it at the checkpoint's folder, or write org/name of a model on the hub")
+    tokenizer = open_tokenizer(tokenizer_path, folder)
+    chat = open_template(folder, tokenizer) if chat_template == "hf" else None
     launch = torchrun_line(nproc_per_node, nnodes, master_addr, master_port)
     ranks = ["-m", "llama_tp.serve", *words_of(flags)]
     for node in range(1, nnodes):
@@ -112,8 +126,8 @@ def main(
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
     front.run(front.FrontOptions(
         command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
-        name=served_model_name or name_of(ckpt_dir), tokenizer=open_tokenizer(tokenizer_path, fetch(ckpt_dir)), host=host,
-        port=port, keys=(*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")])),
+        name=served_model_name or name_of(ckpt_dir), tokenizer=tokenizer, chat=chat, host=host,
+        port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))

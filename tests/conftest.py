@@ -11,6 +11,7 @@ torch.set_num_threads(1)        # two cores: the ranks of a pool need them, and 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--rewrite", action="store_true", help="write the transcripts in tests/golden anew")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -63,6 +63,12 @@ class Server:
         status, _, text = self.request(path, data, {"Content-Type": "application/json", **headers})
         return status, json.loads(text)
 
+    def failures(self) -> list[str]:
+        """What its books say of replies of 500 and more, but for /health, which says 503 while it loads."""
+        lines = [line for line in self.get("/metrics")[2].decode().splitlines() if line.startswith("http_requests_total{")]
+        assert lines
+        return [line for line in lines if 'status="5' in line and 'handler="/health"' not in line]
+
     def ranks(self) -> list[int]:
         """Process ids of the ranks, in rank order."""
         found = {}

@@ -338,3 +338,17 @@ def test_twenty_kills_of_five_hundred_lines(tmp_path):
     with torchrun(2, words(source, target)) as job:
         assert job.wait(600) == 0, job.stderr
     assert target.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("name, found", [
+    ("in.jsonl", "it is the --input"), ("link.jsonl", "it is the --input"), ("empty.jsonl", "it is the --input"),
+    ("/dev/full", "it is no file"), (".", "it is no file")])
+def test_an_output_that_is_no_file_of_its_own_is_refused_and_left_alone(name, found, tmp_path):
+    source = write_input(tmp_path / "in.jsonl", 1)
+    (tmp_path / "link.jsonl").symlink_to(source)
+    (tmp_path / "empty.jsonl").touch()
+    before = source.read_bytes()
+    done = batch(tmp_path / "empty.jsonl" if name == "empty.jsonl" else source, tmp_path / name, code=1)
+    assert done.stderr.startswith(f"error: --output {tmp_path / name} cannot be written - {found}")
+    assert source.read_bytes() == before and (tmp_path / "empty.jsonl").exists()
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty.jsonl", "in.jsonl", "link.jsonl"]

@@ -202,6 +202,14 @@ def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):
     assert "connection to the server broke" in shown(screen)
 
 
+@pytest.mark.parametrize("url, key, says", [
+    ("http://", None, "--url is not the address"), ("http://[::1", None, "--url is not the address"),
+    ("http://host", "k\u00e9y", "API key"), ("http://host", "a\nb", "API key")])
+def test_addresses_and_keys_that_cannot_be_are_refused_in_words(url, key, says):
+    with pytest.raises(UserError, match=says):
+        Server(url, key)
+
+
 def test_the_server_is_waited_for_and_named_when_it_does_not_come():
     with FakeServer() as fake:
         url = fake.url

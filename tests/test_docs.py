@@ -1,8 +1,10 @@
 """What the documents say is there: links lead somewhere, flags exist, examples run."""
 
 import importlib
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from llama_tp import cli
+from tests.servers import serving
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["", "checkpoints", "launch", "llama_tp", "llama_tp/benchmarks", "tests"]
+FOLDERS = ["", "checkpoints", "launch", "llama_tp", "llama_tp/benchmarks", "llama_tp/server", "tests"]
 DOCS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.md"))
 COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run(main)" in p.read_text())
 OTHERS = {"nproc_per_node", "nnodes", "node_rank", "rdzv_id", "rdzv_backend", "rdzv_endpoint", "standalone", "max_restarts",
@@ -62,7 +65,30 @@ def test_command_lines_are_accepted():
 
 
 def test_the_python_example_runs():
-    [example] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    section = (ROOT / "README.md").read_text().partition("\n## Python\n")[2]
+    [example] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("length") + done.stdout.count("stop") >= 2
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the tour shows curl")
+def test_the_quick_tour_runs(tmp_path):
+    """Every block of it, in its order, beside nothing but the demo model; only the server's port is another."""
+    section = (ROOT / "README.md").read_text().partition("\n## A quick tour\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n((?:(?!```)[^\n]*\n)*)```|((?:^ {4}[^\n]+\n)+)", section, re.MULTILINE)
+    assert len(blocks) >= 7
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with serving("--nproc_per_node", "2") as server:
+        for python, shell in blocks:
+            for text in [python] if python else shell.splitlines():
+                if "-m llama_tp.serve " in text:            # it runs already
+                    continue
+                text = text.strip().replace("http://127.0.0.1:8000", server.url)
+                done = subprocess.run([sys.executable, "-c", text] if python else ["bash", "-c", text], cwd=tmp_path, env=env,
+                                      input="Who are you?\n/quit\n", capture_output=True, encoding="utf-8", timeout=100)
+                assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
+                assert len(done.stdout) > 10 or "printf" in text or "llama_tp.batch" in text, text
+                assert '"error"' not in done.stdout, done.stdout
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

@@ -306,3 +306,15 @@ def test_torchrun_is_not_the_way_to_start_it():
     done = subprocess.run([sys.executable, "-m", "llama_tp.serve", "--ckpt_dir", str(DEMO)], cwd=ROOT, capture_output=True,
                           text=True, timeout=60, env={**os.environ, "RANK": "0"})
     assert done.returncode == 1 and "serve starts its ranks itself" in done.stderr
+
+
+@pytest.mark.parametrize("words, env, says", [
+    (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
+    (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
+    (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])
+def test_what_cannot_be_served_is_told_at_once(words, env, says):
+    command = [sys.executable, "-m", "llama_tp.serve", "--port", "0", *words]
+    command += [] if "--ckpt_dir" in words else ["--ckpt_dir", str(DEMO)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, encoding="utf-8", timeout=30)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -6,13 +6,14 @@ import re
 from llama_tp.spec.errors import UserError
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_HF_FILES = ["*.json", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]
-_META_FILES = ["*.json", "tokenizer.model", "original/*"]       # for models published without safetensors
+_HF_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]
+_META_FILES = ["*.json", "*.jinja", "tokenizer.model", "original/*"]       # for models published without safetensors
 
 
 def is_repo(path: str) -> bool:
-    """Whether `path` can only mean a model on the hub: it looks like org/name and no such folder exists."""
-    return _REPO.fullmatch(path) is not None and not os.path.lexists(path)
+    """Whether `path` can only mean a model on the hub: it looks like org/name, and there is no such folder here. Nor one called
+    org: then it is a folder's misspelt name, and asking the hub would take half a minute where there is no network."""
+    return _REPO.fullmatch(path) is not None and not os.path.lexists(path) and not os.path.isdir(path.partition("/")[0])
 
 
 def fetch(path: str, cached_only: bool = False) -> str:

@@ -32,6 +32,7 @@ from llama_tp.parallel.log import Progress, say
 from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
 STEP_TOKENS = {"cpu": 512, "cuda": 8192}        # of prompts in a step, by device: enough for the matrix rate
@@ -61,6 +62,7 @@ class EngineOptions:
     step_timeout: float = 300.0
     load_timeout: float = 3600.0
     quiet: bool = False
+    chat_template: str = "meta"             # or hf: looked for here, before the weights; dialogs are encoded elsewhere
 
 
 def build(options: EngineOptions) -> Engine:
@@ -81,6 +83,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     _download(options.ckpt_dir, ranks)
     source = open_checkpoint(options.ckpt_dir, options.rope_factor)
     source.config.check_tp(ranks.tp)
+    check_chat_template(options)
     same_everywhere(source.digest(), ranks)
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
@@ -128,6 +131,14 @@ def _download(ckpt_dir: str, ranks: Ranks) -> None:
         if ranks.local_rank == 0:
             fetch(ckpt_dir)
         barrier(ranks)
+
+
+def check_chat_template(options: EngineOptions) -> None:
+    """Refuses a way to encode dialogs that there is not, or that the folder has not."""
+    if options.chat_template not in ("meta", "hf"):
+        raise UserError("chat_template is neither meta nor hf", f"found {options.chat_template!r}", "use one of them")
+    if options.chat_template == "hf":
+        find_template(fetch(options.ckpt_dir, cached_only=True))
 
 
 def same_everywhere(digest: bytes, ranks: Ranks) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_tp.checkpoint.hub import fetch
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.sampler import TokenLogprobs
@@ -14,6 +15,7 @@ from llama_tp.parallel.log import say
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import GIB, weight_bytes
 from llama_tp.text.chat_format import ChatFormat
+from llama_tp.text.template import ChatTemplate, open_template
 
 
 @dataclass
@@ -46,20 +48,28 @@ def _as_json(one: TokenLogprobs | None) -> dict | None:
     return {"token": one.token, "logprob": one.logprob, "top": [{"token": t, "logprob": p} for t, p in one.top]}
 
 
-def generate(engine: Engine, prompts: Sequence[str], params: SamplingParams, chat: bool = False,
+def chat_encoder(engine: Engine, ckpt_dir: str, chat_template: str = "meta") -> ChatFormat | ChatTemplate:
+    """What encodes dialogs: the Llama 3 chat format, or with "hf" the template of the checkpoint's folder. Raises UserError for a
+    tokenizer, or a folder, without it."""
+    if chat_template == "hf":
+        return open_template(fetch(ckpt_dir, cached_only=True), engine.tokenizer)
+    return ChatFormat(engine.tokenizer)
+
+
+def generate(engine: Engine, prompts: Sequence[str], params: SamplingParams, chat: ChatFormat | ChatTemplate | None = None,
              system: str | None = None) -> Iterator[Sample]:
-    """Driver: runs all prompts at once and yields the samples in their order, each whenever it has grown while it is
-    its turn. Raises UserError before anything runs if a prompt cannot."""
+    """Driver: runs all prompts at once, as messages to answer if there is a `chat` to encode them, and yields the samples in
+    their order, each whenever it has grown while it is its turn. Raises UserError before anything runs if a prompt cannot."""
     ids = [encode_prompt(engine, prompt, chat, system) for prompt in prompts]
     return run(engine, list(zip(prompts, ids)), [params] * len(prompts))
 
 
-def encode_prompt(engine: Engine, prompt: str, chat: bool, system: str | None) -> list[int]:
+def encode_prompt(engine: Engine, prompt: str, chat: ChatFormat | ChatTemplate | None, system: str | None) -> list[int]:
     """Ids of a plain prompt (BOS in front) or of a one-message chat."""
-    if not chat:
+    if chat is None:
         return engine.tokenizer.encode(prompt, bos=True)
     before = [] if system is None else [{"role": "system", "content": system}]
-    return ChatFormat(engine.tokenizer).encode_dialog([*before, {"role": "user", "content": prompt}])
+    return chat.encode_dialog([*before, {"role": "user", "content": prompt}])
 
 
 def run(engine: Engine, prompts: list[tuple[str, list[int]]], params: list[SamplingParams]) -> Iterator[Sample]:

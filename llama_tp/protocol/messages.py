@@ -6,7 +6,8 @@ from llama_tp.text.chat_format import Dialog
 # OpenAI's roles, and ipython, which is Llama's own word for tool.
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool", "ipython": "ipython"}
 _KEPT = {"assistant": {"tool_calls"}, "tool": {"tool_call_id", "name"}, "ipython": {"tool_call_id", "name"}}
-_IGNORED = {"refusal", "annotations", "reasoning_content"}      # of answers sent back
+# Of answers sent back; and a speaker's name, which agents' libraries send and for which the chat format has no place.
+_IGNORED = {"refusal", "annotations", "reasoning_content", "name"}
 
 
 def dialog_of(messages: list[dict]) -> Dialog:

@@ -6,7 +6,6 @@ that nobody will read.
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator, Callable
 
 from fastapi import Request, Response
@@ -63,10 +62,11 @@ def dumps_in_pieces(content: object) -> str:
     return dumps(content)
 
 
-async def answer(order: Order, model: ServedModel, desk: Desk, request: Request, fingerprint: str) -> Response:
-    """Hands the order to the desk and answers. Raises RequestError before anything is sent."""
+async def answer(order: Order, model: ServedModel, desk: Desk, request: Request, created: int, fingerprint: str) -> Response:
+    """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply. Raises RequestError before anything
+    is sent."""
     ticket = desk.take(list(order.requests))
-    chunks = Chunks(order, model, int(time.time()), fingerprint)
+    chunks = Chunks(order, model, created, fingerprint)
     if order.stream:
         return EventStream(_events(chunks, ticket), lambda: desk.drop(ticket))
     try:

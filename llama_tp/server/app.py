@@ -8,12 +8,14 @@ import asyncio
 import functools
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
@@ -24,7 +26,7 @@ from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import Desk
 from llama_tp.server.gate import Gate, bug, reply_of
 from llama_tp.server.page import headers, page
-from llama_tp.server.tokens import detokenize, tokenize, tokenizer_info
+from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Grammars
 from llama_tp.text.token_table import Tokenizer
@@ -40,6 +42,7 @@ class Served:
 
     Args:
         seed: requests that bring none get (seed << 32) + their number, so that a run again draws the same.
+        clock, new_id: what a reply's `created` is, and its id after the prefix.
     """
 
     name: str
@@ -47,14 +50,17 @@ class Served:
     desk: Desk
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
+    chat: object | None = None              # what encodes dialogs, as ServedModel's
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
+    clock: Callable[[], float] = time.time
+    new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     # few: they and the event loop take turns at the interpreter's lock
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
 
     async def call(self, n_bytes: int, work):
-        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it."""
-        return work() if n_bytes <= SMALL_BYTES else await self.in_thread(work)
+        """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it, or may run a template."""
+        return work() if n_bytes <= SMALL_BYTES and self.chat is None else await self.in_thread(work)
 
     async def in_thread(self, work):
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
@@ -67,7 +73,7 @@ class Served:
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
         info = self.desk.ready()
-        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits)
+        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat)
 
     def next_seed(self) -> int:
         self.n_prompts += self.limits.max_prompts           # one request's prompts take seed, seed + 1, ...
@@ -92,6 +98,7 @@ def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 
     app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None)
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))   # gone while it still sent
     app.add_exception_handler(Exception, _on_bug)
     _add_completions(app, served)
     _add_models(app, served)
@@ -106,7 +113,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
     async def complete(kind: str, prefix: str, request: Request) -> Response:
         model = served.model()
         data, seed = await body_of(request), served.next_seed()
-        order_id = f"{prefix}-{uuid.uuid4().hex}"
+        order_id = f"{prefix}-{served.new_id()}"
 
         def order() -> Order:
             body = check_body(kind, read_json(data))
@@ -116,7 +123,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         made = await served.call(len(data), order)
         if made.form_field:
             await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
-        return await answer(made, model, served.desk, request, served.fingerprint())
+        return await answer(made, model, served.desk, request, int(served.clock()), served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
@@ -153,12 +160,12 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
         model, data = served.model(), await body_of(request)
         return await served.call(len(data), lambda: long_reply(work(read_json(data), model)))
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=_body(SHAPES["tokenize"]))
     async def to_tokens(request: Request) -> Response:
         """{"prompt"} or {"messages"} -> {"count", "max_model_len", "tokens", "token_strs"}."""
         return await converted(tokenize, request)
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=_body(SHAPES["detokenize"]))
     async def from_tokens(request: Request) -> Response:
         """{"tokens"} -> {"prompt"}."""
         return await converted(detokenize, request)
@@ -180,6 +187,8 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         error = RequestError(STATUS[desk.state], "", "", code=desk.state, status=503)
         error.retry_s = None if desk.dead else desk.restart_s
         raise error
+
+    app.head("/health", include_in_schema=False)(health)    # what some load balancers ask with
 
     @app.get("/load")
     async def load() -> Response:
@@ -219,6 +228,10 @@ def _documented(shape: type) -> dict:
     for value in schema["properties"].values():             # the reference would point to the document's root
         if reference := value.pop("$ref", None):
             value.update(parts[reference.rpartition("/")[2]])
+    return _body(schema)
+
+
+def _body(schema: dict) -> dict:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

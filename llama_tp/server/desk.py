@@ -98,7 +98,8 @@ class Flight:
         """What hands it to the ranks, from where it stands."""
         if self._scores:
             self._scores = []                               # half a prompt's: they all come again
-        params = asdict(self.request.params)
+        params = self.request.params
+        params = vars(params) | {"form": params.form and asdict(params.form)}       # all of asdict takes 30 ms for 1,024 prompts
         return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params,
                 "outputs": self.outputs}
 
@@ -133,6 +134,7 @@ class Ticket:
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self.flights = [Flight(request, self._news) for request in requests]
         self._n_left = sum(request.params.n for request in requests)
+        self._error: Exception | None = None
 
     @property
     def is_read(self) -> bool:
@@ -141,14 +143,17 @@ class Ticket:
 
     async def take(self) -> list[Delta]:
         """What has come since the last call, at least one delta. Raises UserError: the engine refused a request; or Failed, or
-        Unavailable."""
-        items = [await self._news.get()]
-        while not self._news.empty():
-            items.append(self._news.get_nowait())
-        for item in items:
+        Unavailable. What came before an error is handed out before it."""
+        items: list[Delta] = []
+        while not self._error and not (items and self._news.empty()):
+            item = await self._news.get()
             if isinstance(item, Exception):
-                raise item
-            self._n_left -= item.finish_reason is not None
+                self._error = item
+            else:
+                self._n_left -= item.finish_reason is not None
+                items.append(item)
+        if not items:
+            raise self._error
         return items
 
 

@@ -6,6 +6,7 @@ signal ends it at once.
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ class FrontOptions:
         command: what starts the ranks.
         name: of the model, as clients say it.
         drain_s: for what runs to finish, once asked to end.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
     """
 
     command: list[str]
@@ -41,13 +43,14 @@ class FrontOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[str, ...] = ()
-    max_queue: int = 512
+    max_queue: int = 1024
     max_body_bytes: int = 8 << 20
     limits: Limits = field(default_factory=Limits)
     policy: Policy = field(default_factory=Policy)
     drain_s: float = 20.0
     seed: int = 1
     with_page: bool = True
+    chat: object | None = None
 
 
 def run(options: FrontOptions) -> None:
@@ -56,6 +59,8 @@ def run(options: FrontOptions) -> None:
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # each client is an open file; 1,024, as often set, are few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with sock:
         asyncio.run(_run(options, sock))
 
@@ -79,7 +84,7 @@ class _Http(uvicorn.Server):
 
 async def _run(options: FrontOptions, sock: socket.socket) -> None:
     desk = Desk(options.max_queue, Metrics(options.name))
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed)
+    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="off", ws="none",

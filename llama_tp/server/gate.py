@@ -4,6 +4,7 @@ Plain ASGI around the whole application, so that nothing gets past it: not a rou
 Host header twists (it looks at the path alone), not a websocket.
 """
 
+import asyncio
 import hashlib
 import json
 import re
@@ -21,6 +22,8 @@ OPEN = frozenset(("/", "/health"))                          # need no key; every
 HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
+BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
+LINGER_BYTES, LINGER_S = 64 << 20, 2.0      # of a body that nobody wants: closing on unread bytes would take the reply with it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -58,10 +61,12 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = NOT_IN_AN_ID.sub("", headers.get(b"x-request-id", b"").decode("latin-1"))[:128] or uuid.uuid4().hex
         started, status = time.monotonic(), 0
+        body = _Body(receive, self.max_body_bytes, headers)
 
         async def send_on(message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                await body.read_out()
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SAFE]
             await send(message)
@@ -69,7 +74,7 @@ class Gate:
         scope["request_id"] = request_id
         try:
             self._check(scope["path"], headers)
-            await self.app(scope, self._bounded(receive), send_on)
+            await self.app(scope, body.receive, send_on)
         except UserError as error:
             await _tell(error, send_on)
         except Exception:
@@ -92,23 +97,53 @@ class Gate:
                                    code="invalid_api_key", status=401)
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
-            raise self._too_long()
+            raise _too_long(self.max_body_bytes)
 
-    def _too_long(self) -> RequestError:
-        return RequestError("the body is too long", f"the limit is {self.max_body_bytes:,} bytes",
-                            "send less, or raise --max_body_bytes", code="request_too_large", status=413)
 
-    def _bounded(self, receive):
-        n_bytes = 0
+class _Body:
+    """What a client sends, in bounds of size and silence.
 
-        async def receive_some():
-            nonlocal n_bytes
-            message = await receive()
+    Args:
+        headers: tell whether there is one, and whether the client sends it without asking first (Expect).
+    """
+
+    def __init__(self, receive, max_bytes: int, headers: dict[bytes, bytes]):
+        self._receive, self._max_bytes = receive, max_bytes
+        self._n_bytes, self._ended = 0, False
+        has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
+        self._comes = has_body and b"expect" not in headers
+
+    async def receive(self) -> dict:
+        """The next piece; after the last, news of the client's going. Raises RequestError out of bounds."""
+        if self._ended:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), BODY_S)
+        except asyncio.TimeoutError:
+            self._ended = True
+            raise RequestError("the body does not come", f"nothing in {BODY_S:g} s", "send it again", code="request_timeout",
+                               status=408) from None
+        self._ended = not message.get("more_body", False)
+        self._n_bytes += len(message.get("body", b""))
+        if self._n_bytes > self._max_bytes:
+            raise _too_long(self._max_bytes)
+        return message
+
+    async def read_out(self) -> None:
+        """Throws away what is left of it, before a reply that does not need it."""
+        deadline, n_bytes = time.monotonic() + LINGER_S, 0
+        while self._comes and not self._ended and n_bytes < LINGER_BYTES:
+            try:
+                message = await asyncio.wait_for(self._receive(), max(deadline - time.monotonic(), 0))
+            except asyncio.TimeoutError:
+                return
+            self._ended = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
-            if n_bytes > self.max_body_bytes:
-                raise self._too_long()
-            return message
-        return receive_some
+
+
+def _too_long(most: int) -> RequestError:
+    return RequestError("the body is too long", f"the limit is {most:,} bytes", "send less, or raise --max_body_bytes",
+                        code="request_too_large", status=413)
 
 
 def _digest(key: bytes) -> bytes:

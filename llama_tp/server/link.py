@@ -14,6 +14,7 @@ A score is [token, logprob, [[token, logprob], ...]]; a delta {"id", "index", "i
 """
 
 import asyncio
+import collections
 import contextlib
 import json
 import queue
@@ -27,6 +28,7 @@ from llama_tp.spec.errors import UserError
 MAX_FRAME_BYTES = 1 << 28       # far above any honest frame: a prompt of a million ids has some 7 MB
 LENGTH = struct.Struct(">I")
 CONNECT_S = 10.0
+TURN_BYTES = 1 << 16            # that the server encodes at once: some tenths of a millisecond
 
 
 class BrokenFrame(Exception):
@@ -121,6 +123,8 @@ class ServerEnd:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self._writer = reader, writer
+        self._unsent: collections.deque[dict] = collections.deque()
+        self._n_sent = 0                                    # bytes in this turn of the loop
 
     async def take(self) -> dict | None:
         """The next message; None once rank 0 has gone. Raises BrokenFrame."""
@@ -131,9 +135,26 @@ class ServerEnd:
             return None
 
     def send(self, message: dict) -> None:
-        """Hands a message to the loop, which sends it; never waits. What a rank that has gone does not read is dropped."""
-        if not self._writer.is_closing():
-            self._writer.write(encode(message))
+        """Hands a message to the loop, which sends it; never waits. What a rank that has gone does not read is dropped.
+
+        Of many at once (a thousand prompts) some are encoded now, the others in later turns of the loop, between which it looks
+        after everybody else."""
+        self._unsent.append(message)
+        self._send_some()
+
+    def _send_some(self) -> None:
+        if not self._n_sent:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        while self._unsent and self._n_sent < TURN_BYTES:
+            data = encode(self._unsent.popleft())
+            self._n_sent += len(data)
+            if not self._writer.is_closing():
+                self._writer.write(data)
+
+    def _next_turn(self) -> None:
+        self._n_sent = 0
+        if self._unsent:
+            self._send_some()
 
     def close(self) -> None:
         self._writer.close()

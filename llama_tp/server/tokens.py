@@ -4,15 +4,25 @@ from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import token_text
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.order import ServedModel
+from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.token_table import Tokenizer
 
-KNOWN = {"tokenize": {"model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "return_token_strs"},
-         "detokenize": {"model", "tokens"}}
+_TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
+_ID = {"type": "integer", "minimum": 0}
+SHAPES = {                                                  # JSON schemas of the bodies
+    "tokenize": {"type": "object", "additionalProperties": False, "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+                 "properties": {"model": _TEXT, "prompt": _TEXT, "messages": {"type": "array", "items": {"type": "object"}},
+                                "add_special_tokens": _FLAG, "add_generation_prompt": _FLAG, "return_token_strs": _FLAG}},
+    "detokenize": {"type": "object", "additionalProperties": False, "required": ["tokens"],
+                   "properties": {"model": _TEXT, "tokens": {"type": "array", "items": _ID}}}}
 
 
 def tokenize(data: dict, model: ServedModel) -> dict:
-    """Ids of a text (BOS in front, unless add_special_tokens is false) or of a conversation. Raises RequestError."""
+    """Ids of a text (BOS in front, unless add_special_tokens is false) or of a conversation. Raises RequestError.
+
+    A special token's name by itself, without BOS, is that token: so lm-eval asks for the ids of BOS and EOS. In any longer text
+    it is plain text, as in every prompt."""
     _check(data, "tokenize", model)
     flags = {name: _flag(data, name, default) for name, default in
              (("add_special_tokens", True), ("add_generation_prompt", True), ("return_token_strs", False))}
@@ -22,11 +32,16 @@ def tokenize(data: dict, model: ServedModel) -> dict:
         if not isinstance(data["messages"], list) or not all(isinstance(each, dict) for each in data["messages"]):
             raise _wrong("messages", "messages must be a list of objects", f"found {str(data['messages'])[:80]!r}")
         dialog = dialog_of(data["messages"])
-        ids = ChatFormat(model.tokenizer).encode_dialog(dialog, add_generation_prompt=flags["add_generation_prompt"])
+        try:
+            ids = (model.chat or ChatFormat(model.tokenizer)).encode_dialog(
+                dialog, add_generation_prompt=flags["add_generation_prompt"])
+        except UserError as error:
+            raise RequestError(error.what, error.found, error.fix, param="messages", code="invalid_value") from None
     else:
         if not isinstance(data["prompt"], str):
             raise _wrong("prompt", "prompt must be a text", f"found {str(data['prompt'])[:80]!r}")
-        ids = model.tokenizer.encode(data["prompt"], bos=flags["add_special_tokens"])
+        named = None if flags["add_special_tokens"] else model.tokenizer.specials.get(data["prompt"])
+        ids = model.tokenizer.encode(data["prompt"], bos=flags["add_special_tokens"]) if named is None else [named]
     return {"count": len(ids), "max_model_len": model.max_seq_len, "tokens": ids,
             "token_strs": [token_text(model, each) for each in ids] if flags["return_token_strs"] else None}
 
@@ -50,7 +65,7 @@ def tokenizer_info(tokenizer: Tokenizer) -> dict:
 
 
 def _check(data: dict, route: str, model: ServedModel) -> None:
-    unknown = sorted(set(data) - KNOWN[route])
+    unknown = sorted(set(data) - set(SHAPES[route]["properties"]))
     if unknown:
         raise RequestError(f"{unknown[0][:64]!r} is no field of this request", "", "leave it out", param=unknown[0][:64],
                            code="unknown_parameter")

@@ -94,13 +94,20 @@ class ChatFormat:
         `tools` are those of an OpenAI request, {"type": "function", "function": {...}}, or built-in ones for short,
         {"type": "brave_search"}; a function that has the name of a built-in tool is that tool.
         """
-        if not isinstance(messages, (list, tuple)):
-            raise UserError("a dialog must be a list of messages", f"found {type(messages).__name__}",
-                            'write [{"role": "user", "content": "..."}]')
+        check_dialog(messages)
         ids = [self._bos]
         for message in messages if tools is None else with_tools(messages, tools, tools_in):
             ids += self.encode_message(message, strip)
         return ids + self.encode_header("assistant") if add_generation_prompt else ids
+
+
+def check_dialog(messages: Dialog) -> None:
+    """Raises UserError for anything but a list of messages, each with a role, a text and what goes with tools."""
+    if not isinstance(messages, (list, tuple)):
+        raise UserError("a dialog must be a list of messages", f"found {type(messages).__name__}",
+                        'write [{"role": "user", "content": "..."}]')
+    for message in messages:
+        _check(message)
 
 
 def with_tools(messages: Dialog, tools: Sequence[Mapping], tools_in: Literal["user", "system"] = "user") -> Dialog:

@@ -64,8 +64,10 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
         function = tool.get("function") if isinstance(tool.get("function"), Mapping) else {"name": tool.get("type")}
         if name in (None, function.get("name")):
             schema = function.get("parameters") or _parameters_of_built_in(function.get("name"))
+            if isinstance(schema, Mapping):
+                schema = {"type": "object", **schema}       # arguments are, whether or not the schema says it
             head = json.dumps(f'{{"name": {json.dumps(function.get("name"))}, "parameters": ', ensure_ascii=False)
-            rules.append(f'call_{len(rules)}: {head} %json {_json(schema)} "}}"')
+            rules.append(f'call_{len(rules)}: {head} %json {_json(schema, _JSON_OPTIONS)} "}}"')
     if not rules or len(rules) > MAX_TOOLS:
         found = f"found {len(rules)}" + (f" called {name!r}" if name else "")
         raise UserError(f"a tool must be called, out of 1 to {MAX_TOOLS}", found, "correct tools or tool_choice")
@@ -175,12 +177,12 @@ def _parameters_of_built_in(name: object) -> dict:
     return {"type": "object", "properties": {key: {"type": "string"}}, "required": [key], "additionalProperties": False}
 
 
-def _json(schema: object) -> str:
-    """A schema as text. UserError for what is none."""
+def _json(schema: object, options: dict | None = None) -> str:
+    """A schema as text, with llguidance's options inside where it cannot be given them beside. UserError for what is none."""
     try:
         if not isinstance(schema, Mapping):
             raise TypeError(f"a {type(schema).__name__}")
-        return json.dumps(schema, allow_nan=False)
+        return json.dumps({**schema, "x-guidance": options} if options else schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError("a JSON schema must be an object", f"found {error}"[:200],
                         'write {"type": "object", "properties": {...}}') from None

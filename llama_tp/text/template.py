@@ -11,6 +11,7 @@ template's text: a second BOS cannot happen.
 
 import datetime
 import functools
+import hashlib
 import json
 import operator
 import re
@@ -20,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from llama_tp.spec.errors import UserError
+from llama_tp.text.chat_format import check_dialog
 from llama_tp.text.token_table import Tokenizer
 
 MAX_TEMPLATE = 1 << 18                                  # characters of source
@@ -28,9 +30,16 @@ MAX_S = 2.0
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")       # a tag that only training uses
 
 
-def open_template(ckpt_dir: str, tokenizer: Tokenizer) -> "ChatTemplate":
-    """The template of a folder: chat_template.jinja, else chat_template in tokenizer_config.json. UserError if it has none,
-    if it is broken, or if jinja2 is missing."""
+def open_template(ckpt_dir: str, tokenizer: Tokenizer, now: datetime.datetime | None = None) -> "ChatTemplate":
+    """The template of a folder, for `tokenizer`; `now` as in ChatTemplate. Raises as `find_template`."""
+    source, tool_source, tokens = find_template(ckpt_dir)
+    return ChatTemplate(source, tokenizer, tool_source, tokens, now)
+
+
+def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
+    """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template:
+    chat_template.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is broken, or if jinja2 is
+    missing; needs no tokenizer, and is quick."""
     folder = Path(ckpt_dir)
     config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     try:
@@ -43,9 +52,14 @@ def open_template(ckpt_dir: str, tokenizer: Tokenizer) -> "ChatTemplate":
     sources = found if isinstance(found, dict) else {"default": found}
     if not isinstance(sources.get("default"), str):
         raise UserError(f"{ckpt_dir} has no chat template",
-                        "neither chat_template.jinja nor chat_template in tokenizer_config.json", "leave out --chat_template hf")
+                        "neither chat_template.jinja nor chat_template in tokenizer_config.json",
+                        "name a Hugging Face folder that has one, or leave out --chat_template hf")
     tokens = {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    return ChatTemplate(sources["default"], tokenizer, sources.get("tool_use"), tokens)
+    tool_source = sources.get("tool_use")
+    for source in (sources["default"], tool_source):
+        if source is not None:
+            _compiled(source)
+    return sources["default"], tool_source, tokens
 
 
 class ChatTemplate:
@@ -54,32 +68,40 @@ class ChatTemplate:
     Args:
         source: the template; tool_source: another one for dialogs with tools.
         tokens: bos_token and so on, as the template calls them.
+        now: the time for templates that ask for it; the moment of each dialog unless given (a batch job must repeat itself).
 
     Raises UserError for a template that does not compile.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None, tokens: Mapping[str, str] | None = None):
+    def __init__(self, source: str, tokenizer: Tokenizer, tool_source: str | None = None, tokens: Mapping[str, str] | None = None,
+                 now: datetime.datetime | None = None):
         self.tokenizer = tokenizer
+        self._sources = (source, tool_source)
         self._template = _compiled(source)
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
-        self._tokens = dict(tokens or {})
+        self._tokens, self._now = dict(tokens or {}), now
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
-    def encode_dialog(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
-                      tools: Sequence[Mapping] | None = None, now: datetime.datetime | None = None) -> list[int]:
-        """Ids of a conversation. `now` is the time that a template may ask for (a batch job that must repeat itself fixes it).
-        UserError where the template refuses the dialog (its own words) or goes over a limit."""
-        messages = [_as_templates_expect(message) for message in messages]
+    def encode_dialog(self, messages: Sequence[Mapping], strip: bool = False, add_generation_prompt: bool = True,
+                      tools: Sequence[Mapping] | None = None) -> list[int]:
+        """Ids of a conversation, with ChatFormat's arguments. UserError for what is no list of messages, and where the template
+        refuses the dialog (its own words) or goes over a limit."""
+        check_dialog(messages)
+        messages = [_as_templates_expect(message, strip) for message in messages]
         mark = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
         messages, tools = (_guarded(value, self._special, mark) for value in (messages, tools))
-        text = self._render(messages, tools, add_generation_prompt, now or datetime.datetime.now())
+        text = self._render(messages, tools, add_generation_prompt, self._now or datetime.datetime.now())
         ids, end = [], 0
         for special in self._special.finditer(text):
             ids += self.tokenizer.encode(text[end:special.start()].replace(mark, ""))
             ids.append(self.tokenizer.special_id(special[0]))
             end = special.end()
         return ids + self.tokenizer.encode(text[end:].replace(mark, ""))
+
+    def digest(self) -> str:
+        """Of all that the ids follow from, beside the dialog, the tokenizer and the time."""
+        return hashlib.sha256(repr((self._sources, sorted(self._tokens.items()))).encode()).hexdigest()
 
     def _render(self, messages, tools, add_generation_prompt: bool, now: datetime.datetime) -> str:
         template = self._tool_template if tools else self._template
@@ -212,11 +234,12 @@ def _spelling(token: str | dict | None) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-def _as_templates_expect(message: Mapping) -> dict:
+def _as_templates_expect(message: Mapping, strip: bool) -> dict:
     """An OpenAI message with arguments as objects where they are JSON: templates write them with tojson."""
     message = dict(message)
-    if message.get("content") is None:
-        message["content"] = ""
+    message["content"] = message["content"] or ""
+    if strip:
+        message["content"] = message["content"].strip()
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)                 # templates ask whether the key is there
         return message

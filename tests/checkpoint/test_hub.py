@@ -35,6 +35,14 @@ def test_a_folder_is_itself_and_asks_nobody(tmp_path, hub, monkeypatch):
     assert not hub.asked
 
 
+def test_a_misspelt_name_in_a_folder_that_is_here_asks_nobody(tmp_path, hub, monkeypatch):
+    (tmp_path / "checkpoints" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="checkpoints/dmeo"):
+        open_checkpoint(fetch("checkpoints/dmeo"))
+    assert not hub.asked
+
+
 def test_one_rank_downloads_and_the_others_find_it(tmp_path, hub):
     hub.files, hub.folder = ["config.json", "model.safetensors", "original/consolidated.00.pth"], tmp_path
     write_hf(tmp_path, GQA, random_weights(GQA))

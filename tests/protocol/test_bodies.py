@@ -139,7 +139,7 @@ def test_large_replies_are_not_for_sale():
 def test_messages_become_a_dialog():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert dialog_of([{"role": "developer", "content": "s"}, {"role": "user", "content": parts}, {
-        "role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None}, {
+        "role": "assistant", "content": "c", "refusal": None, "tool_calls": [], "audio": None, "name": "Bob"}, {
         "role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"}]) == [
         {"role": "system", "content": "s"}, {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"},
         {"role": "tool", "content": "d", "tool_call_id": "call_1", "name": "f"}]
@@ -151,7 +151,7 @@ def test_messages_become_a_dialog():
     ({"role": "user", "content": 5}, "messages[0].content"), ({"role": "user", "content": [5]}, "messages[0].content[0]"),
     ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}, "messages[0].content[0]"),
     ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content[0]"),
-    ({"role": "user", "content": "x", "name": "Bob"}, "messages[0].name"),
+    ({"role": "user", "content": "x", "nmae": "Bob"}, "messages[0].nmae"),
     ({"role": "user", "content": "x", "odd": 1}, "messages[0].odd"),
 ])
 def test_messages_that_are_refused(message, param):

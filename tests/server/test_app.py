@@ -150,6 +150,9 @@ def test_models_tokens_and_version(server):
     assert made["count"] == len(made["tokens"]) == len(made["token_strs"]) and made["token_strs"][0] == "<|begin_of_text|>"
     bare = server.post("/tokenize", {"prompt": "hello", "add_special_tokens": False})[1]["tokens"]
     assert made["tokens"][1:] == bare
+    for name, more in (("<|begin_of_text|>", {}), ("<|begin_of_text|>", {"add_special_tokens": True}), ("<|begin_of_text|>x", {})):
+        ids = server.post("/tokenize", {"prompt": name, "add_special_tokens": False, **more})[1]["tokens"]
+        assert (ids == made["tokens"][:1]) == (name == "<|begin_of_text|>" and not more)    # by itself it is the token, else text
     assert server.post("/detokenize", {"tokens": made["tokens"]})[1] == {"prompt": "hello"}
     chat = server.post("/tokenize", {"messages": [{"role": "user", "content": "hello"}]})[1]["tokens"]
     assert chat[0] == made["tokens"][0] and len(chat) > len(bare) + 4
@@ -164,8 +167,10 @@ def test_models_tokens_and_version(server):
         is_openai_error(*server.post(path, body), 400)
 
 
-def test_openapi_describes_both_bodies(server):
+def test_openapi_describes_the_bodies(server):
     paths = json.loads(server.get("/openapi.json")[2])["paths"]
+    for path, field in (("/tokenize", "prompt"), ("/detokenize", "tokens")):
+        assert field in paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
     for path in ("/v1/completions", "/v1/chat/completions"):
         schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert "temperature" in schema["properties"] and "$ref" not in json.dumps(schema)

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import struct
+import time
 
 import pytest
 
@@ -106,3 +107,36 @@ def test_what_is_not_json_is_not_sent():
 def test_nobody_there_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match="does not reach the HTTP server"):
         RankEnd(str(tmp_path / "none"))
+
+
+def test_many_messages_at_once_leave_turns_to_others(tmp_path):
+    """A thousand prompts of two thousand ids are 10 MB: the loop looks after its other clients between them."""
+    prompts = [list(range(2000)) for _ in range(1000)]
+
+    async def server(end):
+        longest, over = 0.0, asyncio.Event()
+
+        async def others():
+            nonlocal longest
+            while not over.is_set():
+                started = time.thread_time()
+                await asyncio.sleep(0)
+                longest = max(longest, time.thread_time() - started)
+        watching = asyncio.create_task(others())
+        await asyncio.sleep(0)
+        for i, prompt in enumerate(prompts):
+            end.send({"id": i, "prompt": prompt})
+        assert await end.take() == {"n": 1000}
+        over.set()
+        await watching
+        return longest
+
+    def rank(end):
+        got = []
+        while len(got) < 1000:
+            got += end.take(wait=True)
+        assert [each["id"] for each in got] == list(range(1000)) and all(each["prompt"] == prompts[0] for each in got)
+        end.send({"n": len(got)})
+
+    longest, _ = together(str(tmp_path / "s"), server, rank)
+    assert longest < 0.02

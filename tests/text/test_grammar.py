@@ -94,12 +94,15 @@ def test_json_is_allowed_as_models_write_it(value, indent, grammars, tiny):
 
 
 def test_blanks_end_and_escapes_mean_characters(grammars, tiny):
-    def takes(text):
+    def takes(text, form=json_object()):
         try:
-            return grammars.start(json_object(), tiny.encode(text)).complete
+            return grammars.start(form, tiny.encode(text)).complete
         except UserError:
             return False
     assert takes("{" + " " * 40 + "}") and takes('{ "a" :\n\t1 , "b": [ ] }') and not takes("{" + " " * 41 + "}")
+    call = tool_call([{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x-guidance": {}}}}], "f")
+    assert takes('{"name": "f", "parameters": {' + " " * 40 + "}}", call)
+    assert not takes('{"name": "f", "parameters": {' + " " * 41 + "}}", call)
     assert takes('{"a": "\\u00e9\\ud83d\\ude00\\n"}') and not takes('{"a": "\\ud800"}') and not takes('{"a": "\n"}')
 
 
@@ -157,6 +160,8 @@ def test_calls_of_tools(grammars, tiny):
     assert [call.name for call in parse(f"{f}; {g}; {search}", TOOLS).tool_calls] == ["f", "g", "brave_search"]
     quoted = [{"type": "function", "function": {"name": 'a"\\é|\n'}}]
     assert takes(tool_call(quoted), json.dumps({"name": 'a"\\é|\n', "parameters": {}}))
+    untyped = tool_call([{"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}])
+    assert takes(untyped, '{"name": "f", "parameters": {"x": 1}}') and not takes(untyped, '{"name": "f", "parameters": true}')
     for wrong in ((TOOLS, "nobody"), ([], None), (TOOLS * 50, None)):
         with pytest.raises(UserError, match="a tool must be called"):
             tool_call(*wrong)

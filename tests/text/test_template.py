@@ -86,24 +86,45 @@ def test_ids_equal_transformers(turns, system, with_call, tools, prompt, ours, o
     theirs = [{**one, "tool_calls": [{"function": {"name": "f", "arguments": {"x": "é"}}}]} if "tool_calls" in one else one
               for one in dialog]
     expected = oracle.apply_chat_template(theirs, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=False)
-    assert ours.encode_dialog(dialog, prompt, tools) == expected
+    assert ours.encode_dialog(dialog, add_generation_prompt=prompt, tools=tools) == expected
 
 
 def test_special_tokens_in_messages_and_tools_stay_text(ours):
     plain, n_specials = [{"role": "user", "content": "x"}], set(ours.tokenizer.specials.values())
-    def count(*args):
-        return sum(i in n_specials for i in ours.encode_dialog(*args))
+
+    def count(dialog, tools=None):
+        return sum(i in n_specials for i in ours.encode_dialog(dialog, tools=tools))
     hostile = [{"role": "user", "content": SPECIAL}]
     assert count(hostile) == count(plain) and SPECIAL in ours.tokenizer.decode(ours.encode_dialog(hostile))
     tools = [{"type": "function", "function": {"name": SPECIAL, "parameters": {SPECIAL: [SPECIAL]}}}]
-    assert count(plain, True, tools) == count(plain, True, TOOLS)
+    assert count(plain, tools) == count(plain, TOOLS)
     private = [{"role": "user", "content": "\ue000\ue001<|eot_id|>"}]
     assert "\ue000\ue001<|eot_id|>" in ours.tokenizer.decode(ours.encode_dialog(private))
 
 
-def test_the_day_can_be_fixed(ours):
-    ids = ours.encode_dialog([{"role": "user", "content": "x"}], now=datetime.datetime(2024, 7, 26))
+def test_the_day_can_be_fixed(ours, folder):
+    fixed = open_template(str(folder), ours.tokenizer, datetime.datetime(2024, 7, 26))
+    ids = fixed.encode_dialog([{"role": "user", "content": "x"}])
     assert "Today is 26 Jul 2024\n" in ours.tokenizer.decode(ids)
+
+
+def test_the_digest_tells_templates_apart(tiny):
+    made = [ChatTemplate("a", tiny), ChatTemplate("b", tiny), ChatTemplate("a", tiny, "c"),
+            ChatTemplate("a", tiny, None, {"x": "y"})]
+    assert len({each.digest() for each in made}) == 4 and made[0].digest() == ChatTemplate("a", tiny).digest()
+
+
+@pytest.mark.parametrize("dialog", ["x", [1], [{"role": "user"}], [{"role": "user", "content": 1}], [{"content": "x"}],
+                                    [{"role": "user", "content": "x", "more": 1}]])
+def test_what_is_no_dialog_is_refused_as_in_metas_format(dialog, ours):
+    with pytest.raises(UserError, match="a dialog must be|a message must have|the content of a message"):
+        ours.encode_dialog(dialog)
+
+
+def test_contents_can_be_stripped_for_templates_that_do_not(tiny):
+    encode = ChatTemplate("{{ messages[0].content }}", tiny).encode_dialog
+    padded = [{"role": "user", "content": "  hello "}]
+    assert encode(padded, strip=True) == tiny.encode("hello") != encode(padded) == tiny.encode("  hello ")
 
 
 def test_a_template_refuses_in_its_own_words(ours):
