@@ -15,7 +15,7 @@ from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]      # runs once with padding, then -> what replays it
-OnShards = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+OnShards = Callable[[torch.Tensor, frozenset[int], torch.Tensor | None], torch.Tensor]
 N_FIELDS = 2 + len(Draw._fields)                                # of a row's inputs: row, position, draw
 ONE = 0x3FF0000000000000                                        # the bits of 1.0
 UNFILTERED = Draw(ONE, 1, ONE, 0, 0)                            # stands in greedy rows among filtered ones: top_k 1
@@ -48,7 +48,7 @@ class DecodeGraphs:
 
     Args:
         last: (rows + 1,) int64, what each row sampled last; the one more is padding's.
-        on_shards: samples without the host: (B, D), draws (B, 5) or None -> (B,).
+        on_shards: samples without the host: (B, D), the ways that occur, draws (B, 5) or None -> (B,).
     """
 
     def __init__(self, model: Transformer, cache: KVCache, last: torch.Tensor, on_shards: OnShards, record: Record):
@@ -60,7 +60,7 @@ class DecodeGraphs:
         self.tables = torch.full((len(last), width), cache.empty, dtype=torch.int32, device=last.device)
         self.tables[-1] = cache.trash
         self.n_blocks = [1] * self.n_rows                       # of each row's table
-        self.captured: dict[tuple[int, int, bool], Captured] = {}
+        self.captured: dict[tuple[int, int, frozenset[int]], Captured] = {}
 
     def own(self, row: StepRow) -> None:
         """Takes in a row's new blocks; what a former owner had beyond them is emptied."""
@@ -76,10 +76,10 @@ class DecodeGraphs:
 
     def run(self, step: Step) -> torch.Tensor:
         """-> (R,) int64, the sampled tokens, in the order of the step's rows."""
-        n, filtered = len(step.rows), any(row.way != GREEDY for row in step.rows)
+        n, ways = len(step.rows), frozenset(row.way for row in step.rows)
         size = next(size for size in self.sizes if size >= n)
         longest = max(self.n_blocks[row.row] for row in step.rows)
-        key = (size, self.model.kernels.table_width(longest, self.tables.shape[1]), filtered)
+        key = (size, self.model.kernels.table_width(longest, self.tables.shape[1]), ways)
         if key not in self.captured:
             self.captured[key] = self._capture(*key)
         one = self.captured[key]
@@ -89,7 +89,7 @@ class DecodeGraphs:
         one.replay()
         return one.tokens[:n].clone()
 
-    def _capture(self, size: int, width: int, filtered: bool) -> Captured:
+    def _capture(self, size: int, width: int, ways: frozenset[int]) -> Captured:
         inputs = self.padding.repeat(size, 1)                                            # (B, N_FIELDS)
         tokens = torch.zeros(size, dtype=torch.int64, device=self.last.device)          # (B,)
 
@@ -100,7 +100,7 @@ class DecodeGraphs:
             slots = Slots(blocks, positions % self.cache.block_size)
             plan = self.model.kernels.plan_decodes(table, positions)
             hidden = self.model(Batch(self.last[rows].clamp(min=0), positions, slots, plan), self.cache)    # (B, D)
-            tokens.copy_(self.on_shards(hidden, inputs[:, 2:] if filtered else None))
+            tokens.copy_(self.on_shards(hidden, ways, None if ways == {GREEDY} else inputs[:, 2:]))
             self.last[rows] = tokens
         return Captured(inputs, tokens, self.record(body))
 

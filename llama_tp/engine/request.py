@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
-from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, Draw
+from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 
@@ -283,13 +283,13 @@ class Sequence:
 
 def way(params: SamplingParams) -> int:
     """How a request's tokens may be sampled (StepRow.way). What changes single logits, or asks for their logarithms,
-    needs all of them; and so does sampling from the whole vocabulary."""
+    needs all of them in one place."""
     if (params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty or params.logit_bias
             or params.min_tokens or params.logprobs is not None):
         return GATHERED
     if params.temperature == 0:
         return GREEDY
-    return FILTERED if params.top_k or params.top_p < 1 or params.min_p > 0 else GATHERED
+    return FILTERED if params.top_k or params.top_p < 1 or params.min_p > 0 else WHOLE
 
 
 def random53(seed: int, index: int, position: int) -> int:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from llama_tp.engine.cuda_graph import DecodeGraphs, Record, on_device
-from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, unpacked
-from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, Step, StepRow
+from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, place_in, unpacked
+from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, WHOLE, Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.transformer import Batch, Transformer
@@ -150,16 +150,27 @@ class Runner:
         """One token for each row of one way. hidden: (R, D); masks: (R, words) or None -> (R,) int64."""
         if way == GATHERED:
             return self._choose(rows, hidden, judge)
-        return self.on_shards(hidden, None if way == GREEDY else self._tensor([row.draw for row in rows]), masks)
+        return self.on_shards(hidden, frozenset((way,)), None if way == GREEDY else self._tensor([row.draw for row in rows]), masks)
 
     def _masks_of(self, rows: tuple[StepRow, ...], step: Step, masks: torch.Tensor) -> torch.Tensor:
         order = [row.row for row in step.rows if row.masked]
         return masks[[order.index(row.row) for row in rows]].to(self.ranks.device)
 
-    def on_shards(self, hidden: torch.Tensor, draws: torch.Tensor | None, masks: torch.Tensor | None = None) -> torch.Tensor:
-        """Sampling without gathering logits, greedy or with filters. hidden: (R, D); draws: (R, 5); masks: (R, words) ->
-        (R,) int64."""
-        return self._agree(hidden, masks) if draws is None else self._shortlist(hidden, draws, masks)
+    def on_shards(self, hidden: torch.Tensor, ways: frozenset[int], draws: torch.Tensor | None,
+                  masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Sampling without gathering logits. hidden: (R, D); ways: those that occur among the rows, a greedy row among others
+        having a draw with top_k 1; draws: (R, 5), or None where all are greedy; masks: (R, words) -> (R,) int64."""
+        if draws is None:
+            return self._agree(hidden, masks)
+        mine, first = self._choices(self.model.logits(hidden), masks)
+        if ways == {WHOLE}:
+            return self._whole(mine, first, draws)
+        tokens = self._shortlist(mine, first, draws)
+        if WHOLE in ways:
+            _, top_k, top_p, min_p, _ = unpacked(draws)
+            is_whole = ((top_k == 0) & (top_p >= 1) & (min_p == 0))[:, 0]
+            tokens = torch.where(is_whole, self._whole(mine, first, draws), tokens)
+        return tokens
 
     def _agree(self, hidden: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
         """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
@@ -171,18 +182,32 @@ class Runner:
         tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
         return torch.where(value.isfinite(), tokens, NOT_FINITE)
 
-    def _shortlist(self, hidden: torch.Tensor, draws: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
+    def _whole(self, mine: torch.Tensor, first: int, draws: torch.Tensor) -> torch.Tensor:
+        """The token at quantile u of softmax(logits / temperature): the ranks tell each other their shards' weights, exact
+        integers, and the one whose shard holds it the token. mine: (R, V) fp32."""
+        kernels, temperature, u = self.model.kernels, unpacked(draws)[0].float(), unpacked(draws)[4]
+        best = gather_stack(mine.amax(-1, keepdim=True), self.ranks).amax(0)            # (R, 1); NaN if any is
+        chunks = kernels.weigh(mine, temperature, best)                                 # (R, C)
+        sums = gather_stack(chunks.sum(-1, keepdim=True), self.ranks)                   # (tp, R, 1)
+        total, rank = sums.sum(0), self.ranks.rank
+        target = torch.minimum((u * total.double()).long(), total - 1)                  # (R, 1)
+        rest = target - (sums.cumsum(0) - sums)[rank]
+        here = (rest >= 0) & (rest < sums[rank])
+        tokens = place_in(mine, chunks, rest, temperature, best, kernels.weights) + first
+        tokens = gather_stack(torch.where(here, tokens, 0), self.ranks).sum(0)
+        return torch.where(best.isfinite(), tokens, NOT_FINITE)[:, 0]
+
+    def _shortlist(self, mine: torch.Tensor, first: int, draws: torch.Tensor) -> torch.Tensor:
         """Each shard's best few and its whole mass, at each row's temperature, are all it takes to apply top_k, top_p and
         min_p, if these cut within the best few. Rank 0's result is everyone's: on unlike hosts exp may differ."""
-        mine, first = self._choices(self.model.logits(hidden), masks)
-        scaled = mine / unpacked(draws)[0].float()                                      # (R, V)
-        values, at = likeliest(scaled, min(SHORTLIST, scaled.shape[1]))                 # (R, SHORTLIST) each, or fewer
-        mass = (scaled - values[:, :1]).exp().sum(dim=-1, dtype=torch.float64)          # (R,), relative to the best
-        mass = mass.masked_fill(values[:, 0] == -torch.inf, 0)                          # nothing but padding here
-        values = F.pad(values.double(), (0, SHORTLIST - values.shape[1]), value=-torch.inf)
-        ids = F.pad((at + first).double(), (0, SHORTLIST - at.shape[1]))
-        lists = gather_stack(torch.cat([values, ids, mass.unsqueeze(1)], dim=1), self.ranks)
-        return broadcast(pick(lists, draws), self.ranks)
+        kernels, temperature = self.model.kernels, unpacked(draws)[0].float()
+        values, at = likeliest(mine, min(SHORTLIST, mine.shape[1]))                     # (R, SHORTLIST) each, or fewer
+        best = gather_stack(values[:, :1].contiguous(), self.ranks).amax(0)             # (R, 1); NaN if any is
+        mass = kernels.weigh(mine, temperature, best).sum(-1, keepdim=True)             # (R, 1)
+        values = F.pad(values, (0, SHORTLIST - values.shape[1]), value=-torch.inf).view(torch.int32).long()
+        ids = F.pad(at + first, (0, SHORTLIST - at.shape[1]))
+        lists = gather_stack(torch.cat([values, ids, mass], dim=1), self.ranks)         # (tp, R, 2 SHORTLIST + 1)
+        return broadcast(pick(lists, best, draws, kernels.weights), self.ranks)
 
     def _choices(self, logits: torch.Tensor, masks: torch.Tensor | None) -> tuple[torch.Tensor, int]:
         """This rank's logits (R, V) of ids that may be sampled, minus infinity where a mask forbids it, and the id of the

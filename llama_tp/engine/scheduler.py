@@ -26,7 +26,7 @@ from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, Step, StepRow
+from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
 from llama_tp.spec.errors import UserError
 
 
@@ -218,7 +218,7 @@ class Scheduler:
             sample=end == sequence.n_ids,
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
             block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]),
-            way=way, draw=sequence.draw() if way == FILTERED else None,
+            way=way, draw=sequence.draw() if way in (FILTERED, WHOLE) else None,
             masked=way != GATHERED and sequence.params.form is not None,
         )
         sequence.n_sent = len(sequence.blocks)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
 _SAMPLE, _PROMPT_LOGITS, _DECODE, _MASKED = 1, 2, 4, 8
-GATHERED, GREEDY, FILTERED = 0, 1, 2            # of StepRow.way
+GATHERED, GREEDY, FILTERED, WHOLE = 0, 1, 2, 3  # of StepRow.way
 NOT_FINITE, UNDECIDED = -1, -2                  # in the place of a sampled id: see StepRow.way
 
 
 class Draw(NamedTuple):
-    """What sampling with filters needs besides logits, as ints: floats as the bits of a double, `u` (the draw) times 2**53."""
+    """What drawing a token needs besides logits, as ints: floats as the bits of a double, `u` (the draw) times 2**53."""
 
     temperature: int
     top_k: int
@@ -30,10 +30,11 @@ class StepRow(NamedTuple):
 
     `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk; empty for a decode row,
     whose one input is what the row sampled last. `sample`: a token is sampled after the last position.
-    `prompt_logits`: the logits of every position are wanted. `way`: how the token is sampled: GREEDY and FILTERED (with a
-    `draw`) on the vocabulary's shards by all ranks, which then know it without the driver; GATHERED by the driver from
-    all logits. The first two may end in UNDECIDED (the filters do not cut among the likeliest few of the shards, so that
-    the driver must have all logits), all in NOT_FINITE. `masked`: only some tokens may be sampled; which travels behind the
+    `prompt_logits`: the logits of every position are wanted. `way`: how the token is sampled: GREEDY, or with a `draw`
+    FILTERED (top_k, top_p, min_p) or from the WHOLE distribution, on the vocabulary's shards by all ranks, which then know
+    it without the driver; GATHERED by the driver from all logits. FILTERED may end in UNDECIDED (the filters do not cut
+    among the likeliest few of the shards, so that the driver must have all logits), all in NOT_FINITE. `masked`: only some
+    tokens may be sampled, not when GATHERED (the driver has the mask itself); which travels behind the
     step. `blocks` join the row's block table from index `block_start` on; block_start 0 starts a new table, and so a
     new occupant of the row, whose cache already holds the positions before `start` (prefix hits).
     """
@@ -72,7 +73,7 @@ class Step(NamedTuple):
 
     def encode(self) -> list[int]:
         """[magic, count of all ints, number, rows] and for each row [row, start, n, flags, block_start, count of
-        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED one a draw."""
+        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED or WHOLE one a draw."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
             flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes | _MASKED * row.masked
@@ -95,10 +96,10 @@ class Step(NamedTuple):
             row, start, n, flags, block_start, n_blocks, way = head
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
-            n_draw = len(Draw._fields) if way == FILTERED else 0
+            n_draw = len(Draw._fields) if way in (FILTERED, WHOLE) else 0
             draw = tuple(islice(rest, n_draw))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            whole = len(blocks) == n_blocks and len(draw) == n_draw and way <= FILTERED
+            whole = len(blocks) == n_blocks and len(draw) == n_draw and way <= WHOLE
             if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _MASKED):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),

@@ -20,6 +20,9 @@ from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import tree_add
 
+WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
+WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
+
 
 class TorchKernels:
     """Plain torch: every device and dtype, and what the C++ kernels are tested against.
@@ -74,6 +77,16 @@ class TorchKernels:
         """Sums the parts in fp32 as collectives.tree_add does; -> fp32, or rounded to their dtype."""
         total = tree_add([part.float() for part in parts])
         return total.to(parts[0].dtype) if rounded else total
+
+    def weights(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """exp((logit - best) / temperature) as integers, 2**44 for the best: their sums are exact in any order, so that a draw
+        from them does not depend on how the vocabulary is sharded. logits: (R, n) fp32; others: (R, 1) fp32 -> (R, n) int64."""
+        return ((logits / temperature - best / temperature).exp() * WEIGHT_OF_BEST).long()
+
+    def weigh(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """Sums of the weights of every WEIGH_CHUNK tokens. (R, V) -> (R, ceil(V / WEIGH_CHUNK)) int64."""
+        weights = self.weights(logits, temperature, best)
+        return F.pad(weights, (0, -weights.shape[1] % WEIGH_CHUNK)).unflatten(1, (-1, WEIGH_CHUNK)).sum(-1)
 
     def fixes_rows(self, dim: int) -> bool:
         """Whether a row's bits in `times` do not depend on the number of rows."""
@@ -140,6 +153,7 @@ class NativeKernels:
         self._attend, self._add_norm, self._rotate_write, self._silu_mul, self._times, self._tree_add = (
             getattr(library, f"{name}_{suffix}")
             for name in ("attend", "add_norm", "rotate_write", "silu_mul", "times", "tree_add"))
+        self._weights, self._weigh = library.weights, library.weigh
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> NativePlan:
         heads, tables = array("q"), array("i")
@@ -181,6 +195,17 @@ class NativeKernels:
         out = torch.empty(parts[0].shape, dtype=parts[0].dtype if rounded else torch.float32)
         pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
         self._tree_add(pointers, len(parts), *((None, out.data_ptr()) if rounded else (out.data_ptr(), None)), out.numel())
+        return out
+
+    def weights(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(logits.shape, dtype=torch.int64)
+        self._weights(logits.data_ptr(), logits.stride(0), temperature.data_ptr(), best.data_ptr(), out.data_ptr(), *logits.shape)
+        return out
+
+    def weigh(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((len(logits), -(-logits.shape[1] // WEIGH_CHUNK)), dtype=torch.int64)
+        self._weigh(logits.data_ptr(), logits.stride(0), temperature.data_ptr(), best.data_ptr(), out.data_ptr(), *logits.shape,
+                    WEIGH_CHUNK)
         return out
 
     def fixes_rows(self, dim: int) -> bool:

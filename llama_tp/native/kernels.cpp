@@ -403,7 +403,54 @@ template <typename C> void times(const C* x, const C* w, C* out, int64_t M, int6
         }
 }
 
+typedef int64_t i64x16 __attribute__((vector_size(128)));
+
+// exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (kernels.py says what for).
+static inline i64x16 weights16(f32x16 x, float temperature, float best) {
+    const f32x16 shifted = x / temperature - best / temperature;
+    return __builtin_convertvector(exp16(shifted) * 17592186044416.0f, i64x16);
+}
+
+// Logits [from, from + n) of a row, 16 at a time, those beyond its end as minus infinity.
+template <typename F> void each_weight(const float* row, int64_t from, int64_t n, float temperature, float best, F use) {
+    for (int64_t i = 0; i < n; i += 16) {
+        float some[16];
+        const int64_t m = std::min<int64_t>(16, n - i);
+        if (m < 16) {
+            std::fill(some, some + 16, -INFINITY);
+            memcpy(some, row + from + i, 4 * m);
+        }
+        f32x16 x;
+        memcpy(&x, m < 16 ? some : row + from + i, 64);
+        use(i, m, weights16(x, temperature, best));
+    }
+}
+
 }  // namespace
+
+extern "C" void weights(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
+                        int64_t n) {
+    for (int64_t r = 0; r < R; r++)
+        each_weight(x + r * stride, 0, n, temperature[r], best[r], [&](int64_t i, int64_t m, i64x16 w) {
+            memcpy(out + r * n + i, &w, 8 * m);
+        });
+}
+
+// Sums of every `size` weights of each row.
+extern "C" void weigh(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
+                      int64_t V, int64_t size) {
+    const int64_t C = (V + size - 1) / size;
+#pragma omp parallel for
+    for (int64_t at = 0; at < R * C; at++) {
+        const int64_t r = at / C, from = at % C * size;
+        i64x16 sums = {};
+        each_weight(x + r * stride, from, std::min(size, V - from), temperature[r], best[r],
+                    [&](int64_t, int64_t, i64x16 w) { sums += w; });
+        int64_t total = 0;
+        for (int i = 0; i < 16; i++) total += sums[i];
+        out[at] = total;
+    }
+}
 
 // Reads memory as fast as the threads can; the sum keeps the compiler from leaving the reading out.
 extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {

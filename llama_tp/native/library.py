@@ -20,6 +20,8 @@ _FUNCTIONS = {
     "times_": (None, [POINTER] * 3 + [LONG] * 3),
     "tree_add_": (None, [POINTER, INT, POINTER, POINTER, LONG]),
     "silu_mul_": (None, [POINTER, POINTER, LONG, LONG]),
+    "weights": (None, [POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG]),
+    "weigh": (None, [POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG]),
     "read_all": (ctypes.c_uint64, [POINTER, LONG]),
     "shared_bytes": (LONG, [INT]),
     "shared_sum_": (ctypes.c_bool, [*_ROOM, POINTER, LONG]),

@@ -10,6 +10,7 @@ import torch
 from llama_tp.engine.cuda_graph import sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
+from llama_tp.engine.step import FILTERED, GREEDY, WHOLE
 from llama_tp.model.kernels import FlashKernels
 from llama_tp.parallel.groups import single_rank
 from llama_tp.spec.weights import table
@@ -42,11 +43,12 @@ def test_a_size_is_captured_once_and_its_tensors_stay():
     one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
     run(one, 6)
     first = dict(one.runner.graphs.captured)
-    assert {key[0] for key in first} == {4} and not any(filtered for _, _, filtered in first)      # three rows, padded
+    assert {(key[0], key[2]) for key in first} == {(4, frozenset({GREEDY}))}                        # three rows, padded
     run(one, 6)
     assert one.runner.graphs.captured == first
     run(one, 6, temperature=0.7, top_k=5)
-    assert {filtered for _, _, filtered in one.runner.graphs.captured} == {False, True}
+    run(one, 6, temperature=0.7, top_p=1)
+    assert {ways for _, _, ways in one.runner.graphs.captured} == {frozenset({way}) for way in (GREEDY, FILTERED, WHOLE)}
 
 
 def test_steps_with_prompts_or_driver_chosen_tokens_are_not_replayed():

@@ -7,8 +7,14 @@ import torch
 
 from llama_tp.engine import sampler
 from llama_tp.engine.request import Request, SamplingParams, Sequence
-from llama_tp.engine.sampler import SHORTLIST, adjusted, choose, filtered, likeliest, pick, score, uniform
+from llama_tp.engine.sampler import (SHORTLIST, adjusted, choose, filtered, likeliest, pick, place_in, score, uniform,
+                                     unpacked)
 from llama_tp.engine.step import NOT_FINITE, UNDECIDED
+from llama_tp.model.kernels import TorchKernels
+from llama_tp.model.kernels import pick as pick_kernels
+from llama_tp.native.library import load
+
+KERNELS = TorchKernels()
 
 V = 50
 LOGITS = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 3
@@ -20,8 +26,17 @@ def sequence(prompt=(1, 2, 3), output=(), seed=1, index=0, **params) -> Sequence
     return out
 
 
-def picked(rows: list[Sequence], lists: torch.Tensor) -> list[int]:
-    return pick(lists, torch.tensor([row.draw() for row in rows])).tolist()
+def picked(rows: list[Sequence], logits: torch.Tensor, tp: int) -> list[int]:
+    """pick, from what tp shards of the logits (R, V) would send."""
+    draws = torch.tensor([row.draw() for row in rows])
+    temperature, best = unpacked(draws)[0].float(), logits.amax(-1, keepdim=True)
+    lists, first = [], 0
+    for shard in logits.chunk(tp, dim=-1):
+        values, at = likeliest(shard, SHORTLIST)
+        mass = KERNELS.weigh(shard, temperature, best).sum(-1, keepdim=True)
+        lists.append(torch.cat([values.view(torch.int32).long(), at + first, mass], dim=1))
+        first += shard.shape[1]
+    return pick(torch.stack(lists), best, draws, KERNELS.weights).tolist()
 
 
 def kept(**params) -> set[int]:
@@ -94,20 +109,9 @@ def test_shortlists_give_the_token_that_all_logits_give(params, tp, tied):
     logits = (4 * logits).round() / 4 if tied else logits                               # many equal ones, as in bf16
     rows = [sequence(prompt=(1, i), seed=i, temperature=0.7, **params) for i in range(40)]
     expected = [choice.token for choice in choose(rows, logits, ())]
-    ours = picked(rows, shortlists(logits / 0.7, tp))
+    ours = picked(rows, logits, tp)
     assert sum(token != UNDECIDED for token in ours) > 20
     assert all(a in (b, UNDECIDED) for a, b in zip(ours, expected))
-
-
-def shortlists(scaled: torch.Tensor, tp: int) -> torch.Tensor:
-    """(R, V) logits / temperature -> what tp shards would send."""
-    lists, first = [], 0
-    for shard in scaled.chunk(tp, dim=-1):
-        values, at = likeliest(shard, SHORTLIST)
-        mass = (shard - values[:, :1]).exp().double().sum(-1, keepdim=True)
-        lists.append(torch.cat([values.double(), (at + first).double(), mass], dim=1))
-        first += shard.shape[1]
-    return torch.stack(lists)
 
 
 def test_of_equal_values_the_lower_id_is_first():
@@ -117,14 +121,34 @@ def test_of_equal_values_the_lower_id_is_first():
 
 
 def test_a_shortlist_that_does_not_decide_says_so():
-    flat = shortlists(torch.zeros(1, 1000), 2)
-    assert picked([sequence(temperature=1.0, top_p=0.9)], flat) == [UNDECIDED]
-    assert picked([sequence(temperature=1.0, top_k=65)], flat) == [UNDECIDED]
-    assert picked([sequence(temperature=1.0, top_k=64, top_p=1.0)], flat) != [UNDECIDED]
+    flat = torch.zeros(1, 1000)
+    assert picked([sequence(temperature=1.0, top_p=0.9)], flat, 2) == [UNDECIDED]
+    assert picked([sequence(temperature=1.0, top_k=65)], flat, 2) == [UNDECIDED]
+    assert picked([sequence(temperature=1.0, top_k=64, top_p=1.0)], flat, 2) != [UNDECIDED]
     for bad in (float("nan"), float("inf")):
         logits = torch.zeros(2, 1000)
         logits[1, 700] = bad
-        assert picked([sequence(temperature=1.0, top_k=3)] * 2, shortlists(logits, 2))[1] == NOT_FINITE
+        assert picked([sequence(temperature=1.0, top_k=3)] * 2, logits, 2)[1] == NOT_FINITE
+
+
+@pytest.mark.parametrize("kernels", ["torch", "C++"])
+def test_a_draw_from_integer_weights_is_the_softmax_quantile(kernels):
+    """Against softmax in doubles: the same token unless u lies within 1e-6 of a boundary; and shards change nothing."""
+    if kernels == "C++" and load() is None:
+        pytest.skip("the C++ parts are not built here: python -m llama_tp.native.build")
+    ours = pick_kernels(torch.device("cpu"), torch.float32, False) if kernels == "C++" else KERNELS
+    logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(1)) * 4
+    u = torch.rand(200, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    temperature, best = torch.full((200, 1), 0.8), logits.amax(-1, keepdim=True)
+    chunks = ours.weigh(logits, temperature, best)
+    total = chunks.sum(-1, keepdim=True)
+    tokens = place_in(logits, chunks, (u * total.double()).long(), temperature, best, ours.weights)[:, 0]
+    reached = torch.softmax(logits.double() / 0.8, -1).cumsum(-1)
+    expected = torch.searchsorted(reached, u, right=True)[:, 0]
+    margin = (reached - u).abs().amin(-1)
+    assert torch.equal(tokens[margin > 1e-6], expected[margin > 1e-6]) and (margin > 1e-6).sum() > 180
+    halves = [ours.weigh(half.contiguous(), temperature, best).sum(-1, keepdim=True) for half in logits.chunk(2, dim=-1)]
+    assert torch.equal(sum(halves), total)
 
 
 @pytest.mark.parametrize("params", [{"top_p": 1.0}, {"top_p": 0.9}, {"top_k": 5, "top_p": 1.0}])

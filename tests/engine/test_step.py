@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.engine.step import FILTERED, GREEDY, Draw, Step, StepRow
+from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
 
 COUNT = st.integers(0, 2**31 - 1)
 IDS = st.lists(COUNT, max_size=6).map(tuple)
@@ -14,7 +14,7 @@ IDS = st.lists(COUNT, max_size=6).map(tuple)
 def step_rows(draw, row):
     ids = draw(IDS)
     return StepRow(row, draw(COUNT), len(ids) or 1, ids, draw(st.booleans()), draw(st.booleans()), draw(COUNT), draw(IDS),
-                   way := draw(st.integers(0, FILTERED)), Draw(*draw(st.tuples(*[COUNT] * 5))) if way == FILTERED else None)
+                   way := draw(st.integers(0, WHOLE)), Draw(*draw(st.tuples(*[COUNT] * 5))) if way >= FILTERED else None)
 
 
 @st.composite
