@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
 	@echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  TORCH=installed   use the torch >= 2.11 of \$$(PYTHON) (GPU machines) instead of $(TORCH)"
 	@echo "  PYTHON=python3.12 make .venv from this Python (3.10 or newer)"
@@ -34,8 +34,8 @@ chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client to
 test: $(VENV)/.test  ## run the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test  ## run all tests, also many ranks, big files and peers
-	$(BIN)/python -m pytest --slow
+test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers
+	$(BIN)/python -m pytest --slow --ignore tests/clients
 
 test-clients: $(VENV)/.clients  ## openai, langchain, lm-eval, schemathesis, a browser and a 10-minute load against the server
 	$(BIN)/python -m pytest --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py

@@ -21,7 +21,7 @@ def server():
 
 @pytest.fixture
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="drives a browser, in the extra llama_tp[clients]: make test-clients")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="drives a browser; in llama_tp[clients]: make test-clients")
     if not CHROMIUM:
         pytest.skip("no chromium here (apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
