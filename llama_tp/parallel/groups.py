@@ -230,17 +230,17 @@ def end_with_launcher() -> None:
 
 
 def set_threads(local_size: int) -> None:
-    """Divides the cores among the ranks of this node; a rank alone keeps torch's own choice.
+    """Divides the cores among the ranks of this node; without a launcher torch's own choice stays.
 
-    torchrun sets OMP_NUM_THREADS=1 when the user has not, which then looks like the user's own wish: it is ignored,
-    and LLAMA_TP_THREADS is the way to choose.
+    torchrun sets OMP_NUM_THREADS=1 when the user has not (and `serve` does, or torchrun would warn of it), which then
+    looks like the user's own wish: it is ignored, and LLAMA_TP_THREADS is the way to choose.
     """
     wanted = os.environ.get("LLAMA_TP_THREADS", "")
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
         raise UserError("LLAMA_TP_THREADS is not a number of threads", repr(wanted), "set it to 1 or more, or unset it")
     if wanted:
         torch.set_num_threads(int(wanted))
-    elif local_size > 1:
+    elif local_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
         # Slurm binds each task to its own CPUs if it was asked for some: then what we may use is ours alone.
         alone = "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
         torch.set_num_threads(max(1, usable_cores() // (1 if alone else local_size)))

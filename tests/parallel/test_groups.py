@@ -120,6 +120,12 @@ def test_threads_are_divided_among_the_ranks_of_a_node(monkeypatch):
         assert torch.get_num_threads() == 3
         set_threads(16)
         assert torch.get_num_threads() == 1
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        set_threads(1)
+        assert torch.get_num_threads() == 1                     # as it was
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")          # a single rank of torchrun, or of serve: OMP_NUM_THREADS is 1
+        set_threads(1)
+        assert torch.get_num_threads() == 6
         monkeypatch.setenv("LLAMA_TP_THREADS", "2")
         set_threads(16)
         assert torch.get_num_threads() == 2
