@@ -31,7 +31,7 @@ chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client to
 	@$(BIN)/python -m llama_tp.serve --ckpt_dir checkpoints/demo --device cpu --port 8011 --quiet 2>/dev/null & server=$$!; \
 	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60
 
-test: $(VENV)/.test  ## run the tests (about 8 minutes on 2 cores)
+test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -307,6 +308,12 @@ def test_into_a_pipe_comes_nothing_but_answers(tmp_path):
     assert len(fake.requests[1][2]["messages"]) == 3
 
 
+def _as_a_shell_starts_it() -> None:
+    """In the child: the terminal is its own, and SIGINT is heard, to which a job in the background would be deaf."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program in a pty."""
 
@@ -314,7 +321,7 @@ class Terminal:
         self.master, slave = pty.openpty()
         environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environ,
-                                        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+                                        start_new_session=True, preexec_fn=_as_a_shell_starts_it)
         os.close(slave)
         self.said = ""
 
