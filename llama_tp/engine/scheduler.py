@@ -11,8 +11,8 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
  4. A decode that needs a block when none is free takes it from the newest running sequence, which goes back to the head
     of the queue and is computed anew, its output as if it were prompt; tokens once sampled never change. The newest
     itself, having nobody to take from, sits the step out and keeps what it has.
- 5. A newcomer is let in when every running sequence has got on and the step has a token left for it. So no more run
-    than a step has tokens, the oldest gets on in every step, and everything finishes.
+ 5. A newcomer is let in when every running sequence has got on and the step has a token left for it. No more run than
+    a step has tokens (there are no more rows), so the oldest gets on in every step, and everything finishes.
 
 `plan()` may be called again before `update()` has told it what the last step sampled, while no sequence needs the driver to
 know its last token first (`n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from
@@ -53,7 +53,8 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk or max_step_tokens
         self.max_seq_len = max_seq_len
         self.max_len = min(max_seq_len, blocks.n_blocks * blocks.block_size)
-        self.rows: list[Sequence | None] = [None] * max_rows
+        # also when steps are planned ahead, and a sequence thought to be at its end comes back UNDECIDED
+        self.rows: list[Sequence | None] = [None] * min(max_rows, max_step_tokens)
         self.running: list[Sequence] = []               # in order of arrival
         self.waiting: deque[Sequence] = deque()         # in order of arrival, all of them after the running ones
         self.in_flight: deque[tuple[Step, dict[int, Sequence]]] = deque()
