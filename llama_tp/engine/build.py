@@ -20,6 +20,7 @@ from llama_tp.engine.cuda_graph import cuda_record
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.model.fused import fuse
 from llama_tp.model.kernels import pick
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.linear import can_pack
@@ -28,7 +29,7 @@ from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
-from llama_tp.parallel.log import Progress, say
+from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
@@ -111,9 +112,11 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
 
 def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int, tokenizer: Tokenizer, watch: Watch,
              prefix_cache: bool, seed: int) -> Engine:
-    """The engine of a loaded model. On CUDA decodes are replayed from graphs and steps planned one ahead; on CPU, where the
-    device is the host, neither has anything to hide."""
+    """The engine of a loaded model. On CUDA the arithmetic between the products is compiled, decodes are replayed from graphs and
+    steps planned one ahead; on CPU, where the device is the host, none of them has anything to hide."""
     on_cuda = model.ranks.device.type == "cuda"
+    if on_cuda and not model.deterministic and (why := fuse(model)):
+        warn(f"torch.compile is of no use here, the arithmetic between the products stays plain torch: {why}", model.ranks)
     runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
     scheduler = Scheduler(BlockManager(cache.n_blocks, cache.block_size, prefix_cache), max_rows, step_tokens, len(model.rope.cos))
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))

@@ -32,6 +32,7 @@ class TorchKernels:
 
     name = "torch"
     block_size = 16             # slots a KV block: small enough that short prompts share prefixes
+    rotate = staticmethod(rotate)
 
     def __init__(self, fixed_bits: bool = False):
         self.silu = silu_fixed if fixed_bits else F.silu
@@ -61,7 +62,7 @@ class TorchKernels:
     def rotate_write(self, qkv: torch.Tensor, n_heads: int, turn: Turn, slots: Slots, cache: KVCache, layer: int) -> torch.Tensor:
         """Turns queries and keys to their positions and stores keys and values. qkv: (T, H + 2K, E) -> (T, H, E)."""
         H, HK = n_heads, (n_heads + qkv.shape[1]) // 2
-        qk = rotate(qkv[:, :HK], turn)                                          # (T, H + K, E)
+        qk = self.rotate(qkv[:, :HK], turn)                                     # (T, H + K, E)
         cache.write(layer, slots, qk[:, H:], qkv[:, HK:])
         return qk[:, :H]
 
