@@ -89,12 +89,16 @@ class Llama:
                  logprobs: bool = False, echo: bool = False) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continues prompts of token ids. -> (ids of each output, logprobs of the same or None).
 
-        Ids end before the first stop id; with echo they begin with the prompt (whose first logprob is 0.0, as Meta's).
+        Ids end before the first stop id; with echo they begin with the prompt (whose first logprob is 0.0, as Meta's). UserError
+        for an output that was aborted, since Meta's results have no place for that.
         """
         wanted = 0 if logprobs else None
         params = SamplingParams(max_tokens=max_gen_len, temperature=temperature, top_p=_meta_top_p(top_p), logprobs=wanted,
                                 prompt_logprobs=wanted if echo else None)
         outputs = self._complete("generate", lambda: [("", list(ids)) for ids in prompt_tokens], [params] * len(prompt_tokens))
+        for number, out in enumerate(outputs, start=1):
+            if out.error:
+                raise UserError(f"prompt {number} could not be completed", out.error, "complete() returns the others")
         tokens = [(list(ids) if echo else []) + out.tokens for ids, out in zip(prompt_tokens, outputs)]
         if not logprobs:
             return tokens, None

@@ -26,6 +26,7 @@ class Calls:
 
     def __init__(self, engine: Engine):
         self.engine, self.ranks, self.n_calls = engine, engine.ranks, 0
+        self._open = ""                 # the call that has begun and not ended
 
     def call(self, name: str, work: Callable[[], object]) -> object:
         """Runs `work` on the driver and returns its JSON-able result on every rank, or raises its UserError on every
@@ -35,8 +36,18 @@ class Calls:
 
     def stream(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[object]:
         """The same for a generator: every item is handed out on every rank as it is made. A consumer that stops
-        early on the driver ends the call; on a worker the rest is followed unseen."""
+        early on the driver ends the call; on a worker the rest is followed unseen. One call at a time: UserError."""
+        if self._open:
+            raise UserError(f"{name} was called while {self._open} still runs", "its items have not all been taken",
+                            "take them all first, or close() it")
         self.n_calls += 1
+        self._open = name
+        try:
+            yield from self._run(name, work)
+        finally:
+            self._open = ""
+
+    def _run(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[object]:
         self.engine.watch.progress(self.n_calls, self.engine.n_steps)
         mark = zlib.crc32(name.encode())
         if self.engine.is_driver:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_tp.engine.step import GATHERED, GREEDY, Draw, Step, StepRow
-from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, Draw, Step, StepRow
+from llama_tp.model.kv_cache import KVCache, Slots, on_device
 from llama_tp.model.transformer import Batch, Transformer
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]      # runs once with padding, then -> what replays it
@@ -28,13 +28,6 @@ class Captured:
     inputs: torch.Tensor
     tokens: torch.Tensor
     replay: Callable[[], None]
-
-
-def on_device(ints: list, device: torch.device) -> torch.Tensor:
-    """int64 on the device; on CUDA from pinned memory, so that the host does not wait for the device's queue."""
-    if device.type != "cuda":
-        return torch.tensor(ints, device=device)
-    return torch.tensor(ints, pin_memory=True).to(device, non_blocking=True)
 
 
 def sizes(max_rows: int, floor: int) -> list[int]:
@@ -67,7 +60,7 @@ class DecodeGraphs:
         end = row.block_start + len(row.blocks)
         blocks = list(row.blocks) + [self.cache.empty] * (self.n_blocks[row.row] - end if row.fresh else 0)
         at = slice(row.block_start, row.block_start + len(blocks))
-        self.tables[row.row, at] = on_device(blocks, self.last.device).to(torch.int32)
+        self.tables[row.row, at] = on_device(torch.tensor(blocks, dtype=torch.int32), self.last.device)
         self.n_blocks[row.row] = end
 
     def hold(self, step: Step) -> bool:
@@ -77,6 +70,8 @@ class DecodeGraphs:
     def run(self, step: Step) -> torch.Tensor:
         """-> (R,) int64, the sampled tokens, in the order of the step's rows."""
         n, ways = len(step.rows), frozenset(row.way for row in step.rows)
+        if len(ways) > 1:                                       # a greedy row among others is drawn as a filtered one
+            ways = (ways | {FILTERED}) - {GREEDY}
         size = next(size for size in self.sizes if size >= n)
         longest = max(self.n_blocks[row.row] for row in step.rows)
         key = (size, self.model.kernels.table_width(longest, self.tables.shape[1]), ways)
@@ -84,7 +79,7 @@ class DecodeGraphs:
             self.captured[key] = self._capture(*key)
         one = self.captured[key]
         inputs = [(row.row, row.start, *(row.draw or UNFILTERED)) for row in step.rows]
-        one.inputs[:n].copy_(on_device(inputs, self.last.device), non_blocking=True)
+        one.inputs[:n].copy_(on_device(torch.tensor(inputs), self.last.device))
         one.inputs[n:].copy_(self.padding.expand(size - n, N_FIELDS))
         one.replay()
         return one.tokens[:n].clone()

@@ -5,9 +5,10 @@ nothing of how it was built (build.py) or of who calls it (calls.py).
 """
 
 import contextlib
+import functools
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar import Constraint, Form, Grammars
+from llama_tp.text.grammar import Constraint, Grammars
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import Tokenizer
 
@@ -68,12 +69,12 @@ class Stats:
 @dataclass
 class _Track:
     """The engine's own book about one sequence: its text so far, the form that it must have and which tokens may therefore come
-    next ((words,) int32 bits, sampler.allowed), its prompt's logprobs by position."""
+    next ((words,) int32 bits, sampler.allowed), its prompt's logprobs by position (None: not wanted, or handed over)."""
 
     stream: TextStream
     constraint: Constraint | None = None
     mask: torch.Tensor | None = None
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, TokenLogprobs] | None = None
 
 
 class Engine:
@@ -97,7 +98,6 @@ class Engine:
         self._running: deque[tuple[Step, Sampled]] = deque()
         self._logprobs: dict[Sequence, TokenLogprobs] = {}  # of the tokens that the driver has chosen in the step that runs
         self._judge = Judge(self._choose, self._score)
-        self._grammars: Grammars | None = None
 
     @property
     def is_driver(self) -> bool:
@@ -122,7 +122,7 @@ class Engine:
         seed = request.params.seed
         if seed is None:
             seed = (self.seed << 32) + self.stats.n_requests
-        constraint = self._constraint(request.params.form) if request.params.form else None
+        constraint = self._grammars.start(request.params.form) if request.params.form else None
         sequences = [Sequence(request, index, seed) for index in range(request.params.n)
                      if not request.outputs or request.outputs[index] is not None]
         tracks = [(sequence, self._track(sequence, constraint)) for sequence in sequences]
@@ -135,16 +135,15 @@ class Engine:
 
     def _track(self, sequence: Sequence, constraint: Constraint | None) -> _Track:
         """The book about a sequence that is yet to run. constraint: the state at its beginning."""
-        track = _Track(self._stream(sequence), constraint and constraint.fork())
+        track = _Track(self._stream(sequence), constraint and constraint.fork(), None, {} if sequence.scores_prompt else None)
         if constraint:
             track.mask = self._follow_form(track, sequence.output_ids)
         return track
 
-    def _constraint(self, form: Form) -> Constraint:
-        """The start of a form. The vocabulary is read at the first one."""
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer)
-        return self._grammars.start(form)
+    @functools.cached_property
+    def _grammars(self) -> Grammars:
+        """Made for the first form: it reads the whole vocabulary."""
+        return Grammars(self.tokenizer)
 
     @staticmethod
     def _follow_form(track: _Track, ids: list[int]) -> torch.Tensor:
@@ -261,11 +260,10 @@ class Engine:
                      sequence.finish_reason, error, prompt_logprobs)
 
     def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
-        """Handed over once: with the delta of sample 0's first token."""
-        scores = self._tracks[sequence].prompt_logprobs
-        if sequence.params.prompt_logprobs is None or sequence.index or sequence.n_output > 1:
-            return None
-        return tuple(scores.get(position) for position in range(sequence.n_prompt))
+        """Handed over once: with sample 0's first delta."""
+        track = self._tracks[sequence]
+        scores, track.prompt_logprobs = track.prompt_logprobs, None
+        return None if scores is None else tuple(scores.get(position) for position in range(sequence.n_prompt))
 
     def _count(self, step: Step, seconds: float) -> None:
         n_prompt = sum(row.n for row in step.rows if not row.decodes)

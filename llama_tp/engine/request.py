@@ -201,6 +201,9 @@ class Request:
             raise UserError("there must be an output for each sample", f"found {len(outputs)}, and n is {self.params.n}",
                             "give as many, None for those that have finished")
         object.__setattr__(self, "outputs", outputs)
+        if self.params.max_tokens is not None and self.n_written >= self.params.max_tokens:
+            raise UserError("an output already has max_tokens", f"found {self.n_written} tokens, and max_tokens "
+                            f"{self.params.max_tokens}", "give None for a sample that has finished")
 
     @property
     def n_written(self) -> int:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llama_tp.engine.cuda_graph import DecodeGraphs, Record, on_device
+from llama_tp.engine.cuda_graph import DecodeGraphs, Record
 from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, place_in, unpacked
 from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, WHOLE, Step, StepRow
 from llama_tp.model.attention import Span
-from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.model.kv_cache import KVCache, Slots, on_device
 from llama_tp.model.transformer import Batch, Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
 
@@ -83,16 +83,16 @@ class Runner:
             rows, at = zip(*some)
             sampled += [row.row for row in rows]
             mask = self._masks_of(rows, step, masks) if masked else None
-            tokens.append(self._sample(way, rows, hidden[list(at)], judge, mask))
+            tokens.append(self._sample(way, rows, hidden[self._tensor(at)], judge, mask))
         if not sampled:
             return dict
         everything = torch.cat(tokens)
         self.last[self._tensor(sampled)] = everything
         return later(sampled, everything) if judge else dict
 
-    def _tensor(self, ints: list) -> torch.Tensor:
-        """int64 on the device, without waiting for what the device still has to do."""
-        return on_device(ints, self.ranks.device)
+    def _tensor(self, ints: list | tuple) -> torch.Tensor:
+        """int64 on the device."""
+        return on_device(torch.tensor(ints), self.ranks.device)
 
     def _own(self, row: StepRow) -> None:
         """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
@@ -154,7 +154,7 @@ class Runner:
 
     def _masks_of(self, rows: tuple[StepRow, ...], step: Step, masks: torch.Tensor) -> torch.Tensor:
         order = [row.row for row in step.rows if row.masked]
-        return masks[[order.index(row.row) for row in rows]].to(self.ranks.device)
+        return on_device(masks[[order.index(row.row) for row in rows]], self.ranks.device)
 
     def on_shards(self, hidden: torch.Tensor, ways: frozenset[int], draws: torch.Tensor | None,
                   masks: torch.Tensor | None = None) -> torch.Tensor:

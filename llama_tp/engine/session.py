@@ -83,10 +83,10 @@ def run(engine: Engine, prompts: list[tuple[str, list[int]]], params: list[Sampl
     samples = [Sample(text, ids, index) for (text, ids), each in zip(prompts, params) for index in range(each.n)]
     place = {(request.id, index): i for i, (request, index) in enumerate(
         (request, index) for request in requests for index in range(request.params.n))}
-    for request in requests:
-        engine.submit(request)
     turn = 0
     try:
+        for request in requests:
+            engine.submit(request)
         while turn < len(samples):
             grown = {_grow(samples, place, delta) for delta in engine.step()}
             while turn < len(samples) and (turn in grown or samples[turn].finish_reason):

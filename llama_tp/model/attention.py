@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from llama_tp.model.kv_cache import on_device
+
 TILE = 256                      # context slots summed by one matrix product; a multiple of every block size
 ROWS_FLOOR = 16                 # rows of every product: 4 suffice as measured, 16 leaves room for other kernels
 QUERY_CHUNK = 128               # prefill rows attended at once: keeps early rows from scoring a long chunk's end
@@ -92,7 +94,7 @@ def _group(spans: list[Span], block_size: int, empty_block: int, device: torch.d
     rows = (first[:, :1] + torch.arange(n)).flatten()                                # (B * n,)
     positions = first[:, 1:] + torch.arange(n)                                       # (B, n)
     hidden = torch.arange(M) > positions[:, :, None]                                 # (B, n, M)
-    return Group(rows.to(device), n, table.to(device), hidden[:, None, :, None].to(device))
+    return Group(on_device(rows, device), n, on_device(table, device), on_device(hidden[:, None, :, None], device))
 
 
 def attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, groups: list[Group]) -> torch.Tensor:

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from llama_tp.model.attention import Group, Paged, Span, attend, attend_decodes, plan
-from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.model.kv_cache import KVCache, Slots, on_device
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import tree_add
 
 WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
+AMPERE = (8, 0)                 # FlashAttention needs a GPU of this generation or a later one
+PAGED_ARGUMENTS = {"enable_gqa", "seqused_k", "block_table", "num_splits"}      # varlen_attn has not had them all from the start
 WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
 
 
@@ -122,7 +124,7 @@ class FlashKernels(TorchKernels):
         table = torch.tensor([span.blocks + [cache.empty] * (width - len(span.blocks)) for span in spans], dtype=torch.int32)
         used = torch.tensor([span.start + span.n for span in spans], dtype=torch.int32)
         ends = torch.tensor([0, *(span.row + span.n for span in spans)], dtype=torch.int32)
-        return Paged(table.to(device), used.to(device), ends.to(device), max(span.n for span in spans))
+        return Paged(*(on_device(each, device) for each in (table, used, ends)), max(span.n for span in spans))
 
     def table_width(self, n_blocks: int, most: int) -> int:
         return most             # beyond a sequence's own blocks nothing is read
@@ -224,9 +226,9 @@ Kernels = TorchKernels | NativeKernels
 
 def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
     """The fastest way there is for this machine."""
-    if device.type == "cuda" and dtype != torch.float32:
+    if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
         from torch.nn.attention.varlen import varlen_attn               # imports torch's compiler: a second
-        if "block_table" in inspect.signature(varlen_attn).parameters:
+        if PAGED_ARGUMENTS <= inspect.signature(varlen_attn).parameters.keys():
             return FlashKernels(varlen_attn, fixed_bits)
     library = load() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
     return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)

@@ -41,6 +41,12 @@ class Slots:
         self.blocks, self.offsets = blocks, offsets
 
 
+def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device; on CUDA by way of pinned memory, so that the host does not wait for what the device still
+    has to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, non_blocking=True)
+
+
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros whose pages, on CPU, are not touched before they are used: numpy's zeros is calloc, torch's is a memset,
     which would make a large, mostly idle cache resident at once."""

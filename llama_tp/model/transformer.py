@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama_tp.model.attention import Group
+from llama_tp.model.attention import Group, Paged
 from llama_tp.model.kernels import Kernels, NativePlan, pick
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.linear import (PLAIN_ROWS_FLOOR, ROWS_FLOOR, ColumnParallelLinear, RowParallelLinear, ShardedWeight, Spare,
@@ -29,7 +29,7 @@ class Batch:
     ids: torch.Tensor           # (T,) int64
     positions: torch.Tensor     # (T,) int64
     slots: Slots
-    plan: list[Group] | NativePlan
+    plan: list[Group] | Paged | NativePlan
 
 
 class RMSNorm(ShardedWeight):

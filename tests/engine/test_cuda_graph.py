@@ -6,12 +6,14 @@ graph cannot hold. That tokens stay the same at every tp is in tests/test_house.
 
 import pytest
 import torch
+from torch.nn.attention import varlen
+from torch.overrides import TorchFunctionMode
 
-from llama_tp.engine.cuda_graph import sizes
+from llama_tp.engine.cuda_graph import ONE, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
-from llama_tp.engine.step import FILTERED, GREEDY, WHOLE
-from llama_tp.model.kernels import FlashKernels
+from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
+from llama_tp.model.kernels import FlashKernels, TorchKernels, pick
 from llama_tp.parallel.groups import single_rank
 from llama_tp.spec.weights import table
 from tests import reference
@@ -48,7 +50,11 @@ def test_a_size_is_captured_once_and_its_tensors_stay():
     assert one.runner.graphs.captured == first
     run(one, 6, temperature=0.7, top_k=5)
     run(one, 6, temperature=0.7, top_p=1)
-    assert {ways for _, _, ways in one.runner.graphs.captured} == {frozenset({way}) for way in (GREEDY, FILTERED, WHOLE)}
+    known = {ways for _, _, ways in one.runner.graphs.captured}
+    assert known == {frozenset({way}) for way in (GREEDY, FILTERED, WHOLE)}
+    one.submit(Request("greedy", PROMPTS[0], SamplingParams(max_tokens=6, temperature=0)))
+    run(one, 6, temperature=0.7, top_k=5)
+    assert {ways for _, _, ways in one.runner.graphs.captured} == known                             # with others: as filtered
 
 
 def test_steps_with_prompts_or_driver_chosen_tokens_are_not_replayed():
@@ -104,3 +110,46 @@ def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
     if graphs:
         ours.runner.graphs.record = lambda body: (body(), body)[1]             # the stand-in for the kernel does read values
     assert run(ours, 8) == expected
+
+
+def varlen_without_splits(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa, seqused_k, block_table):
+    """As a torch that is short of an argument has it."""
+
+
+@pytest.mark.parametrize("function, capability, expected", [
+    (varlen.varlen_attn, (9, 0), FlashKernels), (varlen.varlen_attn, (7, 5), TorchKernels),
+    (varlen_without_splits, (9, 0), TorchKernels)])
+def test_flash_attention_is_picked_where_it_runs(monkeypatch, function, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(varlen, "varlen_attn", function)
+    assert type(pick(torch.device("cuda"), torch.bfloat16, False)) is expected
+    assert type(pick(torch.device("cuda"), torch.float32, False)) is TorchKernels
+
+
+class NeverWaits(TorchFunctionMode):
+    """Refuses what makes the host wait for a device: numbers that travel there without being told not to block."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        assert name != "to" or args[0].is_meta or kwargs.get("non_blocking") or torch.device("meta") not in args[1:], args
+        assert name not in ("__getitem__", "__setitem__") or not (args[0].is_meta and isinstance(args[1], list)), args
+        assert name not in ("tensor", "as_tensor") or "device" not in kwargs, kwargs
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kernels, dtype", [(TorchKernels(), torch.float32), (FlashKernels(varlen.varlen_attn), torch.bfloat16)],
+                         ids=["torch", "flash"])
+def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(kernels, dtype, graphs):
+    """On the meta device, whose tensors have no values and do not mix with the host's."""
+    one = engine(single_rank("meta"), CONFIG, dtype, runner=Runner, kernels=kernels, graphs=graphs, block_size=kernels.block_size)
+    draws = {GREEDY: None, FILTERED: Draw(ONE, 5, ONE, 0, 7), WHOLE: Draw(ONE, 0, ONE, 0, 7)}
+    if graphs:
+        one.runner.graphs.record = lambda body: (body(), body)[1]
+    with NeverWaits():
+        one.runner.run(Step(0, tuple(StepRow(row, 0, 5, (1, 2, 3, 4, 5), True, False, 0, (row,), way, draw)
+                                     for row, (way, draw) in enumerate(draws.items()))), None)
+        one.runner.run(Step(1, tuple(StepRow(row, 5, 1, (), True, False, 1, (), way, draw)
+                                     for row, (way, draw) in enumerate(draws.items()))), None)
+    assert one.runner.last.is_meta and (not graphs or len(one.runner.graphs.captured) == 1)

@@ -63,6 +63,13 @@ def test_logprobs_of_prompt_and_output():
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
 
 
+def test_logprobs_of_the_prompt_come_once_also_when_the_end_follows_the_first_token():
+    running = engine(single_rank(), CONFIG)
+    running.submit(Request("r", IDS, SamplingParams(prompt_logprobs=0)))
+    [first] = running.step()
+    assert len(first.prompt_logprobs) == len(IDS) and [delta.prompt_logprobs for delta in running.abort("r")] == [None]
+
+
 def test_a_request_that_is_not_finite_ends_alone():
     """A NaN in one embedding row poisons the request that uses it, and nobody that runs beside or after it."""
     weights = dict(WEIGHTS)

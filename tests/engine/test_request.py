@@ -54,9 +54,11 @@ def test_a_bad_field_is_refused_by_name(fields):
 
 
 def test_the_ends_of_every_range_are_allowed():
-    SamplingParams(max_tokens=1, min_tokens=1, temperature=0, top_p=1, top_k=1, min_p=1, repetition_penalty=0.01,
-                   presence_penalty=2, frequency_penalty=-2, logit_bias={0: -100, 7: 100}, seed=-2**63, n=128,
-                   logprobs=20, prompt_logprobs=0)
+    ends = dict(max_tokens=1, min_tokens=1, temperature=0, top_p=1, top_k=1, min_p=1, repetition_penalty=0.01,
+                presence_penalty=2, frequency_penalty=-2, logit_bias={0: -100, 7: 100}, seed=-2**63, n=128,
+                logprobs=20, prompt_logprobs=0)
+    params = SamplingParams(**ends)
+    assert {name: getattr(params, name) for name in ends} == ends
 
 
 def test_values_are_normalised():

@@ -68,3 +68,10 @@ def test_outputs_are_checked():
     with pytest.raises(UserError, match="too long - found 1024 tokens"):
         one.submit(Request("a", PROMPT, SamplingParams(), ((1,) * 1016,)))
     assert not one.has_work
+
+
+def test_an_output_that_is_complete_is_refused():
+    """Nobody would end it: its length passes the limit at once."""
+    with pytest.raises(UserError, match="already has max_tokens - found 2 tokens, and max_tokens 2"):
+        Request("a", PROMPT, SamplingParams(max_tokens=2), ((1, 2),))
+    assert Request("a", PROMPT, SamplingParams(max_tokens=2), ((1,),)).n_written == 1

@@ -12,7 +12,8 @@ from tests.ranks import run
 
 
 class Stand:
-    """`memory` and `ops` in one: what torch's symmetric memory documents, through the ranks' own group."""
+    """`memory` and `ops` in one: what torch's symmetric memory does, through the ranks' own group: it adds in the order of
+    ranks, each time rounding to the dtype."""
 
     def __init__(self, ranks, absent_on: int = -1, wrong_on: int = -1):
         self.ranks, self.absent, self.wrong, self.n_sums = ranks, absent_on == ranks.rank, wrong_on == ranks.rank, 0
@@ -29,9 +30,9 @@ class Stand:
     def one_shot_all_reduce_out(self, x, how, group_name, out):
         assert how == "sum" and x.data_ptr() == self.buffer.data_ptr() and group_name == self.ranks.group.group_name
         self.n_sums += 1
-        total = x.float()
-        dist.all_reduce(total, group=self.ranks.group)
-        out.copy_(total + self.wrong)
+        parts = [torch.empty_like(x) for _ in range(self.ranks.tp)]
+        dist.all_gather(parts, x, group=self.ranks.group)
+        out.copy_(sum(parts[1:], start=parts[0]) + self.wrong)
 
 
 def opened(ranks, **faults):
@@ -54,7 +55,7 @@ def sums_and_the_rest(ranks) -> bool:
     return True
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_small_sums_take_it_and_all_else_the_group(tp):
     assert all(run(tp, sums_and_the_rest))
 
