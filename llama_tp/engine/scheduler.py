@@ -18,16 +18,18 @@ Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. 
 know its last token first (`n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from
 the later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
-position computed again for the driver to choose.
+position computed again for the driver to choose, whose tokens are chosen until fewer than one in `FEW` was UNDECIDED.
 """
 
 from collections import deque
 from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.request import Sequence
+from llama_tp.engine.request import Sequence, way
 from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
 from llama_tp.spec.errors import UserError
+
+FEW = 8                         # computing one position in eight twice costs less than holding up every other sequence's steps
 
 
 class Scheduler:
@@ -135,7 +137,7 @@ class Scheduler:
 
         Args:
             sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the sequence with "abort",
-                alone; UNDECIDED has the position computed again, this sequence's tokens being the driver's from now on.
+                alone; UNDECIDED has the position computed again, for the driver to choose.
 
         Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already, and a sequence that
         has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a whole) is finished with "length": that
@@ -160,6 +162,8 @@ class Scheduler:
                     continue
                 sequence.ids.append(token)
                 sequence.n_pending -= 1
+                if sequence.n_undecided:
+                    self._go(sequence, GATHERED if sequence.n_undecided * FEW > sequence.n_output else way(sequence.params))
             self._computed(sequence, row.n)
             if len(sequence.ids) == sequence.limit:
                 self.finish(sequence, "length")
@@ -243,8 +247,13 @@ class Scheduler:
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
-        self.n_driven += not sequence.driven
-        sequence.way = GATHERED
+        sequence.n_undecided += 1
+        self._go(sequence, GATHERED)
+
+    def _go(self, sequence: Sequence, way: int) -> None:
+        self.n_driven -= sequence.driven
+        sequence.way = way
+        self.n_driven += sequence.driven
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

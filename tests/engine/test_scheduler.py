@@ -574,6 +574,15 @@ def test_an_undecided_position_is_computed_again_for_the_driver_to_choose(depth)
     assert [row.way for row in rows if row.sample][-3:] == [GATHERED] * 3 and world.scheduler.n_driven == 0
 
 
+def test_the_driver_chooses_no_longer_once_few_were_undecided():
+    world = World(undecided=9)
+    world.add([1, 2, 0], max_tokens=24)
+    world.finish()
+    ways = [step.rows[0].way for step in world.steps]
+    # the 9th on the shards is UNDECIDED, and one in nine is few; so is the 9th after it, the 18th token
+    assert [i for i, way in enumerate(ways) if way == GATHERED] == [9, 19] and world.scheduler.n_driven == 0
+
+
 # ---------------------------------------------------------------------------------------------------- random schedules
 
 PROMPT = st.one_of(
