@@ -191,6 +191,11 @@ class Desk:
         return "ready" if self._link else "restarting" if self.info else "loading"
 
     @property
+    def silent_s(self) -> float:
+        """How long ranks that have loaded and have work have said nothing."""
+        return time.monotonic() - self.heard_at if self._link and self._flights else 0.0
+
+    @property
     def n_flights(self) -> int:
         return len(self._flights)
 
@@ -258,11 +263,15 @@ class Desk:
             link.send(flight.message())
 
     def detach(self) -> None:
-        """The ranks are gone. Flights wait for the next ones, except those that gained nothing from several."""
+        """The ranks are gone. Flights wait for the next ones, except those that may have run in several and gained nothing."""
         if self._link is None:
             return
         self._link, self.stats = None, {}
+        n_ahead = 0                                         # samples: rows are given in the order of arrival
         for flight in list(self._flights.values()):
+            if n_ahead >= self.info["max_rows"]:
+                break
+            n_ahead += flight.n_unfinished
             flight.n_barren += 1
             if flight.n_barren >= MAX_BARREN:
                 self._fail(flight, Failed(f"the ranks ended {MAX_BARREN} times while this request was running"))
