@@ -11,7 +11,7 @@ from llama_tp.engine.sampler import TokenLogprobs
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 
-LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world
+LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world, and for NaN
 SCORES_A_MESSAGE = 512          # prompt logprobs: a long prompt's would hold up the server's event loop in one piece
 
 
@@ -77,4 +77,5 @@ def _pieces(delta: Delta) -> list[list]:
 
 
 def _score(one: TokenLogprobs) -> list:
-    return [one.token, max(one.logprob, LEAST_LOGPROB), [[token, max(value, LEAST_LOGPROB)] for token, value in one.top]]
+    # the bound comes first: max(bound, NaN) is the bound
+    return [one.token, max(LEAST_LOGPROB, one.logprob), [[token, max(LEAST_LOGPROB, value)] for token, value in one.top]]
