@@ -19,6 +19,9 @@ from llama_tp.spec.errors import UserError
 
 MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
 
+WHY_NOT = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+           "draining": "the server is shutting down", "dead": "the ranks have ended"}      # nothing new is taken, by state
+
 
 class Unavailable(RequestError):
     """There are no ranks to take this. `retry_s` is when to ask again, None for never."""
@@ -209,9 +212,7 @@ class Desk:
     def ready(self) -> dict:
         """`info`. Raises Unavailable unless the ranks are there."""
         if self.state != "ready":
-            why = {"loading": "the model is loading", "restarting": "the ranks are being started again",
-                   "draining": "the server is shutting down", "dead": "the ranks have ended"}[self.state]
-            raise Unavailable(why, None if self.dead else self.restart_s)
+            raise Unavailable(WHY_NOT[self.state], None if self.dead else self.restart_s)
         return self.info
 
     def take(self, requests: list[Request]) -> Ticket:
@@ -280,7 +281,7 @@ class Desk:
         """There will be no more ranks."""
         self.detach()
         self.dead = why
-        self.cut(Unavailable("the ranks have ended", None))
+        self.cut(Unavailable(WHY_NOT["dead"], None))
 
     def hear(self, message: dict) -> None:
         """A message of the ranks."""
