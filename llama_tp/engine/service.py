@@ -5,9 +5,9 @@ and `send(message)`. The messages are those of `server/link.py`; they are JSON, 
 does not have are mended.
 """
 
-from llama_tp.engine.engine import Delta, Engine
+from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.sampler import TokenLogprobs
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 

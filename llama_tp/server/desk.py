@@ -9,8 +9,9 @@ Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
 from llama_tp.server.link import ServerEnd
@@ -47,29 +48,6 @@ class Failed(RequestError):
 
     def __init__(self, why: str):
         super().__init__("the request could not be finished", why, "", code="engine_error", status=500)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """As the engine's: natural logs; `top` is best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """As the engine's: what one sample of a request gained in a step."""
-
-    request_id: str
-    index: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class Flight:
