@@ -5,6 +5,8 @@ and `send(message)`. The messages are those of `server/link.py`; they are JSON, 
 does not have are mended.
 """
 
+import time
+
 from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
@@ -19,6 +21,7 @@ def serve(engine: Engine, link) -> None:
     """Driver: does what the messages say until the link closes. Waits for them while there is nothing to compute, for hours
     if need be, and looks in between steps otherwise: an abort frees its blocks before the next step."""
     link.send({"is": "ready", **info(engine)})
+    running: set[str] = set()
     while (messages := link.take(wait=not engine.has_work)) is not None:
         deltas, refused = [], {}
         for message in messages:
@@ -29,11 +32,15 @@ def serve(engine: Engine, link) -> None:
                 engine.submit(request_of(message))
             except UserError as error:
                 refused[message["id"]] = [error.what, error.found, error.fix]
+        began = time.monotonic()
         deltas += engine.step()
+        step_s = time.monotonic() - began
+        before, running = running, {sequence.request.id for sequence in engine.scheduler.running}
         for delta in deltas:
             for scores in _pieces(delta):
                 link.send({"is": "scores", "id": delta.request_id, "scores": scores})
-        link.send({"is": "step", "deltas": [_delta(each) for each in deltas], "refused": refused, "stats": stats(engine)})
+        link.send({"is": "step", "deltas": [_delta(each) for each in deltas], "refused": refused,
+                   "begun": sorted(running - before), "step_s": step_s, "stats": stats(engine)})
 
 
 def info(engine: Engine) -> dict:

@@ -58,6 +58,7 @@ class Flight:
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
         self.n_output = 0                                   # ids of all samples
         self.arrived = time.monotonic()
+        self.begun_at = 0.0                                 # when a sample of it first had a row
         self.first_at = 0.0                                 # when its first token came
         self.last_at = [0.0] * request.params.n             # when each sample's last one came
         self.n_barren = 0
@@ -271,6 +272,9 @@ class Desk:
         for request_id, (what, found, fix) in message["refused"].items():
             if flight := self._flights.get(request_id):
                 self._fail(flight, UserError(what, found, fix))
+        for request_id in (*message["begun"], *(delta["id"] for delta in message["deltas"])):
+            if (flight := self._flights.get(request_id)) and not flight.begun_at:
+                flight.begun_at = max(now - message["step_s"], flight.arrived)
         for delta in message["deltas"]:
             flight = self._flights.get(delta["id"])
             if flight and flight.outputs[delta["index"]] is not None:
@@ -279,7 +283,7 @@ class Desk:
                 if flight.is_over:
                     self._flights.pop(flight.request.id)
                     self._changed.set()
-        self.metrics.counted(self.stats, message["stats"])
+        self.metrics.counted(self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"]))
         self.stats = message["stats"]
 
     def _fail(self, flight: Flight, error: Exception) -> None:

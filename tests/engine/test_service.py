@@ -70,6 +70,7 @@ def test_requests_are_served_with_the_engine_s_own_tokens():
 
 def test_an_abort_frees_before_the_next_step():
     _, sent = run({0: [submit("a", max_tokens=500), submit("b", max_tokens=20)], 4: [{"do": "abort", "id": "a"}]})
+    assert [m["begun"] for m in sent if m["is"] == "step"] == [["a", "b"], *[[]] * 19]
     reasons = [delta["finish_reason"] for delta in deltas(sent, "a")]
     assert reasons == [None] * 4 + ["abort"]
     with_abort = next(m for m in sent if m["is"] == "step" and any(d["finish_reason"] == "abort" for d in m["deltas"]))

@@ -71,7 +71,7 @@ def serve(link: RankEnd, plan: str) -> None:
             time.sleep(0.02)
         deltas = [row.step() for row in running]
         rows = [row for row in rows if row.runs]
-        link.send({"is": "step", "deltas": deltas, "refused": {}, "stats": {
+        link.send({"is": "step", "deltas": deltas, "refused": {}, "begun": [], "step_s": 0.001, "stats": {
             "n_running": min(len(rows), 8), "n_waiting": max(0, len(rows) - 8), "kv_use": len(rows) / 100, "n_preemptions": 0,
             "prefix_hit_tokens": 0, "n_steps": n_steps, "prefill_tokens": n_prompt, "prefill_s": 0.1, "decode_tokens": len(running),
             "decode_s": 0.1}})

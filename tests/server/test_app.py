@@ -235,10 +235,12 @@ def test_metrics_count(server, client):
         return sum(float(line.split()[-1]) for line in server.get("/metrics")[2].decode().splitlines() if line.startswith(name))
     names = ["llama_tp:generation_tokens_total", "llama_tp:prompt_tokens_total", "llama_tp:time_to_first_token_seconds_count",
              "llama_tp:e2e_request_latency_seconds_count", "llama_tp:inter_token_latency_seconds_count",
-             'llama_tp:request_success_total{finished_reason="length"', "llama_tp:request_params_n_sum"]
+             'llama_tp:request_success_total{finished_reason="length"', "llama_tp:request_params_n_sum",
+             "llama_tp:request_queue_time_seconds_count", "llama_tp:request_prefill_time_seconds_count",
+             "llama_tp:request_decode_time_seconds_count", "llama_tp:iteration_tokens_total_sum"]
     before = [value(name) for name in names]
     client.completions.create(model="fake", prompt=[[9, 5, 6], [9, 5]], n=2, max_tokens=5)
-    assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4]
+    assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4, 2, 2, 2, 25]
     n_series = len(server.get("/metrics")[2].splitlines())
     for i in range(50):
         server.get(f"/path{i}")

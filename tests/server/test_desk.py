@@ -7,6 +7,8 @@ from llama_tp.server import answer
 from llama_tp.server.desk import MAX_BARREN, Desk
 from llama_tp.server.metrics import Metrics
 
+STATS = {"prefix_hit_tokens": 0, "prefill_tokens": 0, "n_preemptions": 0, "n_steps": 0}
+
 
 class Link:
     """Keeps what would be sent."""
@@ -36,6 +38,26 @@ def test_only_requests_that_may_have_run_are_given_up_for_the_ends_of_the_ranks(
             desk.attach(link, info)
         assert [ticket.flights[0].is_over for ticket in tickets] == [True, True, False]
         assert [message["id"] for message in link.sent] == ["c"]
+    asyncio.run(main())
+
+
+def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
+    """4 s in the queue, 2 s for the prompt in steps of one second, 3 s of writing."""
+    async def main():
+        desk, clock = Desk(100, Metrics("m")), iter([])
+        desk.attach(Link(), {"max_rows": 1})
+        monkeypatch.setattr("time.monotonic", lambda: next(clock))
+        clock = iter([100.0] * 3)
+        desk.take([request("a")])
+        for at, begun, reason in ((103, [], None), (105, ["a"], None), (106, [], "token"), (109, ["a"], "stop")):
+            clock = iter([at])
+            new = {"id": "a", "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None}
+            desk.hear({"is": "step", "deltas": [new | {"finish_reason": reason if reason == "stop" else None}] if reason else [],
+                       "refused": {}, "begun": begun, "step_s": 1.0, "stats": STATS})
+        monkeypatch.undo()
+        page = desk.metrics.text(desk).decode()
+        for name, seconds in (("queue", 4), ("prefill", 2), ("decode", 3)):
+            assert f'llama_tp:request_{name}_time_seconds_sum{{model_name="m"}} {seconds}.0' in page
     asyncio.run(main())
 
 
