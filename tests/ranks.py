@@ -203,13 +203,18 @@ def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options
         try:
             yield launched
         finally:
-            process.kill()
-            process.wait()
-            while left := marked(f"LLAMA_TP_TEST_JOB={mark}"):
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.02)
+            end_job(process, f"LLAMA_TP_TEST_JOB={mark}")
+
+
+def end_job(process: subprocess.Popen, variable: str) -> None:
+    """Kills a process, and all that are marked as belonging to it (see `marked`)."""
+    process.kill()
+    process.wait()
+    while left := marked(variable):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
 
 
 def marked(variable: str) -> list[int]:

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.ranks import ROOT, marked
+from tests.ranks import ROOT, end_job, marked
 
 DEMO, SCRIPTS = ROOT / "checkpoints" / "demo", ROOT / "tests" / "scripts"
 
@@ -120,10 +120,4 @@ def started(words: list[str], env: dict[str, str], ready: bool):
                 server.wait_ready()
             yield server
         finally:
-            process.kill()
-            process.wait()
-            while left := marked(f"LLAMA_TP_TEST_JOB={mark}"):
-                for pid in left:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                time.sleep(0.02)
+            end_job(process, f"LLAMA_TP_TEST_JOB={mark}")

@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "checkpoint": ["spec"],
     "model": ["spec", "native", "parallel"],
     "engine": ["spec", "text", "native", "parallel", "checkpoint", "model"],
-    "protocol": ["spec", "text", "engine.request"],
-    "server": ["spec", "text", "protocol", "engine.request"],
+    "protocol": ["spec", "text", "engine.request", "engine.delta"],
+    "server": ["spec", "text", "protocol", "engine.request", "engine.delta"],
     "benchmarks": ["spec", "text", "native", "parallel", "checkpoint", "model", "engine", "protocol"],
     "cli": ["spec"],
 }
@@ -40,7 +40,7 @@ EXTRAS = {"tokenizers", "huggingface_hub", "matplotlib", "jinja2", "llguidance",
 LATE = {"torch.nn.attention.varlen"}    # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(r"__init__|cli|chat|plan|(spec|text|native|protocol|server)\.\w+|"
-                      r"engine\.(__init__|request|blocks|scheduler|step)|benchmarks\.(__init__|table|plot)")
+                      r"engine\.(__init__|request|delta|blocks|scheduler|step)|benchmarks\.(__init__|table|plot)")
 
 FORBIDDEN_NAMES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object",
                    "TYPE_CHECKING"}

@@ -62,7 +62,7 @@ class Link:
                     deltas.append({"id": name, "index": index, "ids": new, "text": text.push(new), "logprobs": scores,
                                    "finish_reason": REASONS[self.reason] if over else None,
                                    "error": "its numbers are not finite" if over and self.reason == "abort" else None})
-            self.desk.hear({"is": "step", "deltas": deltas, "refused": {}, "stats": STATS})
+            self.desk.hear({"is": "step", "deltas": deltas, "refused": {}, "begun": [], "step_s": 0.0, "stats": STATS})
         if self.reason == "death":
             self.desk.give_up("tested")
 

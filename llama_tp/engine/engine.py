@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.request import Request, Sequence
 from llama_tp.engine.runner import Judge, Runner, Sampled
-from llama_tp.engine.sampler import TokenLogprobs, choose, score
+from llama_tp.engine.sampler import choose, score
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import NOT_FINITE, Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
@@ -27,26 +28,6 @@ from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import Tokenizer
 
 BYE = -1                        # a message whose first int is negative is not a step: the driver has ended
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one sample of a request gained in a step.
-
-    `ids` hold no stop ids; `text` may lag behind them by half a character or the beginning of a stop string, and may
-    be cut before a stop string that the ids still spell. `finish_reason` is set on the last delta: "stop", "length"
-    or "abort", the last with an `error` when it was not the caller's wish. `prompt_logprobs` come once, with sample
-    0's first delta: one entry a prompt token, None for the first.
-    """
-
-    request_id: str
-    index: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass

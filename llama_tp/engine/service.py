@@ -5,13 +5,15 @@ and `send(message)`. The messages are those of `server/link.py`; they are JSON, 
 does not have are mended.
 """
 
-from llama_tp.engine.engine import Delta, Engine
+import time
+
+from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.sampler import TokenLogprobs
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 
-LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world
+LEAST_LOGPROB = -9999.0         # stands for -inf, as elsewhere in OpenAI's world, and for NaN
 SCORES_A_MESSAGE = 512          # prompt logprobs: a long prompt's would hold up the server's event loop in one piece
 
 
@@ -19,6 +21,7 @@ def serve(engine: Engine, link) -> None:
     """Driver: does what the messages say until the link closes. Waits for them while there is nothing to compute, for hours
     if need be, and looks in between steps otherwise: an abort frees its blocks before the next step."""
     link.send({"is": "ready", **info(engine)})
+    running: set[str] = set()
     while (messages := link.take(wait=not engine.has_work)) is not None:
         deltas, refused = [], {}
         for message in messages:
@@ -29,11 +32,15 @@ def serve(engine: Engine, link) -> None:
                 engine.submit(request_of(message))
             except UserError as error:
                 refused[message["id"]] = [error.what, error.found, error.fix]
+        began = time.monotonic()
         deltas += engine.step()
+        step_s = time.monotonic() - began
+        before, running = running, {sequence.request.id for sequence in engine.scheduler.running}
         for delta in deltas:
             for scores in _pieces(delta):
                 link.send({"is": "scores", "id": delta.request_id, "scores": scores})
-        link.send({"is": "step", "deltas": [_delta(each) for each in deltas], "refused": refused, "stats": stats(engine)})
+        link.send({"is": "step", "deltas": [_delta(each) for each in deltas], "refused": refused,
+                   "begun": sorted(running - before), "step_s": step_s, "stats": stats(engine)})
 
 
 def info(engine: Engine) -> dict:
@@ -77,4 +84,5 @@ def _pieces(delta: Delta) -> list[list]:
 
 
 def _score(one: TokenLogprobs) -> list:
-    return [one.token, max(one.logprob, LEAST_LOGPROB), [[token, max(value, LEAST_LOGPROB)] for token, value in one.top]]
+    # the bound comes first: max(bound, NaN) is the bound
+    return [one.token, max(LEAST_LOGPROB, one.logprob), [[token, max(LEAST_LOGPROB, value)] for token, value in one.top]]

@@ -129,16 +129,21 @@ def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[i
                       "set one of them")
     if body.continue_final_message and model.chat is not None:
         raise unsupported("continue_final_message", "found true, and a chat template of the model's own", "leave it out")
-    dialog = dialog_of(body.messages)
+    ids = encode(model, body.messages, body.add_generation_prompt and not body.continue_final_message,
+                 None if tools is None else list(tools.offered))
+    return ids[:-1] if body.continue_final_message else ids                 # without the id that ends the last message
+
+
+def encode(model: ServedModel, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None) -> list[int]:
+    """The ids of a conversation in the model's chat format. Raises RequestError."""
+    dialog = dialog_of(messages)
     try:
-        ids = (model.chat or ChatFormat(model.tokenizer)).encode_dialog(
-            dialog, add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
-            tools=None if tools is None else list(tools.offered))
+        return (model.chat or ChatFormat(model.tokenizer)).encode_dialog(
+            dialog, add_generation_prompt=add_generation_prompt, tools=tools)
     except UserError as error:
         raise invalid("messages", error.what, error.found, error.fix) from None
     except RecursionError:                                                  # of a schema, or of a call's arguments
         raise invalid("messages", "messages or tools are nested too deeply", "", "send a flatter schema") from None
-    return ids[:-1] if body.continue_final_message else ids                 # without the id that ends the last message
 
 
 def _completion(body: CompletionBody, model: ServedModel, seed: int | None, common: dict) -> Order:

@@ -9,6 +9,7 @@ import re
 
 from llama_tp.protocol.errors import RequestError
 
+MAX_DEPTH = 200         # far above any honest body, and so far below Python's limit that whoever prints a value stays below, too
 _MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -19,6 +20,8 @@ def read_json(data: bytes, what: str = "the body") -> dict:
     """
     try:
         found = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant, parse_float=_finite)
+        if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(found) > MAX_DEPTH:
+            raise RecursionError
         if _MAY_BE_SURROGATE.search(data):
             found = _well_formed(found)
     except (ValueError, RecursionError) as error:                       # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
@@ -38,6 +41,14 @@ def _finite(text: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"{text[:40]} is beyond the range of numbers")
     return value
+
+
+def _depth(value: object) -> int:
+    """How many lists and dicts stand around what is innermost, without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (list, dict))]:
+        depth, level = depth + 1, [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 def _well_formed(value: object) -> object:

@@ -1,13 +1,13 @@
 """From what the engine's samples gain to OpenAI's replies. One producer, two presenters: `Chunks` makes the chunks of a stream,
 which a stream sends as they are, and `Fold` folds them into the one reply of a request that does not stream.
 
-A delta is the engine's `Delta` or anything with its attributes: request_id, index, ids, text, logprobs, finish_reason, error,
-prompt_logprobs. Knows no clock and no dice: `created` and ids come from the caller.
+Knows no clock and no dice: `created` and ids come from the caller.
 """
 
 import hashlib
 from collections.abc import Iterable
 
+from llama_tp.engine.delta import Delta
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import Arrays, chat_logprobs
 from llama_tp.protocol.order import Order, ServedModel
@@ -23,7 +23,7 @@ class _Choice:
         self.arrays, self.parser = arrays, parser
         self.n_tokens = 0
         self.begun = self.ended = False
-        self.waiting: list = []         # deltas that came before the prompt's logprobs, which go in front of them
+        self.waiting: list[Delta] = []  # deltas that came before the prompt's logprobs, which go in front of them
 
 
 class Chunks:
@@ -63,7 +63,7 @@ class Chunks:
         return [self._chunk({"index": i, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
                 for i in range(self.order.n_choices)]
 
-    def take(self, delta) -> list[dict]:
+    def take(self, delta: Delta) -> list[dict]:
         """The chunks of what one sample gained. Raises RequestError (500) if the engine has given the sample up."""
         if delta.finish_reason == "abort":
             raise RequestError("the engine ended this request", delta.error or "it was aborted", status=500, code="engine_error")
@@ -87,9 +87,9 @@ class Chunks:
 
     # -------------------------------------------------------------------------------------------------------- a choice
 
-    def _grown(self, place: int, delta) -> list[dict]:
+    def _grown(self, place: int, delta: Delta) -> list[dict]:
         choice, order = self._choices[place], self.order
-        ids, text, scores, reason = tuple(delta.ids), delta.text, tuple(delta.logprobs), delta.finish_reason
+        ids, text, scores, reason = delta.ids, delta.text, delta.logprobs, delta.finish_reason
         if reason and ids and ids[-1] in order.end_ids:
             reason = "stop"
         if order.hides_output:
@@ -220,7 +220,7 @@ def _empty(order: Order, index: int) -> dict:
     return out | ({"token_ids": []} if order.with_ids else {})
 
 
-def whole_reply(chunks: Chunks, deltas: Iterable) -> dict:
+def whole_reply(chunks: Chunks, deltas: Iterable[Delta]) -> dict:
     """The reply of an order that does not stream, from all its deltas."""
     fold = Fold(chunks.order)
     for chunk in chunks.begin():

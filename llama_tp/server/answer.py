@@ -65,8 +65,8 @@ def dumps_in_pieces(content: object) -> str:
 async def answer(order: Order, model: ServedModel, desk: Desk, request: Request, created: int, fingerprint: str) -> Response:
     """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply. Raises RequestError before anything
     is sent."""
-    ticket = desk.take(list(order.requests))
     chunks = Chunks(order, model, created, fingerprint)
+    ticket = desk.take(list(order.requests))
     if order.stream:
         return EventStream(_events(chunks, ticket), lambda: desk.drop(ticket))
     try:
@@ -81,8 +81,11 @@ async def _events(chunks: Chunks, ticket: Ticket) -> AsyncIterator[str]:
         yield _framed(chunks.begin())
         while not ticket.is_read:
             news = asyncio.ensure_future(ticket.take())
-            while not (await asyncio.wait([news], timeout=PING_S))[0]:
-                yield ": still waiting\n\n"
+            try:
+                while not (await asyncio.wait([news], timeout=PING_S))[0]:
+                    yield ": still waiting\n\n"
+            finally:
+                news.cancel()                               # if the client has gone
             yield _framed([chunk for delta in news.result() for chunk in chunks.take(delta)])
         yield _framed(chunks.end())
     except UserError as error:

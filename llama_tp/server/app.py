@@ -23,7 +23,7 @@ from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
-from llama_tp.server.desk import Desk
+from llama_tp.server.desk import WHY_NOT, Desk
 from llama_tp.server.gate import Gate, bug, reply_of
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
@@ -32,8 +32,6 @@ from llama_tp.text.grammar import Grammars
 from llama_tp.text.token_table import Tokenizer
 
 SMALL_BYTES = 8192      # a body up to this is read and tokenized on the event loop: a thread would take longer
-STATUS = {"loading": "the model is loading", "restarting": "the ranks are being started again",
-          "draining": "the server is shutting down", "dead": "the ranks have ended"}
 
 
 @dataclass
@@ -95,7 +93,7 @@ def version() -> str:
 def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True) -> Gate:
     """The whole application behind its gate."""
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json is all that tools need
-    app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None)
+    app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(UserError, _on_user_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))   # gone while it still sent
@@ -184,7 +182,7 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         """200 when requests are taken, else 503."""
         if desk.state == "ready":
             return json_reply({"status": "ok"})
-        error = RequestError(STATUS[desk.state], "", "", code=desk.state, status=503)
+        error = RequestError(WHY_NOT[desk.state], "", "", code=desk.state, status=503)
         error.retry_s = None if desk.dead else desk.restart_s
         raise error
 

@@ -9,8 +9,9 @@ Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 
 import asyncio
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
 from llama_tp.server.link import ServerEnd
@@ -18,6 +19,9 @@ from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
 MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
+
+WHY_NOT = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+           "draining": "the server is shutting down", "dead": "the ranks have ended"}      # nothing new is taken, by state
 
 
 class Unavailable(RequestError):
@@ -46,29 +50,6 @@ class Failed(RequestError):
         super().__init__("the request could not be finished", why, "", code="engine_error", status=500)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """As the engine's: natural logs; `top` is best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """As the engine's: what one sample of a request gained in a step."""
-
-    request_id: str
-    index: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
-    error: str | None = None
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-
-
 class Flight:
     """One request from the moment it is taken to its last delta, and what it has written so far."""
 
@@ -77,6 +58,7 @@ class Flight:
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
         self.n_output = 0                                   # ids of all samples
         self.arrived = time.monotonic()
+        self.begun_at = 0.0                                 # when a sample of it first had a row
         self.first_at = 0.0                                 # when its first token came
         self.last_at = [0.0] * request.params.n             # when each sample's last one came
         self.n_barren = 0
@@ -191,6 +173,11 @@ class Desk:
         return "ready" if self._link else "restarting" if self.info else "loading"
 
     @property
+    def silent_s(self) -> float:
+        """How long ranks that have loaded and have work have said nothing."""
+        return time.monotonic() - self.heard_at if self._link and self._flights else 0.0
+
+    @property
     def n_flights(self) -> int:
         return len(self._flights)
 
@@ -204,9 +191,7 @@ class Desk:
     def ready(self) -> dict:
         """`info`. Raises Unavailable unless the ranks are there."""
         if self.state != "ready":
-            why = {"loading": "the model is loading", "restarting": "the ranks are being started again",
-                   "draining": "the server is shutting down", "dead": "the ranks have ended"}[self.state]
-            raise Unavailable(why, None if self.dead else self.restart_s)
+            raise Unavailable(WHY_NOT[self.state], None if self.dead else self.restart_s)
         return self.info
 
     def take(self, requests: list[Request]) -> Ticket:
@@ -258,11 +243,15 @@ class Desk:
             link.send(flight.message())
 
     def detach(self) -> None:
-        """The ranks are gone. Flights wait for the next ones, except those that gained nothing from several."""
+        """The ranks are gone. Flights wait for the next ones, except those that may have run in several and gained nothing."""
         if self._link is None:
             return
         self._link, self.stats = None, {}
+        n_ahead = 0                                         # samples: rows are given in the order of arrival
         for flight in list(self._flights.values()):
+            if n_ahead >= self.info["max_rows"]:
+                break
+            n_ahead += flight.n_unfinished
             flight.n_barren += 1
             if flight.n_barren >= MAX_BARREN:
                 self._fail(flight, Failed(f"the ranks ended {MAX_BARREN} times while this request was running"))
@@ -271,7 +260,7 @@ class Desk:
         """There will be no more ranks."""
         self.detach()
         self.dead = why
-        self.cut(Unavailable("the ranks have ended", None))
+        self.cut(Unavailable(WHY_NOT["dead"], None))
 
     def hear(self, message: dict) -> None:
         """A message of the ranks."""
@@ -283,6 +272,9 @@ class Desk:
         for request_id, (what, found, fix) in message["refused"].items():
             if flight := self._flights.get(request_id):
                 self._fail(flight, UserError(what, found, fix))
+        for request_id in (*message["begun"], *(delta["id"] for delta in message["deltas"])):
+            if (flight := self._flights.get(request_id)) and not flight.begun_at:
+                flight.begun_at = max(now - message["step_s"], flight.arrived)
         for delta in message["deltas"]:
             flight = self._flights.get(delta["id"])
             if flight and flight.outputs[delta["index"]] is not None:
@@ -291,7 +283,7 @@ class Desk:
                 if flight.is_over:
                     self._flights.pop(flight.request.id)
                     self._changed.set()
-        self.metrics.counted(self.stats, message["stats"])
+        self.metrics.counted(self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"]))
         self.stats = message["stats"]
 
     def _fail(self, flight: Flight, error: Exception) -> None:

@@ -12,11 +12,15 @@ import socket
 import sys
 from dataclasses import dataclass, field
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
 from llama_tp.server.desk import Desk, Unavailable
+from llama_tp.server.gate import reply_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.spec.errors import UserError
@@ -74,6 +78,19 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"the server cannot listen at {host}:{port}", str(error), "choose another --port or --host") from None
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that tells in OpenAI's shape of what it cannot read, which never comes to the gate."""
+
+    def send_400_response(self, msg: str) -> None:
+        status, headers, body = reply_of(RequestError(msg, "", "send HTTP/1.1 with at most 64 KiB of headers",
+                                                      code="invalid_http"))
+        headers |= {"content-length": str(len(body)), "connection": "close"}
+        for event in (h11.Response(status_code=status, headers=list(headers.items()), reason="Bad Request"),
+                      h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+
 class _Http(uvicorn.Server):
     """uvicorn, which leaves signals to us."""
 
@@ -87,7 +104,7 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
-    http = _Http(uvicorn.Config(app, http="h11", log_level="warning", access_log=False, lifespan="off", ws="none",
+    http = _Http(uvicorn.Config(app, http=_Protocol, log_level="warning", access_log=False, lifespan="off", ws="none",
                                 server_header=False, timeout_graceful_shutdown=LAST_BYTES_S))
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()

@@ -7,7 +7,8 @@ run. The HTTP server listens on a socket file in a folder that only its user may
                        {"do": "abort", "id"}
     rank 0 -> server   {"is": "ready", "n_vocab", "max_model_len", ...}                         once
                        {"is": "scores", "id", "scores": [score | null, ...]}                    prompt logprobs, piece by piece
-                       {"is": "step", "deltas": [...], "refused": {id: [what, found, fix]}, "stats": {...}}
+                       {"is": "step", "deltas": [...], "refused": {id: [what, found, fix]}, "stats": {...},
+                        "begun": [ids that have a row since this step and are not done with it], "step_s"}
 
 A score is [token, logprob, [[token, logprob], ...]]; a delta {"id", "index", "ids", "text", "logprobs": [score, ...],
 "finish_reason", "error"}. This module knows no more of them than that they are JSON objects.

@@ -39,6 +39,10 @@ class Metrics:
         self.itl = histogram("inter_token_latency_seconds", "Between two tokens of a sample.", buckets=STEP_S)
         self.tpot = histogram("request_time_per_output_token_seconds", "Mean of that, a request.", buckets=STEP_S)
         self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end.", buckets=LATENCY_S)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", buckets=LATENCY_S)
+        self.prefill = histogram("request_prefill_time_seconds", "From there to the first token.", buckets=LATENCY_S)
+        self.decode = histogram("request_decode_time_seconds", "From there to the end.", buckets=LATENCY_S)
+        self.step_tokens = histogram("iteration_tokens_total", "Tokens, of prompts and new ones, in a step.", buckets=TOKENS)
         self.prompt_size = histogram("request_prompt_tokens", "Tokens of a prompt.", buckets=TOKENS)
         self.output_size = histogram("request_generation_tokens", "Tokens generated for a request.", buckets=TOKENS)
         self.n = histogram("request_params_n", "Samples asked for.", buckets=(1, 2, 5, 10, 20, 50, 100))
@@ -78,7 +82,11 @@ class Metrics:
 
     def _ended(self, flight, n_last: int, now: float) -> None:
         n_output, n = flight.n_output + n_last, flight.request.params.n
+        first_at = flight.first_at or now                   # without a token: it ended instead of writing the first
         self.e2e.observe(now - flight.arrived)
+        self.queue.observe(flight.begun_at - flight.arrived)
+        self.prefill.observe(first_at - flight.begun_at)
+        self.decode.observe(now - first_at)
         if n_output > n:
             self.tpot.observe((now - flight.first_at) / (n_output / n - 1))
         self.prompt_size.observe(len(flight.request.prompt_ids))
@@ -87,11 +95,14 @@ class Metrics:
         if flight.request.params.max_tokens is not None:
             self.max_tokens.observe(flight.request.params.max_tokens)
 
-    def counted(self, before: dict, after: dict) -> None:
-        """What the ranks have counted, last time ({} of new ranks) and now."""
+    def counted(self, before: dict, after: dict, n_new: int) -> None:
+        """What the ranks have counted, last time ({} of new ranks) and now, when they have written `n_new` tokens."""
+        n_prefilled = after["prefill_tokens"] - before.get("prefill_tokens", 0)
         hits = after["prefix_hit_tokens"] - before.get("prefix_hit_tokens", 0)
         self.prefix_hits.inc(hits)
-        self.prefix_queries.inc(hits + after["prefill_tokens"] - before.get("prefill_tokens", 0))
+        self.prefix_queries.inc(hits + n_prefilled)
+        if n_prefilled + n_new:
+            self.step_tokens.observe(n_prefilled + n_new)
         self.preemptions.inc(after["n_preemptions"] - before.get("n_preemptions", 0))
         self.steps.inc(after["n_steps"] - before.get("n_steps", 0))
 

@@ -124,7 +124,7 @@ class Supervisor:
                 ranks.ask_to_end(STOPPING_S, signalled=not self._connected)
             elif self._left_at is not None:
                 ranks.ask_to_end(ENDING_S)                  # it says why, and torchrun ends the others
-            elif self.desk.n_flights and self._link and now - self.desk.heard_at > self.policy.silence_s:
+            elif self.desk.silent_s > self.policy.silence_s:
                 ranks.errors.append(f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s")
                 return
             if now > ranks.end_by:
@@ -144,7 +144,7 @@ class Supervisor:
             return
         self._link, self._connected = link, True
         try:
-            while (message := await link.take()) is not None:
+            while (message := await link.take()) is not None and self._link is link:     # unless hung up on meanwhile
                 if message["is"] == "ready":
                     self.desk.attach(link, {key: value for key, value in message.items() if key != "is"})
                 else:
@@ -199,24 +199,28 @@ class Process:
         return "a rank " + failed[0].partition("failed ")[2] if failed else f"torchrun left with code {self._process.returncode}"
 
     def _pass_on(self) -> None:
-        """The thread that reads its stderr. A traceback is held back until it is known not to be torchrun's own, with which
-        it ends after every failure."""
+        """The thread that reads its stderr. A traceback is held back until its last line, as it may be torchrun's own: with that
+        and more it ends after every failure, all of which `reason` says in one line."""
         held: list[str] = []
+        is_over = False                                     # torchrun has begun to tell of it
         for raw in self._process.stderr:
             line = raw.decode(errors="replace").rstrip("\n")
             self.said.append(line)
             told = RANKS_ERROR.match(line)
             if told and len(self.errors) < 10:
                 self.errors.append(told[1])
+            elif is_over or "torch/distributed/elastic" in line:
+                is_over = is_over or bool(held)
+                held = []
             elif line.startswith("Traceback (most recent call last)"):
                 show(held)
                 held = [line]
-            elif held:
+            elif held and line.startswith(" "):
                 held.append(line)
-            elif "torch/distributed/elastic" not in line:
-                show([line])
-        if not any("torch/distributed/elastic" in line for line in held):
-            show(held)
+            else:
+                show([*held, line])
+                held = []
+        show(held)
 
 
 def end_all(mark: str) -> None:

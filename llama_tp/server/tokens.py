@@ -2,10 +2,7 @@
 
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import token_text
-from llama_tp.protocol.messages import dialog_of
-from llama_tp.protocol.order import ServedModel
-from llama_tp.spec.errors import UserError
-from llama_tp.text.chat_format import ChatFormat
+from llama_tp.protocol.order import ServedModel, encode
 from llama_tp.text.token_table import Tokenizer
 
 _TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
@@ -31,12 +28,7 @@ def tokenize(data: dict, model: ServedModel) -> dict:
     if "messages" in data:
         if not isinstance(data["messages"], list) or not all(isinstance(each, dict) for each in data["messages"]):
             raise _wrong("messages", "messages must be a list of objects", f"found {str(data['messages'])[:80]!r}")
-        dialog = dialog_of(data["messages"])
-        try:
-            ids = (model.chat or ChatFormat(model.tokenizer)).encode_dialog(
-                dialog, add_generation_prompt=flags["add_generation_prompt"])
-        except UserError as error:
-            raise RequestError(error.what, error.found, error.fix, param="messages", code="invalid_value") from None
+        ids = encode(model, data["messages"], flags["add_generation_prompt"])
     else:
         if not isinstance(data["prompt"], str):
             raise _wrong("prompt", "prompt must be a text", f"found {str(data['prompt'])[:80]!r}")

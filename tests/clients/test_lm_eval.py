@@ -10,35 +10,25 @@ pytestmark = pytest.mark.slow
 lm_eval = pytest.importorskip("lm_eval", reason="a client of the extra llama_tp[clients]: make test-clients")
 LINES = ["O Romeo, Romeo! wherefore art thou Romeo?", "Deny thy father and refuse thy name;", "Or, if thou wilt not, be but sworn",
          "my love, And I'll no longer be a Capulet."]
-CHOICE = """task: verses_choice
-dataset_path: json
+EVERY = """dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}
 test_split: test
-output_type: multiple_choice
+"""
+TASKS = {"choice": """output_type: multiple_choice
 doc_to_text: "{{start}}"
 doc_to_choice: "{{ends}}"
 doc_to_target: 0
 metric_list: [{metric: acc}]
-"""
-GENERATE = """task: verses_generate
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: generate_until
+""", "generate": """output_type: generate_until
 doc_to_text: "{{start}}"
 doc_to_target: "{{ends[0]}}"
 generation_kwargs: {until: ["zz", "\\n\\n\\n", "qq", "xx", "vv"], max_gen_toks: 24, do_sample: false}
 metric_list: [{metric: exact_match}]
-"""
-ROLLING = """task: verses_rolling
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
-test_split: test
-output_type: loglikelihood_rolling
+""", "rolling": """output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{start}}{{ends[0]}}"
 metric_list: [{metric: byte_perplexity}]
-"""
+"""}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +61,8 @@ def tasks(tmp_path_factory):
     data = place / "verses.jsonl"
     cuts = [(line[:k], [line[k:], line[k:][::-1], "é 😀", " love."]) for line in LINES for k in (1, 9, 17)]
     data.write_text("".join(json.dumps({"start": start, "ends": ends}) + "\n" for start, ends in cuts))
-    for name, text in (("choice", CHOICE), ("generate", GENERATE), ("rolling", ROLLING)):
-        (place / f"{name}.yaml").write_text(text.replace("DATA", str(data)))
+    for name, text in TASKS.items():
+        (place / f"{name}.yaml").write_text((f"task: verses_{name}\n" + EVERY + text).replace("DATA", str(data)))
     from lm_eval.tasks import TaskManager
     return TaskManager(include_path=str(place), include_defaults=False)
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.service import serve
@@ -69,6 +70,7 @@ def test_requests_are_served_with_the_engine_s_own_tokens():
 
 def test_an_abort_frees_before_the_next_step():
     _, sent = run({0: [submit("a", max_tokens=500), submit("b", max_tokens=20)], 4: [{"do": "abort", "id": "a"}]})
+    assert [m["begun"] for m in sent if m["is"] == "step"] == [["a", "b"], *[[]] * 19]
     reasons = [delta["finish_reason"] for delta in deltas(sent, "a")]
     assert reasons == [None] * 4 + ["abort"]
     with_abort = next(m for m in sent if m["is"] == "step" and any(d["finish_reason"] == "abort" for d in m["deltas"]))
@@ -93,6 +95,15 @@ def test_scores_of_a_prompt_come_in_pieces_before_the_first_delta(n_prompt):
         assert scores[0] is None and scores[1][0] == 1 and scores[1][1] <= 0
         assert kinds[1:].index("scores") < len(kinds) - 2
         assert max(len(m["scores"]) for m in sent if m["is"] == "scores") <= 512
+
+
+def test_scores_that_are_no_numbers_can_be_sent():
+    one = engine(single_rank(), TINY)
+    with torch.no_grad():
+        next(one.runner.model.parameters()).fill_(float("nan"))
+    link = Script({0: [submit("a", prompt_logprobs=1)]}, one)
+    serve(one, link)
+    assert "not finite" in deltas(link.sent, "a")[-1]["error"]
 
 
 def test_an_interrupted_request_goes_on():

@@ -181,6 +181,15 @@ def test_what_is_no_json_object_is_refused(data, said):
     assert error_body(caught.value)["error"]["code"] == "invalid_json"
 
 
+def test_what_is_nested_just_within_pythons_limit_is_refused_too():
+    """The value is printed some calls deeper than it was read."""
+    for depth in range(201, 1000):
+        with pytest.raises(RequestError, match="nested too deeply"):
+            refused("chat", **read_json(b'{"stop":' + b"[" * depth + b"]" * depth + b"}"))
+    assert read_json(b'{"a":' * 199 + b"[]" + b"}" * 199)
+    assert len(read_json(b'{"prompt": [' + b"[1]," * 999 + b"[1]]}")["prompt"]) == 1000
+
+
 def test_lone_surrogates_are_replaced_everywhere():
     found = read_json(rb'{"a\ud800": ["\ud83d\ude00", "\udc00x", {"b": "\uD800"}], "c": 1.5}')
     assert found == {"a\ufffd": ["\U0001f600", "\ufffdx", {"b": "\ufffd"}], "c": 1.5}

@@ -2,8 +2,9 @@
 
     python fake_rank.py FOLDER [plan of the 1st life] [of the 2nd] ...
 
-A plan is a word: "live"; "slow" (20 ms a step); "die:N" (killed at its Nth step); "stop:N" (SIGSTOP); "never" (leaves with an
-error before it is ready); "deaf" (never connects); "bug" (ends with a traceback). The last plan holds for all later lives.
+A plan is a word: "live"; "slow" (20 ms a step); "die:N" (killed at its Nth step); "stop:N" (SIGSTOP); "load:N" (takes N seconds
+until it is ready); "never" (leaves with an error before that); "deaf" (never connects); "bug" (ends with a traceback). The last
+plan holds for all later lives.
 FOLDER gets a file for each life with its pid, and "child" with that of a process which it leaves behind. Tokens are
 `token(seed, index, position)`, one a step; a prompt that begins with 0 ends at 4 tokens with "stop", one with 1 takes 20 ms a
 step.
@@ -48,6 +49,7 @@ def serve(link: RankEnd, plan: str) -> None:
     how, _, at = plan.partition(":")
     rows: list[Row] = []
     n_steps = n_prompt = 0
+    time.sleep(float(at) if how == "load" else 0)
     link.send({"is": "ready", **INFO})
     while (messages := link.take(wait=not rows)) is not None:
         deltas = []
@@ -69,7 +71,7 @@ def serve(link: RankEnd, plan: str) -> None:
             time.sleep(0.02)
         deltas = [row.step() for row in running]
         rows = [row for row in rows if row.runs]
-        link.send({"is": "step", "deltas": deltas, "refused": {}, "stats": {
+        link.send({"is": "step", "deltas": deltas, "refused": {}, "begun": [], "step_s": 0.001, "stats": {
             "n_running": min(len(rows), 8), "n_waiting": max(0, len(rows) - 8), "kv_use": len(rows) / 100, "n_preemptions": 0,
             "prefix_hit_tokens": 0, "n_steps": n_steps, "prefill_tokens": n_prompt, "prefill_s": 0.1, "decode_tokens": len(running),
             "decode_s": 0.1}})

@@ -119,7 +119,8 @@ def test_after_all_that_the_next_request_is_fine(client):
 
 def test_other_wrong_requests(server):
     for method, path, code in [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("POST", "/health", 405),
-                               ("PUT", "/tokenize", 405), ("GET", "//v1/models", 404), ("GET", "/v1/models/other", 404)]:
+                               ("PUT", "/tokenize", 405), ("GET", "//v1/models", 404), ("GET", "/v1/models/other", 404),
+                               ("GET", "/load/", 404)]:
         reply = raw(server, f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
         assert is_openai_error(int(reply.split()[1]), json.loads(reply.partition(b"\r\n\r\n")[2]), code)
     status, _, body = server.request("/v1/completions", b'{"prompt": "x"}', {"Content-Type": "text/plain"})
@@ -133,7 +134,9 @@ def test_a_body_without_a_length_is_cut_off_too(server):
 
 
 def test_headers_without_end_are_cut_off(server):
-    assert raw(server, b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000).startswith(b"HTTP/1.1 400")
+    for data in (b"GET /health HTTP/1.1\r\nX: " + b"x" * 200_000, b"\x16\x03\x01\r\n\r\n"):
+        reply = raw(server, data)
+        is_openai_error(int(reply.split()[1]), json.loads(reply.partition(b"\r\n\r\n")[2]), 400)
     assert server.get("/health")[0] == 200
 
 
@@ -232,10 +235,12 @@ def test_metrics_count(server, client):
         return sum(float(line.split()[-1]) for line in server.get("/metrics")[2].decode().splitlines() if line.startswith(name))
     names = ["llama_tp:generation_tokens_total", "llama_tp:prompt_tokens_total", "llama_tp:time_to_first_token_seconds_count",
              "llama_tp:e2e_request_latency_seconds_count", "llama_tp:inter_token_latency_seconds_count",
-             'llama_tp:request_success_total{finished_reason="length"', "llama_tp:request_params_n_sum"]
+             'llama_tp:request_success_total{finished_reason="length"', "llama_tp:request_params_n_sum",
+             "llama_tp:request_queue_time_seconds_count", "llama_tp:request_prefill_time_seconds_count",
+             "llama_tp:request_decode_time_seconds_count", "llama_tp:iteration_tokens_total_sum"]
     before = [value(name) for name in names]
     client.completions.create(model="fake", prompt=[[9, 5, 6], [9, 5]], n=2, max_tokens=5)
-    assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4]
+    assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4, 2, 2, 2, 25]
     n_series = len(server.get("/metrics")[2].splitlines())
     for i in range(50):
         server.get(f"/path{i}")

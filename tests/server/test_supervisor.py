@@ -3,14 +3,16 @@
 import asyncio
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.server.desk import Desk, Failed, Unavailable
+from llama_tp.server.link import encode
 from llama_tp.server.metrics import Metrics
-from llama_tp.server.supervisor import Policy, Supervisor
+from llama_tp.server.supervisor import Policy, Process, Supervisor
 from llama_tp.spec.errors import UserError
 from tests.ranks import is_alive
 
@@ -159,6 +161,51 @@ def test_a_silence_without_work_is_no_hang(tmp_path):
             assert len(await run_all(desk, requests(1, max_tokens=70))) == 1        # 1.4 s of steps
             assert supervisor.n_starts == 1
     asyncio.run(main())
+
+
+def test_a_long_load_while_requests_wait_is_no_hang(tmp_path):
+    async def main():
+        async with kept(tmp_path, "die:3", "load:1.5", policy=Policy(backoff_s=0.01, silence_s=0.6)) as (desk, supervisor, _):
+            assert len(await run_all(desk, requests(1))) == 1
+            assert supervisor.n_starts == 2
+    asyncio.run(main())
+
+
+def test_what_ranks_that_were_hung_up_on_still_say_is_not_heard():
+    class Writer:
+        close = staticmethod(lambda: None)
+
+    async def main():
+        desk = Desk(100, Metrics("m"))
+        supervisor, reader = Supervisor([], desk), asyncio.StreamReader()
+        conversation = asyncio.create_task(supervisor._on_connect(reader, Writer()))
+        await asyncio.sleep(0)
+        supervisor._hang_up()
+        reader.feed_data(encode({"is": "ready", "max_rows": 8}))
+        reader.feed_eof()
+        await conversation
+        assert desk.state == "loading" and desk.info is None
+    asyncio.run(main())
+
+
+TRACEBACK = """import sys, time
+for line in ["Traceback (most recent call last):", '  File "a.py", line 1', {frame!r}, "ValueError: 1", "afterwards"]:
+    print(line, file=sys.stderr, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("frame, shown", [("    run()", True), ('  File "torch/distributed/elastic/api.py", line 9', False)])
+def test_only_torchruns_own_traceback_is_swallowed_and_what_follows_it(frame, shown, capfd):
+    process, said = Process([sys.executable, "-c", TRACEBACK.format(frame=frame)], {"MARK": "of_this_test"}), ""
+    try:
+        deadline = time.monotonic() + 10
+        while "afterwards" not in process.said or (shown and "afterwards" not in said):
+            assert time.monotonic() < deadline, said
+            said += capfd.readouterr().err
+    finally:
+        process.end("MARK=of_this_test")
+    assert ("ValueError: 1" in said + capfd.readouterr().err) == shown
 
 
 def test_an_abort_reaches_the_ranks(tmp_path):
