@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.engine.request import SamplingParams, Sequence, random53
 from llama_tp.engine.step import NOT_FINITE, UNDECIDED
 from llama_tp.model.kernels import WEIGH_CHUNK
@@ -23,15 +24,6 @@ SHORTLIST = 64                  # likeliest tokens of each vocabulary shard that
 TOP_CANDIDATES = 1024           # sorted first when only top_p or min_p filter; a full sort follows if they do not suffice
 
 Weights = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural-log probability of one token and of the most likely alternatives, best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
