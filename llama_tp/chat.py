@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from llama_tp.cli import run
+from llama_tp.protocol.events import Events
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import Answer, Conversation
 
@@ -116,17 +117,19 @@ class Server:
 
     def stream(self, body: dict, answer: Answer) -> Iterator[str]:
         """The pieces of an answer's text as they come; `answer` is kept up to date. UserError when the server refuses or fails."""
-        sent = time.monotonic()
+        sent, events = time.monotonic(), Events()
         try:
             with self.client.stream("POST", f"{self.root}/v1/chat/completions", json=body) as reply:
                 if reply.status_code != 200:
                     raise UserError(f"the server says HTTP {reply.status_code}", _message(reply.read()), "/retry asks again")
-                for line in reply.iter_lines():
-                    if line.startswith("data:") and line[5:].strip() != "[DONE]":
-                        yield from self._piece(json.loads(line[5:]), answer, sent)
+                for data in reply.iter_bytes():
+                    for event in events.push(data):
+                        yield from self._piece(event, answer, sent)
         except (httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
             raise UserError("the connection to the server broke", f"{type(error).__name__}: {error}"[:200],
                             "/retry asks again") from None
+        if not events.done and not answer.finish_reason:
+            raise UserError("the server broke off", "the answer has no end", "/retry asks again")
 
     def _piece(self, event: dict, answer: Answer, sent: float) -> Iterator[str]:
         if event.get("error"):
@@ -147,7 +150,7 @@ class Server:
 def _message(data: bytes) -> str:
     """The words of an OpenAI error body, or of any other, as one line."""
     text = data.decode(errors="replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(_CONTROL.sub(" ", text).split())[:300]
 

@@ -102,6 +102,11 @@ def test_retry():
     assert conversation.take("/retry").ask and conversation.messages[-1]["content"] == "two"
     conversation.answered(Answer("a part"))
     assert conversation.messages[-1] == {"role": "assistant", "content": "a part"}
+    conversation.take("/retry")
+    conversation.answered(Answer())
+    conversation.take("three")
+    conversation.answered(Answer("3"))
+    assert conversation.take("/retry").ask and conversation.messages[-1]["content"] == "three"      # the last one, not "two"
 
 
 def test_clear_keeps_settings_and_system():
@@ -134,6 +139,7 @@ def test_saved_and_loaded_is_the_same(texts, system, seed, tmp_path_factory):
 @pytest.mark.parametrize("text", ["", "{}", "3", "[3]", '[{"role": "user"}]', '[{"role": "root", "content": "x"}]',
                                   '{"messages": 3}', '[{"role": "user", "content": 3}]',
                                   '{"messages": [], "settings": {"magic": 1}}',
+                                  '{"messages": [], "settings": {"seed": Infinity}}', "[" * 100_000,
                                   '{"messages": [], "system": 3}', '{"messages": [], "settings": {"seed": []}}'])
 def test_what_is_no_saved_conversation_changes_nothing(text, tmp_path):
     (tmp_path / "c.json").write_text(text)
@@ -188,6 +194,21 @@ def test_what_could_drive_a_terminal_is_left_out():
         assert list(Server(fake.url, None).stream({}, Answer())) == ["a]0;title[2J1mb", "\tc\n"]
     with FakeServer(refusal=(400, "bad\x1b[2J\nthing")) as fake, pytest.raises(UserError, match=r"HTTP 400 - bad \[2J thing"):
         list(Server(fake.url, None).stream({}, Answer()))
+
+
+def test_any_text_comes_through():
+    """U+2028 and its kin end lines for Python, and for httpx's iter_lines; JSON holds them as they are."""
+    pieces = ["a\u2028b", "\u2029", "c\x85d", "é\U0001f600"]
+    with FakeServer(pieces=pieces) as fake:
+        assert list(Server(fake.url, None).stream({}, Answer())) == ["a\u2028b", "\u2029", "cd", "é\U0001f600"]
+
+
+def test_an_answer_without_its_end_is_told(screen):
+    with FakeServer(ending="cut") as fake:
+        conversation = Conversation(model="m")
+        conversation.take("hello?")
+        reply(conversation, Server(fake.url, None), screen, markdown=False)
+    assert conversation.messages[-1]["content"] == "one two " and "the server broke off" in shown(screen)
 
 
 def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):

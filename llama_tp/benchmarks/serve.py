@@ -11,10 +11,11 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from llama_tp.benchmarks.served import Outcome, result_of
+from llama_tp.protocol.events import Events
 from llama_tp.spec.errors import UserError
 
 try:
@@ -184,20 +185,13 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     """One request. Whatever happens to it is in its outcome."""
     sent = time.perf_counter()
     outcome = Outcome(start=sent - began, n_input=len(body.get("prompt", "").split()))
-    last, usage, pieces = sent, {}, []
+    last, usage, pieces, events = sent, {}, [], Events()
     try:
         async with client.stream("POST", load.endpoint, json=body) as reply:
             if reply.status_code != 200:
                 outcome.error = f"HTTP {reply.status_code}: {(await reply.aread()).decode(errors='replace')[:300]}"
                 return outcome
-            done = False
-            async for line in reply.aiter_lines():
-                if not line.startswith("data:"):
-                    continue                            # comments and empty lines
-                if line[5:].strip() == "[DONE]":
-                    done = True
-                    break
-                event = json.loads(line[5:])
+            async for event in _events(reply, events):
                 if event.get("error"):
                     outcome.error = json.dumps(event["error"])[:300]
                     return outcome
@@ -214,7 +208,7 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     except (httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"[:300]
         return outcome
-    if not done:
+    if not events.done:
         outcome.error = "the stream ended without [DONE]"
     outcome.latency = (last if pieces else time.perf_counter()) - sent
     outcome.ttft = outcome.ttft if pieces else outcome.latency     # tokens without any text
@@ -222,6 +216,15 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     outcome.n_input = usage.get("prompt_tokens", outcome.n_input)
     outcome.n_output = usage.get("completion_tokens", len(pieces))
     return outcome
+
+
+async def _events(reply, events: Events) -> AsyncIterator[dict]:
+    """What a streamed reply says, up to its [DONE]."""
+    async for data in reply.aiter_bytes():
+        for event in events.push(data):
+            yield event
+        if events.done:
+            return
 
 
 def _text_of(choice: dict) -> str:

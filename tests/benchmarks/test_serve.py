@@ -99,6 +99,12 @@ def test_requests_come_at_their_rate():
         turn += draw.expovariate(100.0)
 
 
+def test_any_text_is_counted():
+    with FakeServer(pieces=["a\u2028", "\u2029b", "\x85", "é"]) as server:
+        result = run(server)
+    assert result["failed"] == 0 and result["generated_texts"] == ["a\u2028\u2029b\x85é"] * 6
+
+
 @pytest.mark.parametrize("ending, says", [("error", "a rank died"), ("cut", r"without \[DONE\]|RemoteProtocolError")])
 def test_what_breaks_in_mid_stream_has_failed(ending, says):
     with FakeServer(ending=ending, n_good=4) as server:
