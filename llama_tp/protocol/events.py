@@ -7,8 +7,8 @@ import re
 class Events:
     """One reply. `done` says that [DONE] has come.
 
-    Lines end where server-sent events have it, at CR and LF. Those of httpx and `splitlines` also end at U+2028 and others, which may
-    stand in JSON as they are, and would cut it.
+    Lines end where server-sent events have it, at CR and LF. Those of httpx and `splitlines` also end at U+2028 and others, which
+    may stand in JSON as they are, and would cut it.
     """
 
     def __init__(self):
