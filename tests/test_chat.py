@@ -235,7 +235,7 @@ def test_addresses_and_keys_that_cannot_be_are_refused_in_words(url, key, says):
 def test_the_server_is_waited_for_and_named_when_it_does_not_come():
     with FakeServer() as fake:
         url = fake.url
-        with pytest.raises(UserError, match="does not answer as an OpenAI-compatible server"):
+        with pytest.raises(UserError, match="no OpenAI-compatible server at .*/wrong"):
             Server(url + "/wrong", None).first_model(5)
     started = time.monotonic()
     with pytest.raises(UserError, match=f"no server at {url}.*llama_tp.serve"):
@@ -327,6 +327,19 @@ def test_into_a_pipe_comes_nothing_but_answers(tmp_path):
                               input="hi\nyou\n", capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "one two three four\n" * 2, "")
     assert len(fake.requests[1][2]["messages"]) == 3
+
+
+def test_beside_the_answers_errors_are_told_on_stderr():
+    words = [sys.executable, "-m", "llama_tp.chat", "--history_file", "", "--url"]
+    with FakeServer(refusal=(400, "the prompt is too long"), n_good=1) as fake:
+        done = subprocess.run([*words, fake.url], cwd=ROOT, text=True, input="a\u2028b\nmore", capture_output=True, timeout=60)
+    assert fake.requests[0][2]["messages"] == [{"role": "user", "content": "a\u2028b"}]
+    assert done.stdout == "one two three four\n\n" and "0 tokens" not in done.stderr
+    assert "HTTP 400 - the prompt is too long - /clear forgets the conversation" in done.stderr
+    with FakeServer() as fake:
+        done = subprocess.run([*words, fake.url], cwd=ROOT, input=b"\xff\n", capture_output=True, timeout=60,
+                              env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 1 and done.stderr.startswith(b"error: the standard input cannot be read")
 
 
 def _as_a_shell_starts_it() -> None:

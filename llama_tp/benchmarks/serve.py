@@ -60,6 +60,8 @@ class Load:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} must be above 0", f"found {value}", "correct it")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("an API key is made of ASCII characters", "this one is not", "correct --api_key, or OPENAI_API_KEY")
         if not 0 <= self.spread < 1:
             raise UserError("--spread must be at least 0 and below 1", f"found {self.spread}", "correct it")
 
@@ -87,10 +89,10 @@ def limits_of(goodput: tuple[str, ...]) -> dict[str, float]:
 def prompts_in(path: str) -> list[str]:
     """The prompts of a file: a text a line, or a JSON object with a "prompt". UserError for a file without any."""
     try:
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f.read().splitlines() if line.strip()]
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [line.rstrip("\n") for line in f if line.strip()]
         prompts = [json.loads(line)["prompt"] if line.startswith("{") else line for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"--prompts_file {path} cannot be read", f"{type(error).__name__}: {error}",
                         'write a prompt a line, or {"prompt": "..."}') from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -116,7 +118,7 @@ async def _measure(load: Load, show) -> dict:
             model = load.model or (await client.get(f"{load.root}/v1/models")).raise_for_status().json()["data"][0]["id"]
             bodies = await _bodies(load, model, client, draw)
             first = await _send(client, load, {**bodies[0], "max_tokens": min(2, bodies[0]["max_tokens"])}, time.perf_counter())
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             raise UserError(f"there is no OpenAI-compatible server at {load.url}", f"{type(error).__name__}: {error}"[:300],
                             "start one, or give its address and --api_key") from None
         if first.error:
