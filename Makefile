@@ -29,7 +29,7 @@ demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 
 chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
 	@$(BIN)/python -m llama_tp.serve --ckpt_dir checkpoints/demo --device cpu --port 8011 --quiet 2>/dev/null & server=$$!; \
-	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60
+	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60 --max_tokens 60
 
 test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 	$(BIN)/python -m pytest

@@ -90,9 +90,10 @@ def main(
         raise UserError(f"--input {input} cannot be read", "there is no such file", "name a file (it is read twice, so no pipe)")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise UserError(f"--output {output} cannot be written", "there is no such folder", "make it, or correct the name")
-    if os.path.exists(output) and (not os.path.isfile(output) or os.path.samefile(input, output)):
-        found = "it is the --input" if os.path.isfile(output) else "it is no file that can be gone on with"
-        raise UserError(f"--output {output} cannot be written", found, "name a file of its own")
+    if os.path.exists(output) and not os.path.isfile(output):
+        raise UserError(f"--output {output} cannot be written", "it is no file that can be gone on with", "name another")
+    if any(os.path.exists(each) and os.path.samefile(input, each) for each in (output, f"{output}.job", f"{output}.retry")):
+        raise UserError(f"--output {output} cannot be written", "it is the --input, or a file beside it is", "name another")
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch

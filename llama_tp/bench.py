@@ -1,10 +1,13 @@
 """Command: measured numbers beside the machine's ceiling. A card, a table, and the same as JSON in the last line."""
 
+import importlib.util
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
+from llama_tp.benchmarks.table import markdown
 from llama_tp.cli import run
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
@@ -73,19 +76,17 @@ def main(
         plot: draw latency, or a server's requests, into this PNG or SVG
         beside: files of --save from other runs, drawn into the same picture
     """
+    check_files(save, plot, beside)
     if what == "serve":
         if not url or ckpt_dir:
             raise UserError("serve measures a server that runs", f"found {'--ckpt_dir' if ckpt_dir else 'no --url'}",
                             "start one with python -m llama_tp.serve and give --url http://127.0.0.1:8000")
         from llama_tp.benchmarks import serve, served
-        from llama_tp.benchmarks.table import markdown
         load = serve.Load(url, model, chat, n_requests, input_len, output_len, spread, request_rate, concurrency, prompts_file,
                           temperature, ignore_eos, seed, api_key or os.environ.get("OPENAI_API_KEY"), serve.limits_of(goodput),
                           request_timeout)
         result = serve.measure(load, show=lambda text: print(text, file=sys.stderr, flush=True))
-        for table in served.tables(result):
-            print("\n" + markdown(table))
-        print("\n" + json.dumps(served.summary(result)))
+        _show(served.tables(result), served.summary(result))
         _keep(result, save)
         if plot:
             served.draw(result, plot)
@@ -109,7 +110,6 @@ def main(
 
     from llama_tp.benchmarks import plot as plots
     from llama_tp.benchmarks import session
-    from llama_tp.benchmarks.table import markdown
     load = session.Load(what, batch_size or (1, 4, 16), input_len, output_len, n_runs, n_requests, spread, max_batch_size)
     engine, ages_s = session.open_engine(load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic)
     try:
@@ -118,14 +118,33 @@ def main(
     except UserError as error:
         engine.watch.fail(error)
     if engine.is_driver:
-        for table in tables:
-            print("\n" + markdown(table))
-        print("\n" + json.dumps(result))
+        _show(tables, result)
         _keep(result, save)
         if plot:
-            others = [json.load(open(path)) for path in beside]
-            plots.draw([*others, result], plot)
+            plots.draw([*(json.loads(Path(path).read_bytes()) for path in beside), result], plot)
     engine.close()
+
+
+def check_files(save: str | None, plot: str | None, beside: tuple[str, ...]) -> None:
+    """Raises UserError, before anything is measured, for files that cannot be what they have to be afterwards."""
+    for name, path in (("save", save), ("plot", plot)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"--{name} {path} cannot be written", "there is no such folder", "make it, or correct the name")
+    if plot and not plot.endswith((".png", ".svg")):
+        raise UserError("--plot draws a .png or .svg", f"found {plot!r}", "name one")
+    if plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib", "it is not installed", "pip install 'llama_tp[bench]'")
+    for path in beside:
+        try:
+            json.loads(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"--beside {path} cannot be read", str(error)[:200], "name a file that --save wrote") from None
+
+
+def _show(tables: list[list[dict]], result: dict) -> None:
+    for table in tables:
+        print("\n" + markdown(table))
+    print("\n" + json.dumps(result))
 
 
 def _keep(result: dict, save: str | None) -> None:

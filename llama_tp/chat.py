@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from llama_tp.cli import run
+from llama_tp.protocol.events import Events
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import Answer, Conversation
 
@@ -62,8 +63,7 @@ def main(
     if not url.startswith(("http://", "https://")):
         raise UserError("--url is not the address of a server", f"found {url!r}", "write --url http://127.0.0.1:8000")
     if LACKING:
-        raise UserError("chat needs httpx, prompt_toolkit and rich", f"{LACKING} is not installed",
-                        "pip install 'llama_tp[chat]'")
+        raise UserError("chat needs httpx, prompt_toolkit and rich", f"{LACKING} is not installed", "pip install 'llama_tp[chat]'")
     settings = {"temperature": temperature, "max_tokens": max_tokens}
     conversation = Conversation(system, {name: value for name, value in settings.items() if value is not None})
     if load:
@@ -75,7 +75,7 @@ def main(
         console.print(f"{conversation.model} at {url}. /help lists the commands.", style="dim", markup=False)
         read = session(history_file).prompt
     else:
-        read = iter(sys.stdin.read().splitlines()).__next__
+        read = iter(_piped()).__next__
     talk(conversation, server, read, console, markdown and console.is_terminal)
 
 
@@ -107,26 +107,28 @@ class Server:
             except httpx.TransportError as error:
                 said = f"{type(error).__name__}: {error}"
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-                raise UserError(f"{self.root} does not answer as an OpenAI-compatible server",
-                                f"{type(error).__name__}: {error}"[:200], "check --url and --api_key") from None
+                found = f"{type(error).__name__}: {error}"[:200]
+                raise UserError(f"no OpenAI-compatible server at {self.root}", found, "check --url and --api_key") from None
             if time.monotonic() > deadline:
-                raise UserError(f"no server at {self.root}", said,
-                                "start one with python -m llama_tp.serve, or give --url and --wait")
+                raise UserError(f"no server at {self.root}", said, "start one (python -m llama_tp.serve), or give --url and --wait")
             time.sleep(0.2)
 
     def stream(self, body: dict, answer: Answer) -> Iterator[str]:
         """The pieces of an answer's text as they come; `answer` is kept up to date. UserError when the server refuses or fails."""
-        sent = time.monotonic()
+        sent, events = time.monotonic(), Events()
         try:
             with self.client.stream("POST", f"{self.root}/v1/chat/completions", json=body) as reply:
                 if reply.status_code != 200:
-                    raise UserError(f"the server says HTTP {reply.status_code}", _message(reply.read()), "/retry asks again")
-                for line in reply.iter_lines():
-                    if line.startswith("data:") and line[5:].strip() != "[DONE]":
-                        yield from self._piece(json.loads(line[5:]), answer, sent)
+                    raise UserError(f"the server says HTTP {reply.status_code}", _message(reply.read()),
+                                    "/clear forgets the conversation, /set NAME takes a setting back, /retry asks again")
+                for data in reply.iter_bytes():
+                    for event in events.push(data):
+                        yield from self._piece(event, answer, sent)
         except (httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
             raise UserError("the connection to the server broke", f"{type(error).__name__}: {error}"[:200],
                             "/retry asks again") from None
+        if not events.done and not answer.finish_reason:
+            raise UserError("the server broke off", "the answer has no end", "/retry asks again")
 
     def _piece(self, event: dict, answer: Answer, sent: float) -> Iterator[str]:
         if event.get("error"):
@@ -144,10 +146,18 @@ class Server:
             answer.n_tokens, answer.n_prompt = usage.get("completion_tokens", answer.n_tokens), usage.get("prompt_tokens", 0)
 
 
+def _piped() -> list[str]:
+    """The lines of a stdin that is no terminal. UserError for what is no text."""
+    try:
+        return sys.stdin.read().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError("the standard input cannot be read", str(error), "give UTF-8 text") from None
+
+
 def _message(data: bytes) -> str:
     """The words of an OpenAI error body, or of any other, as one line."""
     text = data.decode(errors="replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
     return " ".join(_CONTROL.sub(" ", text).split())[:300]
 
@@ -216,8 +226,10 @@ def reply(conversation: Conversation, server: Server, console: "rich.console.Con
         end = f"{error}\n"
     view.close()
     conversation.answered(answer)
+    notes = console if console.is_terminal else rich.console.Console(stderr=True)       # a pipe gets answers alone
     if end or console.is_terminal:
-        console.print(end + answer.line(), style="dim", markup=False)
+        end = end + answer.line() if answer.text else end.rstrip("\n; ") or "no text came"
+        notes.print(end, style="dim", markup=False, soft_wrap=True)
 
 
 class Plain:

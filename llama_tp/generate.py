@@ -121,13 +121,14 @@ def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
     if (prompt is None) == (prompts_file is None):
         raise UserError("there must be one source of prompts", "both --prompt and --prompts_file" if prompt is not None else
                         "neither --prompt nor --prompts_file", 'give --prompt "TEXT", --prompt - or --prompts_file FILE')
-    if prompts_file is None:
-        return [sys.stdin.read() if prompt == "-" else prompt]
+    source = "--prompt -" if prompts_file is None else f"--prompts_file {prompts_file}"
     try:
-        with open(prompts_file, encoding="utf-8") as f:
-            lines = f.read().splitlines()
+        if prompts_file is None:
+            return [sys.stdin.read() if prompt == "-" else prompt]
+        with open(prompts_file, encoding="utf-8-sig") as f:
+            lines = f.read().split("\n")                    # no more ends a line: splitlines has U+2028 and others, too
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts_file {prompts_file} cannot be read", str(error), "name a UTF-8 text file") from None
+        raise UserError(f"{source} cannot be read", str(error), "give UTF-8 text") from None
     prompts = [_line(line, i, prompts_file) for i, line in enumerate(lines, start=1) if line]
     if not prompts:
         raise UserError(f"--prompts_file {prompts_file} holds no prompt", "it is empty", "write one prompt a line")

@@ -84,7 +84,7 @@ class FakeServer:
                 self.wfile.write(b"data: [DONE]\n\n")
 
             def event(self, value):
-                self.wfile.write(b"data: " + json.dumps(value).encode() + b"\n\n")
+                self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")      # raw, as most send it
                 self.wfile.flush()
 
             def reply(self, status, value):

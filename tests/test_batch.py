@@ -342,13 +342,14 @@ def test_twenty_kills_of_five_hundred_lines(tmp_path):
 
 @pytest.mark.parametrize("name, found", [
     ("in.jsonl", "it is the --input"), ("link.jsonl", "it is the --input"), ("empty.jsonl", "it is the --input"),
-    ("/dev/full", "it is no file"), (".", "it is no file")])
+    ("side", "it is the --input, or a file beside"), ("/dev/full", "it is no file"), (".", "it is no file")])
 def test_an_output_that_is_no_file_of_its_own_is_refused_and_left_alone(name, found, tmp_path):
     source = write_input(tmp_path / "in.jsonl", 1)
     (tmp_path / "link.jsonl").symlink_to(source)
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "side.retry").symlink_to(source)
     before = source.read_bytes()
     done = batch(tmp_path / "empty.jsonl" if name == "empty.jsonl" else source, tmp_path / name, code=1)
     assert done.stderr.startswith(f"error: --output {tmp_path / name} cannot be written - {found}")
     assert source.read_bytes() == before and (tmp_path / "empty.jsonl").exists()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty.jsonl", "in.jsonl", "link.jsonl"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["empty.jsonl", "in.jsonl", "link.jsonl", "side.retry"]

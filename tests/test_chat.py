@@ -102,6 +102,11 @@ def test_retry():
     assert conversation.take("/retry").ask and conversation.messages[-1]["content"] == "two"
     conversation.answered(Answer("a part"))
     assert conversation.messages[-1] == {"role": "assistant", "content": "a part"}
+    conversation.take("/retry")
+    conversation.answered(Answer())
+    conversation.take("three")
+    conversation.answered(Answer("3"))
+    assert conversation.take("/retry").ask and conversation.messages[-1]["content"] == "three"      # the last one, not "two"
 
 
 def test_clear_keeps_settings_and_system():
@@ -134,6 +139,7 @@ def test_saved_and_loaded_is_the_same(texts, system, seed, tmp_path_factory):
 @pytest.mark.parametrize("text", ["", "{}", "3", "[3]", '[{"role": "user"}]', '[{"role": "root", "content": "x"}]',
                                   '{"messages": 3}', '[{"role": "user", "content": 3}]',
                                   '{"messages": [], "settings": {"magic": 1}}',
+                                  '{"messages": [], "settings": {"seed": Infinity}}', "[" * 100_000,
                                   '{"messages": [], "system": 3}', '{"messages": [], "settings": {"seed": []}}'])
 def test_what_is_no_saved_conversation_changes_nothing(text, tmp_path):
     (tmp_path / "c.json").write_text(text)
@@ -190,6 +196,21 @@ def test_what_could_drive_a_terminal_is_left_out():
         list(Server(fake.url, None).stream({}, Answer()))
 
 
+def test_any_text_comes_through():
+    """U+2028 and its kin end lines for Python, and for httpx's iter_lines; JSON holds them as they are."""
+    pieces = ["a\u2028b", "\u2029", "c\x85d", "é\U0001f600"]
+    with FakeServer(pieces=pieces) as fake:
+        assert list(Server(fake.url, None).stream({}, Answer())) == ["a\u2028b", "\u2029", "cd", "é\U0001f600"]
+
+
+def test_an_answer_without_its_end_is_told(screen):
+    with FakeServer(ending="cut") as fake:
+        conversation = Conversation(model="m")
+        conversation.take("hello?")
+        reply(conversation, Server(fake.url, None), screen, markdown=False)
+    assert conversation.messages[-1]["content"] == "one two " and "the server broke off" in shown(screen)
+
+
 def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):
     with FakeServer(ending="error") as fake:
         conversation = Conversation(model="m")
@@ -214,7 +235,7 @@ def test_addresses_and_keys_that_cannot_be_are_refused_in_words(url, key, says):
 def test_the_server_is_waited_for_and_named_when_it_does_not_come():
     with FakeServer() as fake:
         url = fake.url
-        with pytest.raises(UserError, match="does not answer as an OpenAI-compatible server"):
+        with pytest.raises(UserError, match="no OpenAI-compatible server at .*/wrong"):
             Server(url + "/wrong", None).first_model(5)
     started = time.monotonic()
     with pytest.raises(UserError, match=f"no server at {url}.*llama_tp.serve"):
@@ -306,6 +327,19 @@ def test_into_a_pipe_comes_nothing_but_answers(tmp_path):
                               input="hi\nyou\n", capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "one two three four\n" * 2, "")
     assert len(fake.requests[1][2]["messages"]) == 3
+
+
+def test_beside_the_answers_errors_are_told_on_stderr():
+    words = [sys.executable, "-m", "llama_tp.chat", "--history_file", "", "--url"]
+    with FakeServer(refusal=(400, "the prompt is too long"), n_good=1) as fake:
+        done = subprocess.run([*words, fake.url], cwd=ROOT, text=True, input="a\u2028b\nmore", capture_output=True, timeout=60)
+    assert fake.requests[0][2]["messages"] == [{"role": "user", "content": "a\u2028b"}]
+    assert done.stdout == "one two three four\n\n" and "0 tokens" not in done.stderr
+    assert "HTTP 400 - the prompt is too long - /clear forgets the conversation" in done.stderr
+    with FakeServer() as fake:
+        done = subprocess.run([*words, fake.url], cwd=ROOT, input=b"\xff\n", capture_output=True, timeout=60,
+                              env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 1 and done.stderr.startswith(b"error: the standard input cannot be read")
 
 
 def _as_a_shell_starts_it() -> None:

@@ -1,5 +1,6 @@
 """`python -m llama_tp.generate` on the demo model as a person meets it: what goes in, and what comes out where."""
 
+import io
 import json
 import subprocess
 import sys
@@ -159,6 +160,14 @@ def test_prompts_come_from_one_place(tmp_path):
             prompts_of(None, str(file))
     with pytest.raises(UserError, match="cannot be read"):
         prompts_of(None, str(tmp_path / "absent"))
+    file.write_bytes('\ufeffa\u2028b\r\n\n"c\\n"\n'.encode())
+    assert prompts_of(None, str(file)) == ["a\u2028b", "c\n"]
+
+
+def test_a_stdin_that_is_no_text_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8"))
+    with pytest.raises(UserError, match="--prompt - cannot be read"):
+        prompts_of("-", None)
 
 
 def test_a_bias_is_an_id_and_a_number():

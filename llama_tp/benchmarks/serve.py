@@ -11,10 +11,11 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from llama_tp.benchmarks.served import Outcome, result_of
+from llama_tp.protocol.events import Events
 from llama_tp.spec.errors import UserError
 
 try:
@@ -59,6 +60,8 @@ class Load:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"--{name} must be above 0", f"found {value}", "correct it")
+        if self.api_key and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise UserError("an API key is made of ASCII characters", "this one is not", "correct --api_key, or OPENAI_API_KEY")
         if not 0 <= self.spread < 1:
             raise UserError("--spread must be at least 0 and below 1", f"found {self.spread}", "correct it")
 
@@ -86,10 +89,10 @@ def limits_of(goodput: tuple[str, ...]) -> dict[str, float]:
 def prompts_in(path: str) -> list[str]:
     """The prompts of a file: a text a line, or a JSON object with a "prompt". UserError for a file without any."""
     try:
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f.read().splitlines() if line.strip()]
+        with open(path, encoding="utf-8-sig") as f:
+            lines = [line.rstrip("\n") for line in f if line.strip()]
         prompts = [json.loads(line)["prompt"] if line.startswith("{") else line for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise UserError(f"--prompts_file {path} cannot be read", f"{type(error).__name__}: {error}",
                         'write a prompt a line, or {"prompt": "..."}') from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
@@ -115,7 +118,7 @@ async def _measure(load: Load, show) -> dict:
             model = load.model or (await client.get(f"{load.root}/v1/models")).raise_for_status().json()["data"][0]["id"]
             bodies = await _bodies(load, model, client, draw)
             first = await _send(client, load, {**bodies[0], "max_tokens": min(2, bodies[0]["max_tokens"])}, time.perf_counter())
-        except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
             raise UserError(f"there is no OpenAI-compatible server at {load.url}", f"{type(error).__name__}: {error}"[:300],
                             "start one, or give its address and --api_key") from None
         if first.error:
@@ -184,20 +187,13 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     """One request. Whatever happens to it is in its outcome."""
     sent = time.perf_counter()
     outcome = Outcome(start=sent - began, n_input=len(body.get("prompt", "").split()))
-    last, usage, pieces = sent, {}, []
+    last, usage, pieces, events = sent, {}, [], Events()
     try:
         async with client.stream("POST", load.endpoint, json=body) as reply:
             if reply.status_code != 200:
                 outcome.error = f"HTTP {reply.status_code}: {(await reply.aread()).decode(errors='replace')[:300]}"
                 return outcome
-            done = False
-            async for line in reply.aiter_lines():
-                if not line.startswith("data:"):
-                    continue                            # comments and empty lines
-                if line[5:].strip() == "[DONE]":
-                    done = True
-                    break
-                event = json.loads(line[5:])
+            async for event in _events(reply, events):
                 if event.get("error"):
                     outcome.error = json.dumps(event["error"])[:300]
                     return outcome
@@ -214,7 +210,7 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     except (httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"[:300]
         return outcome
-    if not done:
+    if not events.done:
         outcome.error = "the stream ended without [DONE]"
     outcome.latency = (last if pieces else time.perf_counter()) - sent
     outcome.ttft = outcome.ttft if pieces else outcome.latency     # tokens without any text
@@ -222,6 +218,15 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     outcome.n_input = usage.get("prompt_tokens", outcome.n_input)
     outcome.n_output = usage.get("completion_tokens", len(pieces))
     return outcome
+
+
+async def _events(reply, events: Events) -> AsyncIterator[dict]:
+    """What a streamed reply says, up to its [DONE]."""
+    async for data in reply.aiter_bytes():
+        for event in events.push(data):
+            yield event
+        if events.done:
+            return
 
 
 def _text_of(choice: dict) -> str:

@@ -46,7 +46,6 @@ def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -
         except RequestError as error:
             checked.bad(number, error)
             wrong[-1] = True
-            hashes[-1] = _hash(f"line-{number}") if error.param == "custom_id" else hashes[-1]
     ids = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
     order = np.argsort(ids, kind="stable")
     again = order[1:][ids[order[1:]] == ids[order[:-1]]].tolist()

@@ -3,6 +3,7 @@
 `open_job` finds out whether the output can be begun or gone on with, before a model is loaded. Knows no engine.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ class Job:
         target: where lines are written: the output, or the file that replaces it when failed lines are tried again.
         old: the output whose good lines are copied meanwhile, else None.
         n_lines: of the input; n_failed: of those that are done already.
-        computed: how the lines done so far were computed ({"device": ...}), {} before the first run.
+        input_state: what the file system said about the input when it was looked at.
     """
 
     input: str
@@ -43,6 +44,7 @@ class Job:
     duplicates: frozenset[int]
     n_failed: int = 0
     old: Journal | None = None
+    input_state: tuple = ()
 
     @property
     def created(self) -> int:
@@ -67,11 +69,17 @@ class Job:
     def computed_by(self, computed: dict) -> None:
         """Notes how the lines are computed from now on. Raises UserError if those that are done were computed otherwise."""
         before = self.description.get("computed")
-        if before not in (None, computed) and self.target.n_lines:
-            raise UserError(f"the lines in {self.target.path} were computed in another way",
+        if before not in (None, computed) and (self.target.n_lines or self.old):
+            raise UserError(f"the lines in {self.output} were computed in another way",
                             "; ".join(differences({"": before}, {"": computed})), f"use the same again; {ANEW}")
         self.description["computed"] = computed
         write_job(self.sidecar, self.description)
+
+    def check_input(self) -> None:
+        """Raises UserError if the input is not the file any more that was looked at."""
+        if _state(self.input) != self.input_state:
+            raise UserError(f"--input {self.input} was changed while the job ran",
+                            "answers may be to what stands there now", f"let it be while a job runs; {ANEW}")
 
     def finish(self) -> None:
         """Puts the new file in the place of the old one, if there are two."""
@@ -89,6 +97,7 @@ def open_job(input: str, output: str, model: ServedModel, defaults: Defaults, ma
 
     Raises UserError for bad lines without `skip_bad`, and for an output of another job.
     """
+    state = _state(input)
     made_of = {"input": _file_digest(input), **made_of}
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).digest()
     journal, sidecar = Journal(Path(output)), Path(f"{output}.job")
@@ -98,7 +107,7 @@ def open_job(input: str, output: str, model: ServedModel, defaults: Defaults, ma
             description = _checked(input, model, defaults, made_of, key, skip_bad, tell)
             write_job(sidecar, description)
         job = Job(input, model, defaults, key, sidecar, description, journal, description["n_lines"],
-                  frozenset(description["duplicates"]))
+                  frozenset(description["duplicates"]), input_state=state)
         _recover(job, Path(f"{output}.retry"), retry_failed)
     except BaseException:
         journal.discard()
@@ -146,6 +155,14 @@ def _checked(input: str, model: ServedModel, defaults: Defaults, made_of: dict, 
     tell(f"checked {checked.n_lines} lines in {time.monotonic() - started:.1f} s")
     return {"format": 1, "made_of": made_of, "n_lines": checked.n_lines, "n_bad": checked.n_bad,
             "duplicates": sorted(checked.duplicates)}
+
+
+def _state(path: str) -> tuple:
+    """What differs as soon as a file is written to or replaced; () for one that is gone."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return ()
 
 
 def _file_digest(path: str) -> str:

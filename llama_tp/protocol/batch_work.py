@@ -64,15 +64,17 @@ class Work:
         return False
 
     def _lines(self, start: int) -> Iterator[tuple[int, bytes, bytes | None]]:
-        """(number, input line, output line to copy or None) of what is not written yet."""
+        """(number, input line, output line to copy or None) of what is not written yet. UserError if the input has changed."""
         done = self.job.old.lines() if self.job.old else iter(())
         for _ in range(start):
             next(done, None)
+        self.job.check_input()                              # loading a model takes minutes
         for number, raw in lines_of(self.job.input, start):
             old = next(done, None)
             if old is not None and has_failed(old, beginning(self.job.custom_id(raw, number), self.job.key)):
                 old = None
             yield number, raw, old
+        self.job.check_input()
 
     def _feed(self) -> None:
         """Begins lines until the engine has enough to do, or too many wait for their turn to be written."""

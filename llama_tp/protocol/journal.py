@@ -67,13 +67,15 @@ class Journal:
             f.seek(0)
             for line in f:
                 expected = next(begins, None)
-                holed = b"\0" in line                       # room that a crashed machine gave the file and never filled
-                if holed or expected is None or not (line.startswith(expected) and line.endswith(b"}\n")):
-                    if not holed and f.read(1):             # not the last one: no crash leaves this
-                        raise UserError(f"--output {self.path} is not what this job has written",
-                                        f"line {self.n_lines + 1} does not answer that line of the input",
-                                        "name another --output, or move the file away")
+                if b"\0" in line:                           # room that a crashed machine gave the file and never filled
                     break
+                fits = expected is not None and line[:len(expected)] == expected[:len(line)]
+                if fits and not line.endswith(b"\n"):       # torn
+                    break
+                if not (fits and line.endswith(b"}\n")):    # no crash leaves this
+                    raise UserError(f"--output {self.path} is not what this job has written",
+                                    f"line {self.n_lines + 1} does not answer that line of the input",
+                                    "name another --output, or move the file away")
                 n_failed += has_failed(line, expected)
                 good += len(line)
                 self.n_lines += 1
@@ -121,8 +123,11 @@ class Journal:
             os.unlink(self.path)
 
     def becomes(self, path: Path) -> None:
-        """Puts this file in the place of another, at once."""
-        os.replace(self.path, path)
+        """Puts this file in the place of another, at once. Raises UserError when the disk does not take it."""
+        try:
+            os.replace(self.path, path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be replaced by {self.path}", str(error.strerror), RESUME) from None
         _sync_folder(path)
 
 

@@ -57,11 +57,12 @@ class CallGrammar:
         self.out: list[str | CallDelta] = []
         self.n_calls = 0
         self._parameters, self._parallel, self._new_id = parameters, parallel, new_id
+        self._unclosed = ""                             # quotes that begin a query which the section does not end
 
     def section(self, tagged: bool):
         """A message, or the part of it behind a python tag: calls, then content or code."""
         r = self.reader
-        n_before = self.n_calls
+        n_before, self._unclosed = self.n_calls, ""
         yield
         try:
             while r.ch or r.held:
@@ -229,11 +230,12 @@ class CallGrammar:
         r.accept()
 
     def _built_in(self):
-        """NAME.call(query="..."); a quote that no bracket follows belongs to the query."""
+        """NAME.call(query="..."); a quote that no bracket follows belongs to the query. One that runs to the end of the section
+        is no call, nor is any that the same text begins further on: read again for each, it would take quadratic time."""
         r = self.reader
         name = yield from r.name()
         yield from r.expect(".call(query=")
-        if not r.ch or r.ch not in QUOTES or not self._callable(name):
+        if not r.ch or r.ch not in QUOTES or r.ch in self._unclosed or not self._callable(name):
             raise Reject
         quote, query = r.ch, []
         yield
@@ -254,6 +256,7 @@ class CallGrammar:
                 query.append(r.ch)
                 yield
             else:
+                self._unclosed += quote
                 raise Reject
         self._call(name, to_json({"query": "".join(query)}))
         yield

@@ -75,6 +75,7 @@ class Conversation:
 
     def ask(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
+        self.unanswered = None
 
     def answered(self, answer: Answer) -> None:
         """An answer, or a part of one; without any text the question is taken back."""
@@ -136,7 +137,6 @@ class Conversation:
     def _retry(self, _: str) -> Outcome:
         if self.unanswered is not None:
             self.ask(self.unanswered)
-            self.unanswered = None
         elif self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         return Outcome(ask=True) if self.messages else Outcome("there is no question to ask again")
@@ -178,7 +178,7 @@ class Conversation:
                 raise ValueError("a message is not a role and a text")
             if system is not None and not isinstance(system, str):
                 raise ValueError("the system message is no text")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is no saved conversation", f"{type(error).__name__}: {error}"[:200],
                             "name a file that /save wrote") from None
         self.messages, self.settings, self.unanswered = messages, settings, None

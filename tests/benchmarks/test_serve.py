@@ -99,6 +99,12 @@ def test_requests_come_at_their_rate():
         turn += draw.expovariate(100.0)
 
 
+def test_any_text_is_counted():
+    with FakeServer(pieces=["a\u2028", "\u2029b", "\x85", "é"]) as server:
+        result = run(server)
+    assert result["failed"] == 0 and result["generated_texts"] == ["a\u2028\u2029b\x85é"] * 6
+
+
 @pytest.mark.parametrize("ending, says", [("error", "a rank died"), ("cut", r"without \[DONE\]|RemoteProtocolError")])
 def test_what_breaks_in_mid_stream_has_failed(ending, says):
     with FakeServer(ending=ending, n_good=4) as server:
@@ -132,16 +138,23 @@ def test_no_server():
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(UserError, match="no OpenAI-compatible server at http://127"):
         measure(Load(url), print)
+    with pytest.raises(UserError, match="no OpenAI-compatible server at http://"):
+        measure(Load("http://[::1"), print)
 
 
 @pytest.mark.parametrize("settings, says", [
     ({"url": "127.0.0.1:8000"}, "not the address"), ({"n_requests": 0}, "--n_requests must be above 0"),
     ({"request_rate": -1.0}, "--request_rate must be above 0"), ({"concurrency": 0}, "--concurrency"),
-    ({"spread": 1.0}, "--spread"),
+    ({"spread": 1.0}, "--spread"), ({"api_key": "k\u00e9y"}, "API key"),
 ])
 def test_loads_that_make_no_sense(settings, says):
     with pytest.raises(UserError, match=says):
         Load(**{"url": "http://x", **settings})
+
+
+def test_lines_of_a_prompts_file_end_where_lines_end(tmp_path):
+    (tmp_path / "p").write_bytes('\ufeff{"prompt": "a\u2028b"}\r\nc\u2028d\n'.encode())
+    assert prompts_in(str(tmp_path / "p")) == ["a\u2028b", "c\u2028d"]
 
 
 def test_goodput_and_prompt_files_that_make_no_sense(tmp_path):
@@ -204,6 +217,10 @@ def test_the_command_prints_tables_and_json_and_draws(tmp_path):
 
 
 @pytest.mark.parametrize("words, says", [
+    (["serve", "--url", "http://x", "--plot", "/no/where/x.png"], "--plot /no/where/x.png cannot be written"),
+    (["serve", "--url", "http://x", "--save", "/no/where"], "--save /no/where cannot be written"),
+    (["serve", "--url", "http://x", "--plot", "x.txt"], "--plot draws a .png or .svg"),
+    (["latency", "--ckpt_dir", "checkpoints/demo", "--beside", "/no/where"], "--beside /no/where cannot be read"),
     (["serve"], "found no --url"), (["serve", "--url", "http://x", "--ckpt_dir", "d"], "found --ckpt_dir"),
     (["latency", "--url", "http://x"], "--url is for serve"), (["serve", "--url", "x"], "not the address"),
 ])

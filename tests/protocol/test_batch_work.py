@@ -27,6 +27,9 @@ MADE_OF = {"model": "m", "parameters": {"seed": 1, "top_p": None}}
 POISON = MODEL.tokenizer.encode("q")[0]                       # a fake engine gives requests up that hold it
 
 
+SEVEN = MODEL.tokenizer.encode("number 7")[-1]                 # in some prompts of write_input
+
+
 def write_input(path: Path, n: int) -> Path:
     path.write_text("".join(json.dumps({"prompt": f"number {i}", "n": 1 + i % 3, "max_tokens": 9}) + "\n" for i in range(n)))
     return path
@@ -153,6 +156,11 @@ def test_files_of_other_jobs_are_not_touched(tmp_path, whole):
     with pytest.raises(UserError, match="is no JSON"):
         opened(tmp_path)
     assert (tmp_path / "out").read_bytes().endswith(b'{"id": 5}\n')
+    for ours, theirs in [(whole, b"mine\n"), (whole, b"mine"), (whole[:-5], b"\n"), (b"", b'{"id": 5}\n'), (b"", b"mine")]:
+        (tmp_path / "out").write_bytes(ours + theirs)            # also at the end, no crash leaves this
+        with pytest.raises(UserError, match="does not answer"):
+            opened(tmp_path)
+        assert (tmp_path / "out").read_bytes() == ours + theirs
     for content in (b"{", b"[]", b"{}"):
         (tmp_path / "out.job").write_bytes(content)
         with pytest.raises(UserError, match="out.job cannot be read"):
@@ -173,6 +181,23 @@ def test_lines_must_have_been_computed_in_the_same_way(tmp_path, whole):
     job.computed_by({"device": "cpu"})
     with pytest.raises(UserError, match="device was cpu and is cuda"):
         job.computed_by({"device": "cuda"})
+    job.target.close()
+    (tmp_path / "out").unlink()
+    worked(opened(tmp_path), FakeEngine(poison=SEVEN))
+    job = opened(tmp_path, retry_failed=True)                    # the good lines are kept: the others must be computed alike
+    assert job.target.n_lines == 0 < job.n_lines
+    with pytest.raises(UserError, match="device was cpu and is cuda"):
+        job.computed_by({"device": "cuda"})
+
+
+@pytest.mark.parametrize("steps", [0, 10])
+def test_an_input_that_is_changed_meanwhile_is_seen(tmp_path, whole, steps):
+    job, left = opened(tmp_path), iter(range(steps))
+    work = Work(job, FakeEngine(), 1, "fp", lambda *numbers: None)
+    assert not work.run(lambda: next(left, None) is None) and not work.input_ended
+    write_input(tmp_path / "in", 31)
+    with pytest.raises(UserError, match="was changed while the job ran"):
+        work.run(lambda: False)
 
 
 def test_two_processes_cannot_write_one_file(tmp_path, whole, monkeypatch):
@@ -190,6 +215,10 @@ def test_bad_lines_are_counted_and_the_first_are_listed(tmp_path):
     (tmp_path / "in").write_text(good % "a" + bad * 30 + good % "a" + good % "b" + good % "line-3" + '{"custom_id": "b"}\n')
     checked = check_lines(str(tmp_path / "in"), MODEL, Defaults(), b"k" * 32)
     assert (checked.n_lines, checked.n_bad) == (35, 30 + 2 + 1) and len(checked.shown) == MAX_SHOWN
+    nested = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "custom_id": 1}}\n'
+    (tmp_path / "b").write_text(nested + good % "a")             # bad, and still the first of its name
+    assert check_lines(str(tmp_path / "b"), MODEL, Defaults(), b"k" * 32).duplicates == {2}
+    (tmp_path / "b").unlink()
     assert [number for number, _ in checked.shown] == list(range(2, 2 + MAX_SHOWN)) and checked.duplicates == {32, 34, 35}
     told: list[str] = []
     with pytest.raises(UserError, match="33 of 35, from line 2 on"):

@@ -59,6 +59,10 @@ FORMS = [
     ("def g(n):\n    return 'a' * n  # \"\\\n\nprint(g(7))", 1, [
         ("code_interpreter", {"code": "def g(n):\n    return 'a' * n  # \"\\\n\nprint(g(7))"})], ""),
     ("[x for x in y]", 1, [("code_interpreter", {"code": "[x for x in y]"})], ""),
+    ('brave_search.call(query="a<function=f>{}</function>wolfram_alpha.call(query="b" c<function=f>{}</function>', 0,
+     [("f", {})] * 2, 'brave_search.call(query="awolfram_alpha.call(query="b" c'),
+    ("brave_search.call(query=\"<function=f>{}</function>brave_search.call(query='b')", 0, [
+        ("f", {}), ("brave_search", {"query": "b"})], 'brave_search.call(query="'),
     (' {"a": 1}', 1, [("code_interpreter", {"code": ' {"a": 1}'})], ""),
 ]
 
@@ -242,7 +246,7 @@ def test_not_parallel_means_one_call():
     "{" * 300_000, "[" * 300_000, "<function=" * 30_000, '{"name": "f", "parameters": ' + '{"x":' * 60_000, "[f(x=" + "(" * 300_000,
     '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000,
     '{"name": "f", "parameters": {}};' * 10_000,
-    "brave_search.call(query=" + '"' * 300_000])
+    "brave_search.call(query=" + '"' * 300_000, 'brave_search.call(query="<function=f>{}</function>' * 6_000])
 def test_time_is_linear_in_the_text(text):
     started = time.monotonic()
     parse(text, OFFERED)
