@@ -21,7 +21,8 @@ from llama_tp.text.call_grammar import BUILT_IN
 from llama_tp.text.token_table import Tokenizer
 
 MAX_SOURCE = 1 << 16                                    # characters of a schema, regex or grammar
-MAX_TOOLS = 128
+MAX_TOOLS = 128                 # OpenAI's bound
+MAX_CALLS = 32                  # in one answer that has to call: a model that cannot end would go on to max_tokens
 # Free whitespace between JSON tokens lets a model that is pushed off its way write blanks for ever.
 _JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False,
                  "json_allow_general_unicode_escapes": True}    # models have learnt these, too
@@ -72,7 +73,7 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
         found = f"found {len(rules)}" + (f" called {name!r}" if name else "")
         raise UserError(f"a tool must be called, out of 1 to {MAX_TOOLS}", found, "correct tools or tool_choice")
     calls = " | ".join(f"call_{i}" for i in range(len(rules)))
-    start = 'call ("; " call)*' if parallel else "call"
+    start = f'call ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else "call"
     start = f"start: {start} | text\ntext: /([^{{\\[<](?s:.*))?/" if or_text else f"start: {start}"
     return lark("\n".join([start, f"call: {calls}", *rules]))
 

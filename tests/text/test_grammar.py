@@ -155,6 +155,7 @@ def test_calls_of_tools(grammars, tiny):
     search = '{"name": "brave_search", "parameters": {"query": "gold"}}'
     any_one, named, single = tool_call(TOOLS), tool_call(TOOLS, "f"), tool_call(TOOLS, parallel=False)
     assert all(takes(any_one, text) for text in (f, g, search, f"{f}; {g}"))
+    assert takes(any_one, "; ".join([f] * 32)) and not takes(any_one, "; ".join([f] * 33))       # it ends some time
     assert takes(named, f) and not takes(named, g) and takes(single, g) and not takes(single, f"{f}; {g}")
     assert not any(takes(any_one, text) for text in (f.replace("3", "30"), f.replace("f", "h"), "text", f + "x", "{}"))
     assert [call.name for call in parse(f"{f}; {g}; {search}", TOOLS).tool_calls] == ["f", "g", "brave_search"]
