@@ -8,7 +8,7 @@ from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 
-HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s", "GB/s",
+HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s", "GB/s a rank",
           "decode % of limit", "driver ms"]
 
 
@@ -65,7 +65,7 @@ def latency(engine: Engine, ceiling: Ceiling, batches: list[int], n_prompt: int,
         n_bytes = ceiling.weight_bytes_per_step + batch * context * ceiling.kv_bytes_per_position
         rows.append(dict(zip(HEADER, [
             batch, n_prompt, n_new, f"{1e3 * first_s:.1f}", f"{batch * n_prompt / first_s:.0f}", f"{floor_first / first_s:.0%}",
-            f"{1e3 * step_s:.2f}", f"{spread:.0%}", f"{batch / step_s:.1f}", f"{ceiling.tp * n_bytes / step_s / 1e9:.1f}",
+            f"{1e3 * step_s:.2f}", f"{spread:.0%}", f"{batch / step_s:.1f}", f"{n_bytes / step_s / 1e9:.1f}",
             f"{floor_step / step_s:.0%}", f"{1e3 * driver_s:.2f}"])))
         results.append({
             "batch_size": batch, "input_len": n_prompt, "output_len": n_new, "avg_latency": statistics.mean(r.all_s for r in runs),
