@@ -8,8 +8,8 @@ from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 
-HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s", "GB/s a rank",
-          "decode % of limit", "driver ms"]
+HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s",
+          "GB/s a rank", "decode % of limit", "driver ms"]
 
 
 @dataclass(frozen=True)
