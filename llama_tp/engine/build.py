@@ -164,8 +164,8 @@ def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) ->
 
 
 def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs next to nothing: on CPU with
-    packed weights and the C++ kernels (0.91 to 1.0 of the other mode's speed, benchmarks/README.md)."""
+    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs little: on CPU with packed
+    weights and the C++ kernels (0.94 to 1.0 of the other mode's speed with many requests, 0.8 to 0.9 with one)."""
     return device.type == "cpu" and can_pack(dtype, device) and library() is not None if wanted is None else wanted
 
 
