@@ -235,7 +235,8 @@ class Sequence:
         self.params = request.params
         self.index = index                              # which of the request's n samples
         self.seed = seed                                # resolved: the request's own or the engine's
-        self.way = way(request.params)                  # GATHERED for a while where filters could not decide on the shards
+        self.usual_way = way(request.params)
+        self.way = self.usual_way                       # GATHERED for a while where filters could not decide on the shards
         self.n_undecided = 0                            # how often that was
         self.ids = [*request.prompt_ids, *(request.outputs[index] if request.outputs else ())]
         self.n_prompt = len(request.prompt_ids)

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.request import Sequence, way
+from llama_tp.engine.request import Sequence
 from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
 from llama_tp.spec.errors import UserError
 
@@ -163,7 +163,7 @@ class Scheduler:
                 sequence.ids.append(token)
                 sequence.n_pending -= 1
                 if sequence.n_undecided:
-                    self._go(sequence, GATHERED if sequence.n_undecided * FEW > sequence.n_output else way(sequence.params))
+                    self._go(sequence, GATHERED if sequence.n_undecided * FEW > sequence.n_output else sequence.usual_way)
             self._computed(sequence, row.n)
             if len(sequence.ids) == sequence.limit:
                 self.finish(sequence, "length")

@@ -70,6 +70,10 @@ class Flight:
     def n_unfinished(self) -> int:
         return sum(ids is not None for ids in self.outputs)
 
+    def begin(self, at: float) -> None:
+        """It has a row since then; the first call counts."""
+        self.begun_at = self.begun_at or max(at, self.arrived)
+
     def end(self, error: Exception) -> None:
         """Nothing more will come but this."""
         if not self.is_over:
@@ -272,12 +276,13 @@ class Desk:
         for request_id, (what, found, fix) in message["refused"].items():
             if flight := self._flights.get(request_id):
                 self._fail(flight, UserError(what, found, fix))
-        for request_id in (*message["begun"], *(delta["id"] for delta in message["deltas"])):
-            if (flight := self._flights.get(request_id)) and not flight.begun_at:
-                flight.begun_at = max(now - message["step_s"], flight.arrived)
+        for request_id in message["begun"]:
+            if flight := self._flights.get(request_id):
+                flight.begin(now - message["step_s"])
         for delta in message["deltas"]:
             flight = self._flights.get(delta["id"])
             if flight and flight.outputs[delta["index"]] is not None:
+                flight.begin(now - message["step_s"])       # what its first step ended is not among the begun
                 self.metrics.gained(flight, delta, now)
                 flight.hear(delta)
                 if flight.is_over:
