@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from llama_tp.model.linear import Matrix
+from llama_tp.model.kernels import pick
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks
@@ -84,7 +84,8 @@ def read_rate(device: torch.device) -> float:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of 512 rows times a square matrix, the kind of product that prefill is made of."""
-    matrices = [Matrix(torch.full((MATRIX, MATRIX), 0.01, dtype=dtype, device=device)) for _ in range(4)]
+    kernels = pick(device, dtype, fixed_bits=False)
+    matrices = [kernels.matrix(torch.full((MATRIX, MATRIX), 0.01, dtype=dtype, device=device)) for _ in range(4)]
     x = torch.ones(512, MATRIX, dtype=dtype, device=device)
     return 4 * 2 * 512 * MATRIX**2 / median_s(lambda: [matrix(x) for matrix in matrices], device)
 

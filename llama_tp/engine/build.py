@@ -23,7 +23,7 @@ from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.fused import fuse
 from llama_tp.model.kernels import pick
 from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.linear import can_pack
+from llama_tp.model.kernels import fixes_rows
 from llama_tp.model.transformer import Transformer
 from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
@@ -166,7 +166,7 @@ def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) ->
 def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
     """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs little: on CPU with packed
     weights and the C++ kernels (0.94 to 1.0 of the other mode's speed with many requests, 0.8 to 0.9 with one)."""
-    return device.type == "cpu" and can_pack(dtype, device) and library() is not None if wanted is None else wanted
+    return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 
 def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int,
@@ -212,9 +212,9 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
         notes.append(f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other tp")
-    if options.deterministic and ranks.device.type == "cpu" and not can_pack(dtype, ranks.device):
-        notes.append(f"--deterministic in {str(dtype)[6:]}: oneDNN cannot pack these weights on this machine, and bits that do "
-                     "not depend on the batch were measured with packed ones only")
+    if options.deterministic and ranks.device.type == "cpu" and not fixes_rows(ranks.device, dtype):
+        notes.append(f"--deterministic in {str(dtype)[6:]}: bits that do not depend on the batch take the C++ products, or weights "
+                     "packed by oneDNN, and this machine has neither for this dtype")
     if options.deterministic and ranks.device.type == "cuda":
         notes.append("--deterministic on CUDA: sums over the ranks have a fixed order; cuBLAS may still choose other kernels for "
                      "other batch sizes, so bits can depend on the batch")

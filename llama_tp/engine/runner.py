@@ -125,7 +125,7 @@ class Runner:
                 positions.append(start)
                 blocks.append(table[start // S])
             ends.append(len(ids))
-        padding = max(self.model.rows_floor, rounded(len(ids))) - len(ids)
+        padding = max(self.model.rows_floor, self.model.kernels.rounded(len(ids))) - len(ids)
         ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.cache.trash] * padding
         flat = self._tensor([ids, positions, blocks])                                  # (3, T)
         if decodes:
@@ -226,13 +226,6 @@ class Runner:
         if judge is not None:
             tokens.copy_(torch.tensor(judge.choose(list(rows), logits)))
         return broadcast(tokens, self.ranks)
-
-
-def rounded(n: int) -> int:
-    """How many rows a step of n tokens is computed with. oneDNN compiles a kernel for every number of rows and keeps a
-    thousand of them, 0.9 MB each (0.9 GB a rank once prompts of all lengths had come by): let there be 50 numbers."""
-    step = 1 if n <= 8 else 4 if n <= 64 else 16
-    return -(-n // step) * step
 
 
 def later(rows: list[int], tokens: torch.Tensor) -> Sampled:

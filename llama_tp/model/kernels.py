@@ -1,4 +1,4 @@
-"""The operations between a layer's products, in the two ways there are: torch's, and C++ on CPU.
+"""What a layer computes with, in the two ways there are: torch's, and C++ on CPU.
 
 One seam for what differs between machines: the transformer calls these and nothing else that does. Both ways give
 a row the same bits whatever else is in the step, however its prompt was cut and on however many ranks the heads lie;
@@ -16,14 +16,21 @@ import torch.nn.functional as F
 
 from llama_tp.model.attention import Group, Paged, Span, attend, attend_decodes, plan
 from llama_tp.model.kv_cache import KVCache, Slots, on_device
+from llama_tp.model.matrix import DTYPES, Matrix, NativeMatrix, TorchMatrix, can_pack
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
-from llama_tp.parallel.collectives import tree_add
 
 WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
 AMPERE = (8, 0)                 # FlashAttention needs a GPU of this generation or a later one
 PAGED_ARGUMENTS = {"enable_gqa", "seqused_k", "block_table", "num_splits"}      # varlen_attn has not had them all from the start
 WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
+
+
+def rounded(n: int) -> int:
+    """How many rows a step of n tokens is computed with. oneDNN compiles a kernel for every number of rows and keeps a
+    thousand of them, 0.9 MB each (0.9 GB a rank once prompts of all lengths had come by): let there be 50 numbers."""
+    step = 1 if n <= 8 else 4 if n <= 64 else 16
+    return -(-n // step) * step
 
 
 class TorchKernels:
@@ -35,9 +42,14 @@ class TorchKernels:
     name = "torch"
     block_size = 16             # slots a KV block: small enough that short prompts share prefixes
     rotate = staticmethod(rotate)
+    rounded = staticmethod(rounded)
 
     def __init__(self, fixed_bits: bool = False):
         self.silu = silu_fixed if fixed_bits else F.silu
+
+    def matrix(self, weight: torch.Tensor, n_chunks: int = 1, lookups: bool = False) -> Matrix:
+        """What multiplies with `weight` (out, in), whose memory it may take over. See matrix.py for n_chunks and lookups."""
+        return TorchMatrix(weight, n_chunks, lookups)
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> list[Group]:
         """What `attend` needs to know about a step of n_tokens rows, once for all layers."""
@@ -72,15 +84,6 @@ class TorchKernels:
         """Softmax attention of every row over its sequence's cached context. q: (T, H, E) -> (T, H, E)."""
         return (attend_decodes if isinstance(plan, Paged) else attend)(q, cache.k[layer], cache.v[layer], plan)
 
-    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x W^T for few rows and a weight that is not packed. (R, D), (V, D) -> (R, V)."""
-        return F.linear(x, weight)
-
-    def tree_add(self, parts: list[torch.Tensor], rounded: bool) -> torch.Tensor:
-        """Sums the parts in fp32 as collectives.tree_add does; -> fp32, or rounded to their dtype."""
-        total = tree_add([part.float() for part in parts])
-        return total.to(parts[0].dtype) if rounded else total
-
     def weights(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """exp((logit - best) / temperature) as integers, 2**44 for the best: their sums are exact in any order, so that a draw
         from them does not depend on how the vocabulary is sharded. logits: (R, n) fp32; others: (R, 1) fp32 -> (R, n) int64."""
@@ -90,10 +93,6 @@ class TorchKernels:
         """Sums of the weights of every WEIGH_CHUNK tokens. (R, V) -> (R, ceil(V / WEIGH_CHUNK)) int64."""
         weights = self.weights(logits, temperature, best)
         return F.pad(weights, (0, -weights.shape[1] % WEIGH_CHUNK)).unflatten(1, (-1, WEIGH_CHUNK)).sum(-1)
-
-    def fixes_rows(self, dim: int) -> bool:
-        """Whether a row's bits in `times` do not depend on the number of rows."""
-        return False
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up. (T, 2F) -> (T, F)."""
@@ -152,11 +151,19 @@ class NativeKernels:
     block_size = 16
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
-        suffix = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        self._attend, self._add_norm, self._rotate_write, self._silu_mul, self._times, self._tree_add = (
-            getattr(library, f"{name}_{suffix}")
-            for name in ("attend", "add_norm", "rotate_write", "silu_mul", "times", "tree_add"))
+        self.library, ending = library, DTYPES[dtype]
+        self._attend, self._add_norm, self._rotate_write, self._silu_mul = (
+            getattr(library, f"{name}_{ending}") for name in ("attend", "add_norm", "rotate_write", "silu_mul"))
         self._weights, self._weigh = library.weights, library.weigh
+        self._together = getattr(library, f"inputs_together_{ending}")()
+
+    def matrix(self, weight: torch.Tensor, n_chunks: int = 1, lookups: bool = False) -> Matrix:
+        if self._together and weight.shape[1] % (n_chunks * self._together) == 0:
+            return NativeMatrix(weight, n_chunks, self.library)
+        return TorchMatrix(weight, n_chunks, lookups)
+
+    def rounded(self, n: int) -> int:
+        return n if self._together else rounded(n)
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> NativePlan:
         heads, tables = array("q"), array("i")
@@ -185,21 +192,6 @@ class NativeKernels:
                      len(plan.spans) // 4, plan.tables.buffer_info()[0], q.shape[1], K, S, E)
         return out
 
-    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        (R, D), V = x.shape, len(weight)
-        if not self.fixes_rows(D) or V < 4:
-            return F.linear(x, weight)
-        out = x.new_empty((R, V))
-        x = x.contiguous()
-        self._times(x.data_ptr(), weight.data_ptr(), out.data_ptr(), R, D, V)
-        return out
-
-    def tree_add(self, parts: list[torch.Tensor], rounded: bool) -> torch.Tensor:
-        out = torch.empty(parts[0].shape, dtype=parts[0].dtype if rounded else torch.float32)
-        pointers = (ctypes.c_void_p * len(parts))(*(part.data_ptr() for part in parts))
-        self._tree_add(pointers, len(parts), *((None, out.data_ptr()) if rounded else (out.data_ptr(), None)), out.numel())
-        return out
-
     def weights(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         out = torch.empty(logits.shape, dtype=torch.int64)
         self._weights(logits.data_ptr(), logits.stride(0), temperature.data_ptr(), best.data_ptr(), out.data_ptr(), *logits.shape)
@@ -210,9 +202,6 @@ class NativeKernels:
         self._weigh(logits.data_ptr(), logits.stride(0), temperature.data_ptr(), best.data_ptr(), out.data_ptr(), *logits.shape,
                     WEIGH_CHUNK)
         return out
-
-    def fixes_rows(self, dim: int) -> bool:
-        return dim % 32 == 0
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         T, twice = gate_up.shape
@@ -230,5 +219,10 @@ def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
         from torch.nn.attention.varlen import varlen_attn               # imports torch's compiler: a second
         if PAGED_ARGUMENTS <= inspect.signature(varlen_attn).parameters.keys():
             return FlashKernels(varlen_attn, fixed_bits)
-    library = load() if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) else None
+    library = load() if device.type == "cpu" and dtype in DTYPES else None
     return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)
+
+
+def fixes_rows(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of this machine can give a row the same bits whatever else is in the step."""
+    return device.type == "cpu" and (can_pack(dtype, device) or (load() is not None and dtype in DTYPES))

@@ -14,8 +14,7 @@ from torch import nn
 from llama_tp.model.attention import Group, Paged
 from llama_tp.model.kernels import Kernels, NativePlan, pick
 from llama_tp.model.kv_cache import KVCache, Slots
-from llama_tp.model.linear import (PLAIN_ROWS_FLOOR, ROWS_FLOOR, ColumnParallelLinear, RowParallelLinear, ShardedWeight, Spare,
-                                   TiedHead, VocabParallelEmbedding, can_pack)
+from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, ShardedMatrix, ShardedWeight, VocabParallelEmbedding
 from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
@@ -45,8 +44,8 @@ class Attention(nn.Module):
         super().__init__()
         self.H, self.K, self.E = config.n_heads // ranks.tp, config.local_kv_heads(ranks.tp), config.head_dim
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
-        self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype)
-        self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, n_chunks, deterministic, kernels.tree_add)
+        self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype, kernels)
+        self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
 
     def forward(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
         T, H, K, E = len(x), self.H, self.K, self.E
@@ -61,8 +60,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.ffn = config.local_ffn(ranks.tp)
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
-        self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype)
-        self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, n_chunks, deterministic, kernels.tree_add)
+        self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype, kernels)
+        self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
 
     def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return self.w2(kernels.silu_mul(self.w13(x)))                           # (T, D)
@@ -94,26 +93,18 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.ranks, self.dtype, self.deterministic = config, ranks, dtype, deterministic
         self.kernels = kernels or pick(ranks.device, dtype, deterministic)
-        self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks)
+        self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks, self.kernels,
+                                                     config.tied)
         self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.output = (TiedHead(self.tok_embeddings, self.kernels.times) if config.tied
-                       else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp), dtype))
+        self.output = self.tok_embeddings if config.tied else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp),
+                                                                                   dtype, self.kernels)
         self.rope = Rope(config, n_positions, ranks.device)
-        self._spare = Spare()
+        # Fewest rows a step must have for a row's bits not to depend on their number (1: it never does, or no promise is made).
+        self.rows_floor = 1
         self._slots = self._table_of_slots()
         self._missing = {id(module): sum(m is module for m, _, _ in self._slots.values())
                          for module, _, _ in self._slots.values()}
-
-    @property
-    def rows_floor(self) -> int:
-        """Fewest rows a product must have for a row's bits not to depend on their number (1: no promise made)."""
-        if not self.deterministic:
-            return 1
-        packed = can_pack(self.dtype, self.ranks.device)
-        plain_head = self.config.tied and self.dtype == torch.float32 and not self.kernels.fixes_rows(self.config.dim)
-        plain = not packed or plain_head
-        return PLAIN_ROWS_FLOOR if plain else ROWS_FLOOR
 
     # ------------------------------------------------------------------------------------------------- loading
 
@@ -139,16 +130,16 @@ class Transformer(nn.Module):
     def into(self, weight: Weight) -> torch.Tensor:
         """The view that this rank's part of `weight` is read into."""
         module, start, n = self._slots[weight.name]
-        return module.slot(self.ranks.device, self._spare, start, n)
+        return module.slot(self.ranks.device, start, n)
 
     def loaded(self, weight: Weight) -> None:
         """Tells the model that `weight` is complete; a fused matrix is packed when its last part is."""
         module = self._slots[weight.name][0]
         self._missing[id(module)] -= 1
         if not self._missing[id(module)]:
-            module.finish(self._spare)
-        if not any(self._missing.values()):
-            self._spare.clear()
+            module.finish()
+            if self.deterministic and isinstance(module, ShardedMatrix) and module.multiplies:
+                self.rows_floor = max(self.rows_floor, module.matrix.rows_floor)
 
     # ------------------------------------------------------------------------------------------------- forward
 
@@ -173,7 +164,7 @@ class Transformer(nn.Module):
         R = len(x)
         if R < self.rows_floor:
             x = F.pad(x, (0, 0, 0, self.rows_floor - R))
-        return self.output(x)[:R]                                               # (R, V)
+        return self.output.matrix(x)[:R]                                             # (R, V)
 
 
 def build(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, weights: dict[str, torch.Tensor],

@@ -10,9 +10,6 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 #include "vector.h"
 
@@ -26,24 +23,6 @@ constexpr int TASK_ROWS = 64;   // query rows (positions x G) of one task: what 
 // One sequence in a step: rows [row, row + n) are positions [start, start + n); its block table begins at `table`.
 struct Span { int64_t row, start, n, table; };
 
-template <int D, bool LOW> constexpr int lane(int i) { return LOW ? (i & D ? 16 + i - D : i) : (i & D ? 16 + i : i + D); }
-template <int D, bool LOW> inline f32x16 mix(f32x16 a, f32x16 b) {
-#define L(i) lane<D, LOW>(i)
-    return __builtin_shufflevector(a, b, L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12),
-                                   L(13), L(14), L(15));
-#undef L
-}
-template <int D> inline void turn_step(f32x16* r) {
-    for (int i = 0; i < 16; i++)
-        if (!(i & D)) {
-            f32x16 a = r[i], b = r[i + D];
-            r[i] = mix<D, true>(a, b);
-            r[i + D] = mix<D, false>(a, b);
-        }
-}
-// 16 x 16 transposition of 32-bit lanes.
-inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
-
 // Keys of 16 slots, (16, E) -> column `at` of (E, PAIR) fp32: one load then gives 16 slots' values of one dimension.
 inline void turn_keys(const float* k, int E, float* out) {
     for (int e = 0; e < E; e += 16) {
@@ -54,19 +33,6 @@ inline void turn_keys(const float* k, int E, float* out) {
     }
 }
 
-// One step of a sum: a number, or a pair of bf16, spread over all lanes and multiplied with a vector of them.
-inline f32x16 spread(const float* p) { return splat(*p); }
-inline f32x16 multiply_add(f32x16 acc, f32x16 a, f32x16 b) { return acc + a * b; }
-#ifdef __AVX512BF16__
-inline u32x16 spread(const bf16* p) {
-    uint32_t pair;
-    memcpy(&pair, p, 4);
-    return pair - (u32x16){};
-}
-inline f32x16 multiply_add(f32x16 acc, u32x16 a, u32x16 b) {        // acc + a.low * b.low + a.high * b.high, lane by lane
-    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
-}
-#endif
 template <typename A> constexpr int AT_ONCE = 4 / sizeof(A);        // numbers that one lane takes in a step
 
 // Scores of R query rows with PAIR slots: sums run over E in order. q: (R, E); keys: (E / AT_ONCE, PAIR).
@@ -341,68 +307,6 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
         }
 }
 
-// Sums n_parts tensors of n elements as collectives.tree_add does, in fp32; into `wide` as it is, or rounded into `out`.
-template <typename C> void add_parts(const C* const* parts, int n_parts, float* wide, C* out, int64_t n) {
-#pragma omp parallel for if (n > 1 << 14)
-    for (int64_t i = 0; i < n; i += 16) {
-        f32x16 v[MAX_PARTS];
-        for (int p = 0; p < n_parts; p++) v[p] = load_some(parts[p] + i, n - i);
-        f32x16 total = tree_add(v, n_parts);
-        if (wide) store_some(wide + i, total, n - i);
-        else store_some(out + i, total, n - i);
-    }
-}
-
-// Products of M rows of x with 4 rows of w, (M, D) and (4, D) -> (M, 4): sums run over D in order, in 16 lanes that are
-// added at the end. The first to read the four rows of w (`fetch`) asks for those of AHEAD rows further on.
-constexpr int AHEAD = 16;
-constexpr int M_TILE = 6;       // 24 sums in registers
-
-#ifdef __AVX512BF16__
-inline u32x16 lanes(const bf16* p) { return load(reinterpret_cast<const uint32_t*>(p)); }
-constexpr int BF16_STEP = 32;
-#else
-inline f32x16 lanes(const bf16* p) { return load(p); }
-constexpr int BF16_STEP = 16;
-#endif
-inline f32x16 lanes(const float* p) { return load(p); }
-template <typename C> constexpr int STEP = sizeof(C) == 2 ? BF16_STEP : 16;
-
-template <int M, typename C>
-void dot4(const C* x, const C* w, int64_t D, bool fetch, C* out, int64_t stride) {
-    f32x16 acc[M][4] = {};
-    for (int64_t d = 0; d < D; d += STEP<C>) {
-        if (fetch)
-            for (int i = 0; i < 4; i++) __builtin_prefetch(w + (AHEAD + i) * D + d);
-        for (int m = 0; m < M; m++)
-            for (int i = 0; i < 4; i++) acc[m][i] = multiply_add(acc[m][i], lanes(x + m * D + d), lanes(w + i * D + d));
-    }
-    for (int m = 0; m < M; m++) {
-        f32x16 four = {sum(acc[m][0]), sum(acc[m][1]), sum(acc[m][2]), sum(acc[m][3])};
-        store_some(out + m * stride, four, 4);
-    }
-}
-
-// out (M, V) = x (M, D) times w (V, D) transposed, for few rows: w is read once, at the memory's speed.
-// D must be a multiple of 32, and V at least 4.
-template <typename C> void times(const C* x, const C* w, C* out, int64_t M, int64_t D, int64_t V) {
-#pragma omp parallel for
-    for (int64_t group = 0; group < (V + 3) / 4; group++)
-        for (int64_t m = 0; m < M; m += M_TILE) {
-            const int64_t v = std::min(4 * group, V - 4);           // the last four may overlap those before
-            const C *from = x + m * D, *rows = w + v * D;
-            C* to = out + m * V + v;
-            switch (std::min<int64_t>(M_TILE, M - m)) {
-                case 1: dot4<1>(from, rows, D, !m, to, V); break;
-                case 2: dot4<2>(from, rows, D, !m, to, V); break;
-                case 3: dot4<3>(from, rows, D, !m, to, V); break;
-                case 4: dot4<4>(from, rows, D, !m, to, V); break;
-                case 5: dot4<5>(from, rows, D, !m, to, V); break;
-                default: dot4<6>(from, rows, D, !m, to, V);
-            }
-        }
-}
-
 typedef int64_t i64x16 __attribute__((vector_size(128)));
 
 // exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (kernels.py says what for).
@@ -480,10 +384,6 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
     extern "C" void rotate_write_##NAME(C* qkv, const float* cos, const float* sin, const int64_t* blocks, \
                                         const int64_t* offsets, C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
         rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
-    } \
-    extern "C" void times_##NAME(const C* x, const C* w, C* out, int64_t M, int64_t D, int64_t V) { times(x, w, out, M, D, V); } \
-    extern "C" void tree_add_##NAME(const C* const* parts, int n_parts, float* wide, C* out, int64_t n) { \
-        add_parts(parts, n_parts, wide, out, n); \
     } \
     extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
 

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -23,6 +26,7 @@ static inline f32x16 load(const bf16* p) {
 }
 
 static inline u32x16 load(const uint32_t* p) { u32x16 v; memcpy(&v, p, 64); return v; }
+static inline void store(uint32_t* p, u32x16 v) { memcpy(p, &v, 64); }
 
 static inline void store(float* p, f32x16 v) { memcpy(p, &v, 64); }
 static inline void store(bf16* p, f32x16 v) {                       // to nearest, ties to even; NaN stays NaN
@@ -87,6 +91,41 @@ static inline f32x16 exp16(f32x16 x) {
     f32x16 power = (f32x16)(((i32x16)biased << 23) + (127 << 23));  // 2**n: n sits in the low bits of `biased`
     return select(below, splat(0.0f), p * power);
 }
+
+// One step of a sum: a number, or a pair of bf16 where the machine multiplies pairs, spread over all lanes and multiplied
+// with a vector of them.
+static inline f32x16 spread(const float* p) { return splat(*p); }
+static inline f32x16 multiply_add(f32x16 acc, f32x16 a, f32x16 b) { return acc + a * b; }
+#ifdef __AVX512BF16__
+static inline u32x16 spread(const bf16* p) {
+    uint32_t pair;
+    memcpy(&pair, p, 4);
+    return pair - (u32x16){};
+}
+static inline f32x16 multiply_add(f32x16 acc, u32x16 a, u32x16 b) { // acc + a.low * b.low + a.high * b.high, lane by lane
+    return (f32x16)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+}
+#else
+static inline f32x16 spread(const bf16* p) { return (f32x16)((uint32_t(p->bits) << 16) - (u32x16){}); }
+#endif
+
+template <int D, bool LOW> constexpr int lane(int i) { return LOW ? (i & D ? 16 + i - D : i) : (i & D ? 16 + i : i + D); }
+template <int D, bool LOW> static inline f32x16 mix(f32x16 a, f32x16 b) {
+#define L(i) lane<D, LOW>(i)
+    return __builtin_shufflevector(a, b, L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12),
+                                   L(13), L(14), L(15));
+#undef L
+}
+template <int D> static inline void turn_step(f32x16* r) {
+    for (int i = 0; i < 16; i++)
+        if (!(i & D)) {
+            f32x16 a = r[i], b = r[i + D];
+            r[i] = mix<D, true>(a, b);
+            r[i + D] = mix<D, false>(a, b);
+        }
+}
+// 16 x 16 transposition of 32-bit lanes.
+static inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
 
 constexpr int MAX_PARTS = 64;
 

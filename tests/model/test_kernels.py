@@ -129,27 +129,6 @@ def test_silu_mul(F, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("V", [4, 33, 512])
-def test_times(V, dtype):
-    x, weight = normal(9, 96, dtype=dtype), normal(V, 96, dtype=dtype, seed=1)
-    expected, ours = (kernels.times(x, weight) for kernels in both(dtype))
-    torch.testing.assert_close(ours, expected, rtol=CLOSE[dtype]["rtol"], atol=10 * CLOSE[dtype]["atol"])
-    kernels = both(dtype)[1]
-    for n in range(1, 9):                                                       # any number of rows, any part of the vocabulary
-        assert torch.equal(kernels.times(x[:n], weight), ours[:n])
-    assert torch.equal(kernels.times(x, weight[V // 4:].contiguous()), ours[:, V // 4:]) or V == 4
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n_parts", [1, 2, 3, 8])
-def test_tree_add(n_parts, dtype):
-    parts = [normal(3, 37, dtype=dtype, seed=i) for i in range(n_parts)]
-    for rounded in (True, False):
-        expected, ours = (kernels.tree_add(parts, rounded) for kernels in both(dtype))
-        assert torch.equal(ours, expected) and ours.dtype == (dtype if rounded else torch.float32)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_goes_through_and_stays_in_its_row(dtype):
     kernels = NativeKernels(load(), dtype)
     nan = normal(2, 64, dtype=dtype)
