@@ -164,8 +164,7 @@ def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) ->
 
 
 def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs little: on CPU with packed
-    weights and the C++ kernels (0.94 to 1.0 of the other mode's speed with many requests, 0.8 to 0.9 with one)."""
+    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs little: on CPU with the C++ parts."""
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 

@@ -82,7 +82,7 @@ class TorchKernels:
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: list[Group] | Paged) -> torch.Tensor:
         """Softmax attention of every row over its sequence's cached context. q: (T, H, E) -> (T, H, E)."""
-        return (attend_decodes if isinstance(plan, Paged) else attend)(q, cache.k[layer], cache.v[layer], plan)
+        return (attend_decodes if isinstance(plan, Paged) else attend)(q, *cache.layers[layer], plan)
 
     def weights(self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         """exp((logit - best) / temperature) as integers, 2**44 for the best: their sums are exact in any order, so that a draw
@@ -129,7 +129,7 @@ class FlashKernels(TorchKernels):
         return most             # beyond a sequence's own blocks nothing is read
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: Paged) -> torch.Tensor:
-        k, v = cache.k[layer].transpose(1, 2), cache.v[layer].transpose(1, 2)                   # (N, S, K, E) each
+        k, v = (each.transpose(1, 2) for each in cache.layers[layer])                             # (N, S, K, E) each
         return self.call(q.contiguous(), k, v, plan.ends, None, plan.max_n, plan.table.shape[1] * cache.block_size,
                          window_size=(-1, 0), enable_gqa=True, seqused_k=plan.used, block_table=plan.table,
                          num_splits=self.n_splits)
@@ -178,14 +178,14 @@ class NativeKernels:
         return out
 
     def rotate_write(self, qkv: torch.Tensor, n_heads: int, turn: Turn, slots: Slots, cache: KVCache, layer: int) -> torch.Tensor:
-        k, v = cache.k[layer], cache.v[layer]
+        k, v = cache.layers[layer]
         _, K, S, E = k.shape
         self._rotate_write(qkv.data_ptr(), turn.cos.data_ptr(), turn.sin.data_ptr(), slots.blocks.data_ptr(),
                            slots.offsets.data_ptr(), k.data_ptr(), v.data_ptr(), len(qkv), n_heads, K, S, E)
         return qkv[:, :n_heads]
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: NativePlan) -> torch.Tensor:
-        k, v = cache.k[layer], cache.v[layer]
+        k, v = cache.layers[layer]
         _, K, S, E = k.shape
         out = (torch.empty if plan.complete else torch.zeros)(q.shape, dtype=q.dtype)
         self._attend(q.data_ptr(), q.stride(0), out.data_ptr(), k.data_ptr(), v.data_ptr(), plan.spans.buffer_info()[0],

@@ -21,11 +21,13 @@ class KVCache:
         self.n_blocks, self.block_size = n_blocks, block_size
         self.trash, self.empty = n_blocks, n_blocks + 1
         self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
+        self.layers = list(zip(self.k.unbind(), self.v.unbind()))      # indexing a tensor takes longer than adding to it
 
     def write(self, layer: int, slots: "Slots", k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores this step's keys and values. k, v: (T, K, E)."""
-        self.k[layer][slots.blocks, :, slots.offsets] = k
-        self.v[layer][slots.blocks, :, slots.offsets] = v
+        its_k, its_v = self.layers[layer]
+        its_k[slots.blocks, :, slots.offsets] = k
+        its_v[slots.blocks, :, slots.offsets] = v
 
     def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero weights: without

@@ -2,11 +2,11 @@
 
 A rank holds only its cut of a weight, first on the meta device, then filled in place by the loader through `slot`, then handed to
 what multiplies with it (matrix.py). fairscale's layers of the same names are the oracle of the tests; ours differ in that they
-never allocate the whole weight, and in that a row-parallel product can be a fixed number of K-chunks, whatever the ranks.
+never allocate the whole weight, in that a row-parallel product can be a fixed number of K-chunks, whatever the ranks, and in that
+they are plain objects: nothing here is trained, saved or moved, and calling an nn.Module costs as much as a small product.
 """
 
 import torch
-from torch import nn
 
 from llama_tp.model.kernels import Kernels
 from llama_tp.model.matrix import Matrix, TorchMatrix
@@ -14,18 +14,17 @@ from llama_tp.parallel.collectives import all_reduce, tree_sum
 from llama_tp.parallel.groups import Ranks
 
 
-class ShardedWeight(nn.Module):
+class ShardedWeight:
     """A weight that one rank holds a cut of: meta at first, real once the loader asks for a slot of it."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+        self.weight = torch.empty(shape, dtype=dtype, device="meta")
 
     def slot(self, device: torch.device, start: int = 0, n: int | None = None) -> torch.Tensor:
         """Rows [start, start + n) of the weight, to be filled in place; allocates it the first time."""
         if self.weight.is_meta:
-            self.weight = nn.Parameter(torch.empty_like(self.weight, device=device), requires_grad=False)
-        return self.weight.data[start:] if n is None else self.weight.data[start:start + n]
+            self.weight = torch.empty_like(self.weight, device=device)
+        return self.weight[start:] if n is None else self.weight[start:start + n]
 
     def finish(self) -> None:
         """Called once every row is filled."""
@@ -42,8 +41,7 @@ class ShardedMatrix(ShardedWeight):
         self.kernels, self.n_chunks = kernels, n_chunks
 
     def finish(self) -> None:
-        weight = self.weight.data
-        self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        weight, self.weight = self.weight, torch.empty_like(self.weight, device="meta")
         self.matrix = self.ready(weight)
 
     def ready(self, weight: torch.Tensor) -> Matrix:
@@ -53,7 +51,7 @@ class ShardedMatrix(ShardedWeight):
 class ColumnParallelLinear(ShardedMatrix):
     """y = x W^T with W's rows (output columns) cut over the ranks: (T, in) -> (T, out on this rank), no communication."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.matrix(x)
 
 
@@ -68,7 +66,7 @@ class RowParallelLinear(ShardedMatrix):
         super().__init__(in_features, out_features, dtype, kernels, n_chunks)
         self.ranks, self.deterministic = ranks, deterministic
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self.ranks.tp > 1 and self.deterministic:
             return tree_sum(self.matrix.wide(x), self.ranks).to(x.dtype)
         return all_reduce(self.matrix(x), self.ranks)
@@ -85,7 +83,7 @@ class VocabParallelEmbedding(ShardedMatrix):
     def ready(self, weight: torch.Tensor) -> Matrix:
         return self.kernels.matrix(weight, lookups=True) if self.multiplies else TorchMatrix(weight, lookups=True)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         if self.ranks.tp == 1:
             return self.matrix.rows(ids)
         local = ids - self.first

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from llama_tp.model.attention import Group, Paged
 from llama_tp.model.kernels import Kernels, NativePlan, pick
@@ -39,15 +38,14 @@ class RMSNorm(ShardedWeight):
         self.eps = eps
 
 
-class Attention(nn.Module):
+class Attention:
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        super().__init__()
         self.H, self.K, self.E = config.n_heads // ranks.tp, config.local_kv_heads(ranks.tp), config.head_dim
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
         self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype, kernels)
         self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
 
-    def forward(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
         T, H, K, E = len(x), self.H, self.K, self.E
         qkv = self.wqkv(x).view(T, H + 2 * K, E)                                # (T, H + 2K, E)
         q = kernels.rotate_write(qkv, H, turn, batch.slots, cache, layer)       # (T, H, E)
@@ -55,28 +53,26 @@ class Attention(nn.Module):
         return self.wo(out.reshape(T, H * E))                                   # (T, D)
 
 
-class FeedForward(nn.Module):
+class FeedForward:
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        super().__init__()
         self.ffn = config.local_ffn(ranks.tp)
         n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
         self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype, kernels)
         self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
 
-    def forward(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
         return self.w2(kernels.silu_mul(self.w13(x)))                           # (T, D)
 
 
-class Layer(nn.Module):
+class Layer:
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.attention = Attention(config, ranks, dtype, deterministic, kernels)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.feed_forward = FeedForward(config, ranks, dtype, deterministic, kernels)
 
 
-class Transformer(nn.Module):
+class Transformer:
     """One rank's model. Built on the meta device; `into` and `loaded` are what the loader fills it through.
 
     Args:
@@ -90,12 +86,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False,
                  kernels: Kernels | None = None):
-        super().__init__()
         self.config, self.ranks, self.dtype, self.deterministic = config, ranks, dtype, deterministic
         self.kernels = kernels or pick(ranks.device, dtype, deterministic)
         self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks, self.kernels,
                                                      config.tied)
-        self.layers = nn.ModuleList(Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers))
+        self.layers = [Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers)]
         self.norm = RMSNorm(config.dim, config.norm_eps, dtype)
         self.output = self.tok_embeddings if config.tied else ColumnParallelLinear(config.dim, config.local_vocab(ranks.tp),
                                                                                    dtype, self.kernels)
@@ -143,7 +138,7 @@ class Transformer(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """All tokens of a step through all layers. -> (T, D), normed, ready for `logits`."""
         turn, kernels = self.rope.at(batch.positions), self.kernels
         x = self.tok_embeddings(batch.ids)                                      # (T, D)

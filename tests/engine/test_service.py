@@ -100,7 +100,7 @@ def test_scores_of_a_prompt_come_in_pieces_before_the_first_delta(n_prompt):
 def test_scores_that_are_no_numbers_can_be_sent():
     one = engine(single_rank(), TINY)
     with torch.no_grad():
-        next(one.runner.model.parameters()).fill_(float("nan"))
+        one.runner.model.norm.weight.fill_(float("nan"))
     link = Script({0: [submit("a", prompt_logprobs=1)]}, one)
     serve(one, link)
     assert "not finite" in deltas(link.sent, "a")[-1]["error"]
