@@ -164,7 +164,7 @@ def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) ->
 
 
 def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Deterministic or not, as asked for; unless asked, wherever it keeps its promise and costs little: on CPU with the C++ parts."""
+    """Deterministic or not, as asked for; unless asked, where it keeps its promise and costs little: on CPU with the C++ parts."""
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 

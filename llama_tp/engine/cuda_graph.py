@@ -12,7 +12,8 @@ import torch
 
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, Draw, Step, StepRow
 from llama_tp.model.kv_cache import KVCache, Slots, on_device
-from llama_tp.model.transformer import Batch, Transformer
+from llama_tp.model.layer import Batch
+from llama_tp.model.transformer import Transformer
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]      # runs once with padding, then -> what replays it
 OnShards = Callable[[torch.Tensor, frozenset[int], torch.Tensor | None], torch.Tensor]

@@ -17,7 +17,8 @@ from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, place_i
 from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, WHOLE, Step, StepRow
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots, on_device
-from llama_tp.model.transformer import Batch, Transformer
+from llama_tp.model.layer import Batch
+from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
 
 SCORE_ROWS = 64                 # prompt positions whose logits exist at once when prompt logprobs are asked for

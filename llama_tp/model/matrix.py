@@ -58,7 +58,7 @@ class TorchMatrix:
         self.packed = packable and not lookups
         self.rows_floor = ROWS_FLOOR if packable and (self.packed or weight.dtype == torch.bfloat16) else PLAIN_ROWS_FLOOR
         self.chunks = [chunk.contiguous() for chunk in weight.chunk(n_chunks, dim=1)]
-        if self.packed:         # the batch-size hint (1) asks for the layout that is best for decode; larger batches read it as well
+        if self.packed:         # the batch-size hint (1) asks for the layout that suits decode; larger batches read it as well
             self.chunks = [torch.ops.mkldnn._reorder_linear_weight(chunk, 1) for chunk in self.chunks]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,71 +5,18 @@ Two sums over the ranks a layer (after wo and after w2) and one after the embedd
 this rank*: T tokens in the step, D model dim, H query heads, K KV heads, E head dim, F ffn dim, V vocab rows.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
-from llama_tp.model.attention import Group, Paged
-from llama_tp.model.kernels import Kernels, NativePlan, pick
-from llama_tp.model.kv_cache import KVCache, Slots
-from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, ShardedMatrix, ShardedWeight, VocabParallelEmbedding
+from llama_tp.model.kernels import Kernels, pick
+from llama_tp.model.kv_cache import KVCache
+from llama_tp.model.layer import Batch, Layer, RMSNorm
+from llama_tp.model.linear import ColumnParallelLinear, ShardedMatrix, ShardedWeight, VocabParallelEmbedding
+from llama_tp.model.native_layers import NativeLayers, can_run
 from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import Weight, table
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one forward pass computes: T tokens of any sequences, where they are stored and what they attend to."""
-
-    ids: torch.Tensor           # (T,) int64
-    positions: torch.Tensor     # (T,) int64
-    slots: Slots
-    plan: list[Group] | Paged | NativePlan
-
-
-class RMSNorm(ShardedWeight):
-    """The weight of a root-mean-square norm; Kernels.add_norm does the arithmetic."""
-
-    def __init__(self, dim: int, eps: float, dtype: torch.dtype):
-        super().__init__((dim,), dtype)
-        self.eps = eps
-
-
-class Attention:
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        self.H, self.K, self.E = config.n_heads // ranks.tp, config.local_kv_heads(ranks.tp), config.head_dim
-        n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
-        self.wqkv = ColumnParallelLinear(config.dim, (self.H + 2 * self.K) * self.E, dtype, kernels)
-        self.wo = RowParallelLinear(self.H * self.E, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
-
-    def __call__(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache, layer: int, kernels: Kernels) -> torch.Tensor:
-        T, H, K, E = len(x), self.H, self.K, self.E
-        qkv = self.wqkv(x).view(T, H + 2 * K, E)                                # (T, H + 2K, E)
-        q = kernels.rotate_write(qkv, H, turn, batch.slots, cache, layer)       # (T, H, E)
-        out = kernels.attend(q, cache, layer, batch.plan)                       # (T, H, E)
-        return self.wo(out.reshape(T, H * E))                                   # (T, D)
-
-
-class FeedForward:
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        self.ffn = config.local_ffn(ranks.tp)
-        n_chunks = config.n_chunks(ranks.tp) // ranks.tp if deterministic else 1
-        self.w13 = ColumnParallelLinear(config.dim, 2 * self.ffn, dtype, kernels)
-        self.w2 = RowParallelLinear(self.ffn, config.dim, dtype, ranks, kernels, n_chunks, deterministic)
-
-    def __call__(self, x: torch.Tensor, kernels: Kernels) -> torch.Tensor:
-        return self.w2(kernels.silu_mul(self.w13(x)))                           # (T, D)
-
-
-class Layer:
-    def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool, kernels: Kernels):
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.attention = Attention(config, ranks, dtype, deterministic, kernels)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, dtype)
-        self.feed_forward = FeedForward(config, ranks, dtype, deterministic, kernels)
 
 
 class Transformer:
@@ -97,6 +44,7 @@ class Transformer:
         self.rope = Rope(config, n_positions, ranks.device)
         # Fewest rows a step must have for a row's bits not to depend on their number (1: it never does, or no promise is made).
         self.rows_floor = 1
+        self._in_one_call: NativeLayers | None = None           # does what _one_by_one does, where it can
         self._slots = self._table_of_slots()
         self._missing = {id(module): sum(m is module for m, _, _ in self._slots.values())
                          for module, _, _ in self._slots.values()}
@@ -135,20 +83,28 @@ class Transformer:
             module.finish()
             if self.deterministic and isinstance(module, ShardedMatrix) and module.multiplies:
                 self.rows_floor = max(self.rows_floor, module.matrix.rows_floor)
+        if not any(self._missing.values()) and can_run(self.layers, self.ranks):
+            self._in_one_call = NativeLayers(self.layers, self.ranks)
 
     # ------------------------------------------------------------------------------------------------- forward
 
     def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """All tokens of a step through all layers. -> (T, D), normed, ready for `logits`."""
-        turn, kernels = self.rope.at(batch.positions), self.kernels
+        turn = self.rope.at(batch.positions)
         x = self.tok_embeddings(batch.ids)                                      # (T, D)
-        delta = None                            # what the last half layer adds to x, together with the next norm
+        delta = (self._in_one_call or self._one_by_one)(x, batch, turn, cache)
+        return self.kernels.add_norm(x, delta, self.norm.weight, self.norm.eps)
+
+    def _one_by_one(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache) -> torch.Tensor:
+        """x (T, D) through all layers, in place, but for what the last half layer adds: that comes back, (T, D), since it is
+        added together with the next norm."""
+        delta, kernels = None, self.kernels
         for i, layer in enumerate(self.layers):
             h = kernels.add_norm(x, delta, layer.attention_norm.weight, layer.attention_norm.eps)       # (T, D)
             delta = layer.attention(h, batch, turn, cache, i, kernels)
             h = kernels.add_norm(x, delta, layer.ffn_norm.weight, layer.ffn_norm.eps)
             delta = layer.feed_forward(h, kernels)
-        return kernels.add_norm(x, delta, self.norm.weight, self.norm.eps)
+        return delta
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """(R, D) -> (R, V) fp32: this rank's vocabulary rows, padding included."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from llama_tp.spec.errors import UserError
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "kernels.cpp", HERE / "product.cpp", HERE / "shared.cpp"]
+SOURCES = [HERE / name for name in ("kernels.cpp", "layer.cpp", "product.cpp", "shared.cpp")]
 BUILT = HERE / "built"
 # No -ffast-math: sums must keep their order, and NaN must stay NaN. -fopenmp names libgomp, and finds the copy that
 # torch has loaded already, so that torch, oneDNN and these kernels share one pool of threads.

@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "product_": (None, [POINTER] * 4 + [LONG] * 4),
     "take_rows_": (ctypes.c_bool, [POINTER] * 3 + [LONG] * 3),
     "silu_mul_": (None, [POINTER, POINTER, LONG, LONG]),
+    "layer_": (ctypes.c_bool, [POINTER] * 4 + [ctypes.c_bool] + [POINTER] * 2),
     "weights": (None, [POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG]),
     "weigh": (None, [POINTER, LONG, POINTER, POINTER, POINTER, LONG, LONG, LONG]),
     "read_all": (ctypes.c_uint64, [POINTER, LONG]),

@@ -27,9 +27,14 @@ class Room:
 
     def __init__(self, library: ctypes.CDLL, memory: mmap.mmap, offset: int, rank: int, tp: int, timeout_s: float):
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory, offset))
-        self._memory, self._library, self.timeout_s, self.tp = memory, library, timeout_s, tp
-        self._room = (base, tp, rank, timeout_s)
+        self._memory, self._library, self.tp = memory, library, tp
+        self.place = (base, tp, rank, timeout_s)                # as the C++ side takes it
         self._sums = {torch.float32: library.shared_sum_fp32, torch.bfloat16: library.shared_sum_bf16}
+
+    @property
+    def late(self) -> str:
+        """What to say when an operation was not in time."""
+        return f"the other ranks did not come to a collective within {self.place[3]:g} s"
 
     def sums(self, x: torch.Tensor) -> bool:
         """Whether `sum` can take x."""
@@ -37,20 +42,20 @@ class Room:
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sums x over the ranks in place: in fp32, as collectives.tree_add does, the same bits on every rank."""
-        return self._checked(self._sums[x.dtype](*self._room, x.data_ptr(), x.numel()), x)
+        return self._checked(self._sums[x.dtype](*self.place, x.data_ptr(), x.numel()), x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x (contiguous) in rank order: (tp, *x.shape)."""
         out = x.new_empty((self.tp, *x.shape))
-        return self._checked(self._library.shared_gather(*self._room, x.data_ptr(), out.data_ptr(), x.nbytes), out)
+        return self._checked(self._library.shared_gather(*self.place, x.data_ptr(), out.data_ptr(), x.nbytes), out)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x (contiguous) with the driver's, which does not wait for the workers."""
-        return self._checked(self._library.shared_broadcast(*self._room, x.data_ptr(), x.nbytes), x)
+        return self._checked(self._library.shared_broadcast(*self.place, x.data_ptr(), x.nbytes), x)
 
     def _checked(self, in_time: bool, result: torch.Tensor) -> torch.Tensor:
         if not in_time:
-            raise RuntimeError(f"the other ranks did not come to a collective within {self.timeout_s:g} s")
+            raise RuntimeError(self.late)
         return result
 
 

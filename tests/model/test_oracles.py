@@ -8,7 +8,8 @@ from tests import reference
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.rope import frequencies
-from llama_tp.model.transformer import Batch, build
+from llama_tp.model.layer import Batch
+from llama_tp.model.transformer import build
 from llama_tp.parallel.groups import single_rank
 from llama_tp.spec.config import ModelConfig, RopeScaling
 from llama_tp.spec.weights import table

@@ -66,8 +66,7 @@ def late(ranks) -> str:
     """The driver sums alone, with little patience."""
     impatient = replace(ranks, room=type(ranks.room).__new__(type(ranks.room)))
     impatient.room.__dict__.update(ranks.room.__dict__)
-    impatient.room.timeout_s = 0.5
-    impatient.room._room = (*ranks.room._room[:3], 0.5)
+    impatient.room.place = (*ranks.room.place[:3], 0.5)
     error = ""
     if ranks.is_driver:
         try:
