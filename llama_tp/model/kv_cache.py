@@ -11,7 +11,8 @@ from llama_tp.spec.config import ModelConfig
 class KVCache:
     """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the block, head dim.
 
-    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix. Two blocks more
+    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix (the C++ kernels order the
+    numbers of every 16 slots of a head in their own way: GROUP in kernels.cpp). Two blocks more
     than the `n_blocks` that sequences may own are kept: `trash`, which padding rows of a step write to, and `empty`,
     which nobody writes to and attention reads where a block table is padded (its zeros, weighted with zero, stay zero).
     """

@@ -24,13 +24,23 @@ constexpr int TILE = 6;             // rows whose sums are held in registers: 24
 constexpr int TILE = 1;
 #endif
 
-// The numbers of one output that a step of a sum takes, as they lie side by side: a pair where the machine multiplies pairs.
-template <typename C> struct Step { typedef C Lane; };
-#ifdef __AVX512BF16__
-template <> struct Step<bf16> { typedef uint32_t Lane; };
-#endif
-template <typename C> using Lane = typename Step<C>::Lane;
-template <typename C> constexpr int64_t TOGETHER = sizeof(Lane<C>) / sizeof(C);
+template <int D, bool LOW> constexpr int lane(int i) { return LOW ? (i & D ? 16 + i - D : i) : (i & D ? 16 + i : i + D); }
+template <int D, bool LOW> inline f32x16 mix(f32x16 a, f32x16 b) {
+#define L(i) lane<D, LOW>(i)
+    return __builtin_shufflevector(a, b, L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12),
+                                   L(13), L(14), L(15));
+#undef L
+}
+template <int D> inline void turn_step(f32x16* r) {
+    for (int i = 0; i < 16; i++)
+        if (!(i & D)) {
+            f32x16 a = r[i], b = r[i + D];
+            r[i] = mix<D, true>(a, b);
+            r[i + D] = mix<D, false>(a, b);
+        }
+}
+// 16 x 16 transposition of 32-bit lanes.
+inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
 
 // (N, K) row by row -> packed, in place, through a copy of one block's rows.
 template <typename C> void pack(Lane<C>* w, int64_t N, int64_t K) {

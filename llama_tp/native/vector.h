@@ -38,7 +38,7 @@ static inline void store(bf16* p, f32x16 v) {                       // to neares
 }
 
 // The same for the last n < 16 elements of a row; lanes beyond are zero, and not stored.
-template <typename C> static inline f32x16 load_some(const C* p, int64_t n) {
+template <typename C> static inline auto load_some(const C* p, int64_t n) {
     if (n >= 16) return load(p);
     C t[16] = {};
     memcpy(t, p, n * sizeof(C));
@@ -109,23 +109,13 @@ static inline f32x16 multiply_add(f32x16 acc, u32x16 a, u32x16 b) { // acc + a.l
 static inline f32x16 spread(const bf16* p) { return (f32x16)((uint32_t(p->bits) << 16) - (u32x16){}); }
 #endif
 
-template <int D, bool LOW> constexpr int lane(int i) { return LOW ? (i & D ? 16 + i - D : i) : (i & D ? 16 + i : i + D); }
-template <int D, bool LOW> static inline f32x16 mix(f32x16 a, f32x16 b) {
-#define L(i) lane<D, LOW>(i)
-    return __builtin_shufflevector(a, b, L(0), L(1), L(2), L(3), L(4), L(5), L(6), L(7), L(8), L(9), L(10), L(11), L(12),
-                                   L(13), L(14), L(15));
-#undef L
-}
-template <int D> static inline void turn_step(f32x16* r) {
-    for (int i = 0; i < 16; i++)
-        if (!(i & D)) {
-            f32x16 a = r[i], b = r[i + D];
-            r[i] = mix<D, true>(a, b);
-            r[i + D] = mix<D, false>(a, b);
-        }
-}
-// 16 x 16 transposition of 32-bit lanes.
-static inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
+// The numbers of one sum that a step of it takes, as they lie side by side: a pair where the machine multiplies pairs.
+template <typename C> struct Step { typedef C Lane; };
+#ifdef __AVX512BF16__
+template <> struct Step<bf16> { typedef uint32_t Lane; };
+#endif
+template <typename C> using Lane = typename Step<C>::Lane;
+template <typename C> constexpr int64_t TOGETHER = sizeof(Lane<C>) / sizeof(C);
 
 constexpr int MAX_PARTS = 64;
 

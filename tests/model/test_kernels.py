@@ -1,11 +1,14 @@
 """The C++ kernels against torch's way, and a row's bits against the company it is in."""
 
+import copy
+
 import pytest
 import torch
 
 from llama_tp.model.attention import Span
 from llama_tp.model.kernels import NativeKernels, TorchKernels
 from llama_tp.model.kv_cache import KVCache, Slots
+from llama_tp.model.matrix import DTYPES as ENDINGS
 from llama_tp.model.rope import Turn
 from llama_tp.native.library import load
 from llama_tp.spec.config import ModelConfig
@@ -34,6 +37,18 @@ def cache_of(heads: int, kv_heads: int, head_dim: int, dtype, n_blocks=400) -> K
     return cache
 
 
+def as_native(cache: KVCache) -> KVCache:
+    """The same contents in the order of the C++ kernels: 16 slots' numbers of one dimension side by side (bf16: of a pair of
+    dimensions where the machine multiplies pairs), and values in pairs of slots there."""
+    L, N, K, _, E = cache.k.shape
+    P = load()[f"inputs_together_{ENDINGS[cache.k.dtype]}"]() or 2
+    turned = copy.copy(cache)
+    turned.k = cache.k.view(L, N, K, S // 16, 16, E // P, P).transpose(4, 5).reshape(cache.k.shape).contiguous()
+    turned.v = cache.v.view(L, N, K, S // 16, 16 // P, P, E).transpose(5, 6).reshape(cache.v.shape).contiguous()
+    turned.layers = list(zip(turned.k, turned.v))
+    return turned
+
+
 def scattered(shapes) -> tuple[list[Span], int]:
     """Spans (start, n) one after the other in a step, over blocks in no order; -> spans, rows."""
     order = torch.randperm(400, generator=torch.Generator().manual_seed(1)).tolist()
@@ -50,8 +65,8 @@ def test_attention(heads, kv_heads, head_dim, dtype):
     cache = cache_of(heads, kv_heads, head_dim, dtype)
     spans, rows = scattered(SPANS)
     wide = normal(rows + 2, heads + 3, head_dim, dtype=dtype, seed=2)          # q is a part of qkv; 2 padding rows
-    expected, ours = (kernels.attend(wide[:, :heads], cache, 0, kernels.plan(spans, heads, cache, rows + 2))
-                      for kernels in both(dtype))
+    expected, ours = (kernels.attend(wide[:, :heads], its, 0, kernels.plan(spans, heads, its, rows + 2))
+                      for kernels, its in zip(both(dtype), (cache, as_native(cache))))
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     assert not ours[rows:].any()
 
@@ -107,11 +122,12 @@ def test_rotation_and_cache_write(heads, kv_heads, head_dim, dtype):
     angles = normal(T, 1, head_dim // 2, seed=3)
     turn, qkv = Turn(angles.cos(), angles.sin()), normal(T, heads + 2 * kv_heads, head_dim, dtype=dtype)
     results = []
-    for kernels in both(dtype):
-        cache = cache_of(heads, kv_heads, head_dim, dtype, n_blocks=10)
+    for kernels, order in zip(both(dtype), (lambda cache: cache, as_native)):
+        cache = order(cache_of(heads, kv_heads, head_dim, dtype, n_blocks=10))
         q = kernels.rotate_write(qkv.clone(), heads, turn, Slots(blocks, offsets), cache, 0)
         results.append((q, cache))
     (expected, there), (ours, here) = results
+    there = as_native(there)
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     torch.testing.assert_close(here.k, there.k, **CLOSE[dtype])
     assert torch.equal(here.v, there.v)
