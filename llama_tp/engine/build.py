@@ -21,9 +21,8 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.fused import fuse
-from llama_tp.model.kernels import pick
+from llama_tp.model.kernels import fixes_rows, pick
 from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.kernels import fixes_rows
 from llama_tp.model.transformer import Transformer
 from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints

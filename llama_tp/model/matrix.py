@@ -92,15 +92,17 @@ class NativeMatrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((len(x), self.n_out), dtype=self.dtype)
-        x = x.contiguous()
-        self._product(x.data_ptr(), self.weight.data_ptr(), None, out.data_ptr(), len(x), self.n_in, self.n_out, self.n_chunks)
+        self._times(x, None, out.data_ptr())
         return out
 
     def wide(self, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty((len(x), self.n_out), dtype=torch.float32)
-        x = x.contiguous()
-        self._product(x.data_ptr(), self.weight.data_ptr(), out.data_ptr(), None, len(x), self.n_in, self.n_out, self.n_chunks)
+        self._times(x, out.data_ptr(), None)
         return out
+
+    def _times(self, x: torch.Tensor, wide: int | None, out: int | None) -> None:
+        x = x.contiguous()
+        self._product(x.data_ptr(), self.weight.data_ptr(), wide, out, len(x), self.n_in, self.n_out, self.n_chunks)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         out, ids = torch.empty((len(ids), self.n_in), dtype=self.dtype), ids.contiguous()

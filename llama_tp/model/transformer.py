@@ -28,7 +28,7 @@ class Transformer:
         dtype: of weights and activations.
         n_positions: longest sequence, for the rotary tables.
         deterministic: fixed summation order, bits that do not depend on the company, the chunking or tp.
-        kernels: what to compute with between the products; the fastest that there is unless given.
+        kernels: what to compute with; the fastest that there is unless given.
     """
 
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False,
@@ -115,7 +115,7 @@ class Transformer:
         R = len(x)
         if R < self.rows_floor:
             x = F.pad(x, (0, 0, 0, self.rows_floor - R))
-        return self.output.matrix(x)[:R]                                             # (R, V)
+        return self.output.matrix(x)[:R]                                          # (R, V)
 
 
 def build(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, weights: dict[str, torch.Tensor],

@@ -10,8 +10,11 @@
 
 namespace {
 
-struct LayerArgs {                  // fields as native_layers.py declares them
-    const void *attention_norm, *wqkv, *wo, *ffn_norm, *w13, *w2;
+template <typename C> struct LayerArgs {                // fields as native_layers.py declares them
+    const C* attention_norm;
+    const Lane<C> *wqkv, *wo;
+    const C* ffn_norm;
+    const Lane<C> *w13, *w2;
     int64_t D, H, K, E, F, n_chunks;
     double eps;
     void* room;                     // shared.cpp's, null with one rank
@@ -40,7 +43,7 @@ template <typename T> T* scratch(std::vector<T>& memory, int64_t n) {
 #define FOR_DTYPE(NAME, C) \
     extern "C" { \
     void add_norm_##NAME(C*, const C*, const C*, float, C*, int64_t, int64_t); \
-    void product_##NAME(const C*, const void*, float*, C*, int64_t, int64_t, int64_t, int64_t); \
+    void product_##NAME(const C*, const Lane<C>*, float*, C*, int64_t, int64_t, int64_t, int64_t); \
     void rotate_write_##NAME(C*, const float*, const float*, const int64_t*, const int64_t*, C*, C*, int64_t, int64_t, int64_t, \
                              int64_t, int64_t); \
     void attend_##NAME(const C*, int64_t, C*, const C*, const C*, const void*, int64_t, const int32_t*, int64_t, int64_t, int64_t, \
@@ -64,7 +67,7 @@ FOR_DTYPE(bf16, bf16)
 namespace {
 
 // linear.RowParallelLinear: x (T, in) times w -> out (T, D), summed over the ranks. False if they do not come in time.
-template <typename C> bool row_parallel(const LayerArgs& layer, const C* x, const void* w, int64_t T, int64_t in, C* out) {
+template <typename C> bool row_parallel(const LayerArgs<C>& layer, const C* x, const Lane<C>* w, int64_t T, int64_t in, C* out) {
     const int64_t D = layer.D, n = T * D;
     if (layer.tp == 1 || !layer.wide) {
         Call<C>::product(x, w, nullptr, out, T, in, D, layer.n_chunks);
@@ -79,22 +82,20 @@ template <typename C> bool row_parallel(const LayerArgs& layer, const C* x, cons
 }
 
 // x (T, D) += delta if there is one, through the layer, -> delta. k, v: its cache.
-template <typename C> bool run(const LayerArgs& layer, const StepArgs& step, C* x, C* delta, bool has_delta, C* k, C* v) {
+template <typename C> bool run(const LayerArgs<C>& layer, const StepArgs& step, C* x, C* delta, bool has_delta, C* k, C* v) {
     const int64_t T = step.T, D = layer.D, H = layer.H, K = layer.K, E = layer.E, F = layer.F, heads = H + 2 * K;
     static thread_local std::vector<C> memory;
     C* normed = scratch(memory, T * (D + std::max(heads * E + H * E, 3 * F)));
     C *qkv = normed + T * D, *attended = qkv + T * heads * E, *gate_up = qkv, *inner = gate_up + T * 2 * F;
 
-    const C* norm = static_cast<const C*>(layer.attention_norm);
-    Call<C>::add_norm(x, has_delta ? delta : nullptr, norm, float(layer.eps), normed, T, D);
+    Call<C>::add_norm(x, has_delta ? delta : nullptr, layer.attention_norm, float(layer.eps), normed, T, D);
     Call<C>::product(normed, layer.wqkv, nullptr, qkv, T, D, heads * E, 1);
     Call<C>::rotate_write(qkv, step.cos, step.sin, step.blocks, step.offsets, k, v, T, H, K, step.S, E);
     if (!step.complete) std::fill(attended, attended + T * H * E, C{});
     Call<C>::attend(qkv, heads * E, attended, k, v, step.spans, step.n_spans, step.tables, H, K, step.S, E);
     if (!row_parallel(layer, attended, layer.wo, T, H * E, delta)) return false;
 
-    norm = static_cast<const C*>(layer.ffn_norm);
-    Call<C>::add_norm(x, delta, norm, float(layer.eps), normed, T, D);
+    Call<C>::add_norm(x, delta, layer.ffn_norm, float(layer.eps), normed, T, D);
     Call<C>::product(normed, layer.w13, nullptr, gate_up, T, D, 2 * F, 1);
     Call<C>::silu_mul(gate_up, inner, T, F);
     return row_parallel(layer, inner, layer.w2, T, F, delta);
@@ -103,7 +104,7 @@ template <typename C> bool run(const LayerArgs& layer, const StepArgs& step, C* 
 }  // namespace
 
 #define LAYER(NAME, C) \
-    extern "C" bool layer_##NAME(const LayerArgs* layer, const StepArgs* step, C* x, C* delta, bool has_delta, C* k, C* v) { \
+    extern "C" bool layer_##NAME(const LayerArgs<C>* layer, const StepArgs* step, C* x, C* delta, bool has_delta, C* k, C* v) { \
         return run(*layer, *step, x, delta, has_delta, k, v); \
     }
 LAYER(fp32, float)
