@@ -49,6 +49,7 @@ class FrontOptions:
     port: int = 8000
     keys: tuple[str, ...] = ()
     max_queue: int = 1024
+    max_queue_logprobs: int = 1 << 24
     max_body_bytes: int = 8 << 20
     limits: Limits = field(default_factory=Limits)
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -93,7 +94,8 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name), stale_s=STALE * options.policy.silence_s)
+    desk = Desk(options.max_queue, Metrics(options.name), stale_s=STALE * options.policy.silence_s,
+                max_scores=options.max_queue_logprobs)
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
