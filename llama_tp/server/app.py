@@ -24,7 +24,7 @@ from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import WHY_NOT, Desk
-from llama_tp.server.gate import Gate, bug, reply_of
+from llama_tp.server.gate import Gate, bug, carried, reply_of
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
@@ -61,7 +61,7 @@ class Served:
         return work() if n_bytes <= SMALL_BYTES and self.chat is None else await self.in_thread(work)
 
     async def in_thread(self, work):
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, carried(work))
 
     @functools.cached_property
     def grammars(self) -> Grammars:

@@ -102,7 +102,7 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
     http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
                                 lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,
                                 timeout_keep_alive=options.connections.keep_alive_s, backlog=backlog))
-    for name in ("asyncio", "uvicorn.error"):
+    for name in ("asyncio", "uvicorn.error", "llama_tp.server"):
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()

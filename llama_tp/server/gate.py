@@ -7,6 +7,7 @@ Host header twists (it looks at the path alone), not a websocket.
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
 import sys
@@ -18,6 +19,7 @@ from llama_tp.protocol.errors import RequestError, error_body, status_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
+LOG = logging.getLogger("llama_tp.server")
 OPEN = frozenset(("/", "/health"))                          # need no key; everything else does
 HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
@@ -44,6 +46,27 @@ def reply_of(error: UserError) -> tuple[int, dict[str, str], bytes]:
 def bug(request_id: str) -> RequestError:
     """What a client is told of an exception of ours: nothing but where to look."""
     return RequestError("the server has failed", f"request {request_id}", "its log says more", code="internal_error", status=500)
+
+
+def carried(work):
+    """`work`, with whatever it raises turned into what a future can carry to the one who waits, and an event loop survives.
+
+    A StopIteration never arrives (the request would hang for ever), SystemExit would end the server, and a panic in a library
+    written in Rust, which is no Exception, would get past every handler.
+    """
+    def run(*args):
+        try:
+            return work(*args)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return run
+
+
+def log_bug(request_id: str) -> None:
+    """The exception that is being handled, with its traceback; not more of them than a log can take."""
+    LOG.error("server: request %s failed\n%s", request_id, traceback.format_exc())
 
 
 class Gate:
@@ -81,9 +104,12 @@ class Gate:
             self._check(scope["path"], headers)
             await self.app(scope, body.receive, send_on)
         except UserError as error:
-            await _tell(error, send_on)
-        except Exception:
-            print(f"server: request {request_id} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if not status:
+                await _tell(error, send_on)
+        except BaseException:
+            if _is_cancelled():
+                raise
+            log_bug(request_id)
             if not status:
                 await _tell(bug(request_id), send_on)
         finally:
@@ -104,6 +130,14 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
             raise _too_long(self.max_body_bytes)
+
+
+def _is_cancelled() -> bool:
+    """The task is being ended from outside, which is no failure of what it did."""
+    task = asyncio.current_task()
+    if hasattr(task, "cancelling"):                         # Python 3.11
+        return task.cancelling() > 0
+    return task is None or isinstance(sys.exc_info()[1], asyncio.CancelledError)
 
 
 class _Body:
