@@ -6,6 +6,7 @@ signal ends it at once.
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import logging
 import resource
@@ -28,6 +29,7 @@ from llama_tp.text.token_table import Tokenizer
 SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
 SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
 STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
+M_MMAP_THRESHOLD = -3           # of glibc's mallopt
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
 
 
@@ -69,9 +71,17 @@ def run(options: FrontOptions) -> None:
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
+    give_memory_back()
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with sock:
         asyncio.run(_run(options, sock, Connections(options.connections, most), backlog))
+
+
+def give_memory_back() -> None:
+    """Has large blocks go back to the system when they are freed: those above 128 KiB, where glibc begins. It raises that with
+    every one that is freed, up to 32 MiB, and keeps what is smaller: 200 bodies of 8 MB left 800 MB behind."""
+    with contextlib.suppress(OSError, AttributeError):      # another allocator
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -28,7 +28,8 @@ BODY_S = 60.0           # of silence in the middle of a body, after which its se
 BODY_RATE = 8192        # bytes a second, on average, that its sender must reach after the first BODY_S
 SMALL_BYTES = 1 << 16   # bodies up to this always find room
 BODIES = 32             # of the greatest length: so many bytes all bodies may have at once, until they are answered
-LINGER_BYTES, LINGER_S = 64 << 20, 2.0      # of a body that nobody wants: closing on unread bytes would take the reply with it
+LINGER_BYTES, LINGER_S = 64 << 20, 10.0     # of a body that nobody wants: closing on unread bytes would take the reply with it
+SILENT_S = 2.0          # in the middle of it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -192,7 +193,7 @@ class _Body:
         deadline, n_bytes = time.monotonic() + LINGER_S, 0
         while self._comes and not self._ended and n_bytes < LINGER_BYTES:
             try:
-                message = await asyncio.wait_for(self._receive(), max(deadline - time.monotonic(), 0))
+                message = await asyncio.wait_for(self._receive(), max(min(SILENT_S, deadline - time.monotonic()), 0))
             except asyncio.TimeoutError:
                 return
             self._ended = not message.get("more_body", False)
