@@ -53,8 +53,8 @@ class Served:
     n_prompts: int = 0
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
-    # few: they and the event loop take turns at the interpreter's lock
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
+    # one: it and the event loop take turns at the interpreter's lock, and a second would not make it more
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llama_tp texts"))
 
     async def call(self, n_bytes: int, work):
         """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it, or may run a template."""
