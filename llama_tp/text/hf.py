@@ -20,7 +20,9 @@ class HfTokenizer(Tokenizer):
         data: content of tokenizer.json; where: its name for messages.
         tokenizer_config, generation_config, config: the JSON files of these names, {} where there is none.
 
-    bos_id is what tokenizer.json itself puts first; else the configs' bos token, unless they say it is not added.
+    What stands around a prompt (BOS, nothing, an EOS) is decided by the post-processor of tokenizer.json alone. transformers 5 does
+    not look at add_bos_token or the class where there is such a file, whatever it saved there before.
+    bos_id is what the post-processor puts first; else the bos token that the configs name, which begins empty prompts only.
     stop_ids are generation_config's eos_token_id, else config's, else tokenizer_config's eos_token.
     The space that sentencepiece puts before a text's first word stays in decoded text: a completion needs it.
 
@@ -50,7 +52,8 @@ class HfTokenizer(Tokenizer):
             _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
             _bos_id(library, specials, tokenizer_config, generation_config, config),
             _stop_ids(library, tokenizer_config, generation_config, config),
-            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids)
+            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids,
+            to_prompt_ids=lambda text: library.encode(text, add_special_tokens=True).ids)
 
 
 def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
@@ -94,13 +97,9 @@ def _sentencepiece(token: str) -> bytes:
 
 def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict,
             config: dict) -> int | None:
-    plain, whole = library.encode("a", add_special_tokens=False).ids, library.encode("a", add_special_tokens=True).ids
-    if whole[:len(plain)] != plain:                         # tokenizer.json's own template puts something first
+    plain, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    if whole[:len(plain)] != plain:
         return whole[0]
-    # GPT-2's class (SmolLM and others) names a bos token and never adds it.
-    by_default = not str(tokenizer_config.get("tokenizer_class", "")).startswith("GPT2")
-    if not tokenizer_config.get("add_bos_token", by_default):
-        return None
     candidates = (_named_id(library, tokenizer_config.get("bos_token")), generation_config.get("bos_token_id"),
                   config.get("bos_token_id"))
     # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer can be the one.
