@@ -191,9 +191,10 @@ def sampled_digest(folder: str, names: list[str], state: bytes) -> str:
 
 
 def tokenizer_digest(model: ServedModel) -> str:
-    """A digest of what the tokenizer does: which ids, with which bytes, end where."""
+    """A digest of what the tokenizer does: which ids, with which bytes, begin and end where."""
     tokenizer = model.tokenizer
-    digest = hashlib.sha256(repr((tokenizer.specials, tokenizer.bos_id, tokenizer.stop_ids)).encode())
+    around = [tokenizer.encode(text, bos=True) for text in ("", "a")]
+    digest = hashlib.sha256(repr((tokenizer.specials, around, tokenizer.stop_ids)).encode())
     for i in range(tokenizer.n_vocab):
         data = tokenizer.token_bytes(i)
         digest.update(len(data).to_bytes(4, "little") + data)

@@ -247,7 +247,8 @@ def test_digests_see_what_matters(tmp_path):
     stops = Tokenizer([b"a", b"b"], {}, None, (1,), lambda text: [])
     other = Tokenizer([b"a", b"b"], {}, None, (0,), lambda text: [])
     joined = Tokenizer([b"ab", b""], {}, None, (1,), lambda text: [])
-    assert len({tokenizer_digest(ServedModel("x", each, 9, 2)) for each in (stops, other, joined)}) == 3
+    begins = Tokenizer([b"a", b"b"], {}, None, (1,), lambda text: [], lambda text: [1])
+    assert len({tokenizer_digest(ServedModel("x", each, 9, 2)) for each in (stops, other, joined, begins)}) == 4
 
 
 BIG = """
