@@ -170,7 +170,8 @@ class Reader:
             self.held.append(self.ch)
 
     def python(self, closers: list[str], out: Callable[[str], None]):
-        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends *on* that bracket."""
+        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends *on* that bracket. Comments are
+        rejected: nobody would see them."""
         while True:
             if self.ch and self.ch in QUOTES:
                 yield from self._python_string(out)
@@ -178,7 +179,7 @@ class Reader:
             out(self.ch)
             if self.ch and self.ch in "([{":
                 closers.append(_CLOSING[self.ch])
-            elif not self.ch or len(closers) > MAX_PYTHON_DEPTH or self.ch in ")]}" and closers.pop() != self.ch:
+            elif not self.ch or self.ch == "#" or len(closers) > MAX_PYTHON_DEPTH or self.ch in ")]}" and closers.pop() != self.ch:
                 raise Reject
             if not closers:
                 return
@@ -265,5 +266,7 @@ def _literal(node: ast.expr) -> object:
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(item) for item in node.elts]
     if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys):
-        return {key.value: _literal(value) for key, value in zip(node.keys, node.values)}
+        found = {key.value: _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+        if len(found) == len(node.keys):
+            return found
     raise Reject
