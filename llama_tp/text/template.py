@@ -22,11 +22,12 @@ from pathlib import Path
 
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import check_dialog
-from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.token_table import Tokenizer, well_formed
 
 MAX_TEMPLATE = 1 << 18                                  # characters of source
 MAX_SIZE = 1 << 22                                      # characters or items of anything that it makes
 MAX_S = 2.0
+_MARK = "\ud800"                                        # a lone surrogate: no well-formed text holds it
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")       # a tag that only training uses
 
 
@@ -89,15 +90,14 @@ class ChatTemplate:
         refuses the dialog (its own words) or goes over a limit."""
         check_dialog(messages)
         messages = [_as_templates_expect(message, strip) for message in messages]
-        mark = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
-        messages, tools = (_guarded(value, self._special, mark) for value in (messages, tools))
+        messages, tools = (_guarded(value, self._special) for value in (messages, tools))
         text = self._render(messages, tools, add_generation_prompt, self._now or datetime.datetime.now())
         ids, end = [], 0
         for special in self._special.finditer(text):
-            ids += self.tokenizer.encode(text[end:special.start()].replace(mark, ""))
+            ids += self.tokenizer.encode(text[end:special.start()].replace(_MARK, ""))
             ids.append(self.tokenizer.special_id(special[0]))
             end = special.end()
-        return ids + self.tokenizer.encode(text[end:].replace(mark, ""))
+        return ids + self.tokenizer.encode(text[end:].replace(_MARK, ""))
 
     def digest(self) -> str:
         """Of all that the ids follow from, beside the dialog, the tokenizer and the time."""
@@ -256,15 +256,10 @@ def _with_object(call: Mapping) -> dict:
     return {**call, "function": function}
 
 
-def _unused_character(text: str) -> str:
-    """A private-use character that `text` does not hold."""
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-
-
-def _guarded(value, special: re.Pattern, mark: str):
-    """`value` with `mark` inside each spelling of a special token, in whatever texts it holds."""
+def _guarded(value, special: re.Pattern):
+    """`value` with the mark inside each spelling of a special token, and nowhere else, in whatever texts it holds."""
     if isinstance(value, str):
-        return special.sub(lambda name: name[0][:1] + mark + name[0][1:], value)
+        return special.sub(lambda name: name[0][:1] + _MARK + name[0][1:], well_formed(value))
     if isinstance(value, Mapping):
-        return {_guarded(key, special, mark): _guarded(one, special, mark) for key, one in value.items()}
-    return [_guarded(one, special, mark) for one in value] if isinstance(value, (list, tuple)) else value
+        return {_guarded(key, special): _guarded(one, special) for key, one in value.items()}
+    return [_guarded(one, special) for one in value] if isinstance(value, (list, tuple)) else value

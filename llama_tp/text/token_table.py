@@ -36,8 +36,8 @@ class Tokenizer:
         the text. An empty prompt is `bos_id` where there is one, also for a model that expects none before a text: as in
         transformers' generate()."""
         if not bos:
-            return self._to_ids(_well_formed(text))
-        return self._to_prompt_ids(_well_formed(text)) or self._after_bos("")
+            return self._to_ids(well_formed(text))
+        return self._to_prompt_ids(well_formed(text)) or self._after_bos("")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without the specials; bytes that are no UTF-8 become U+FFFD. UserError for an unknown id."""
@@ -50,9 +50,6 @@ class Tokenizer:
                             "use ids made by this model's own tokenizer")
         return self._token_bytes[token_id]
 
-    def _after_bos(self, text: str) -> list[int]:
-        return ([] if self.bos_id is None else [self.bos_id]) + self._to_ids(text)
-
     def special_id(self, name: str) -> int:
         """Id of the special token called `name`, e.g. "<|eot_id|>". UserError if this tokenizer has none."""
         if name not in self.specials:
@@ -60,8 +57,11 @@ class Tokenizer:
                             "check --tokenizer_path")
         return self.specials[name]
 
+    def _after_bos(self, text: str) -> list[int]:
+        return ([] if self.bos_id is None else [self.bos_id]) + self._to_ids(text)
 
-def _well_formed(text: str) -> str:
+
+def well_formed(text: str) -> str:
     """Surrogate pairs joined and lone surrogates replaced, as tiktoken does it; other text is returned as it is."""
     try:
         text.encode("utf-8")

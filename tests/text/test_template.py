@@ -41,7 +41,7 @@ TEMPLATE = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=20) | st.sampled_from(["skip", "", "  padded\n", "hello"])
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(["skip", "", "  padded\n", "hello"])
 TURNS = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": TEXTS})
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}]}
@@ -100,6 +100,15 @@ def test_special_tokens_in_messages_and_tools_stay_text(ours):
     assert count(plain, tools) == count(plain, TOOLS)
     private = [{"role": "user", "content": "\ue000\ue001<|eot_id|>"}]
     assert "\ue000\ue001<|eot_id|>" in ours.tokenizer.decode(ours.encode_dialog(private))
+
+
+def test_no_characters_are_taken(ours):
+    """What tells the names of special tokens in a message apart is no character that a message could hold."""
+    for content in ("".join(map(chr, range(0xE000, 0xF8FF))) + "<|eot_id|>", "".join(map(chr, range(0x20000))) + "<|eot_id|>"):
+        ids, plain = (ours.encode_dialog([{"role": "user", "content": one}], strip=False) for one in (content, "x"))
+        text = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # lone surrogates: as everywhere
+        assert text.strip() in ours.tokenizer.decode(ids) and ids[-5:] == plain[-5:]
+        assert sum(i in ours.tokenizer.specials.values() for i in ids) == sum(i in ours.tokenizer.specials.values() for i in plain)
 
 
 def test_the_day_can_be_fixed(ours, folder):

@@ -162,11 +162,13 @@ def test_any_cutting_of_any_text_gives_the_same_message(text, cuts, tools, tag, 
 # Texts in which every word that is not of a call's own form is another: m0, m1, ...
 WORDLESS = st.sampled_from([
     "{", "}", "[", "]", "(", ")", ",", ":", ";", " ", "\n", "#", '"name": "f"', '"name": ', '"parameters": ', '"arguments": {',
-    '"function": {', '"type": "function", ', '"id": "7", ', "<function=f>", "<function=", "</function>", "[f(", "f(", "x=", "*", "\"", "'",
+    '"function": {', '"type": "function", ', '"id": "7", ', "<function=f>", "<function=", "</function>", "[f(", "f(", "x=", "*",
+    '"', "'",
     '{"name": "f", "parameters": {', '{"name": "f", ', "brave_search.call(query=", '")', "\\", "MARK", '"MARK"', '"MARK": ',
     '"MARK": "MARK"', "MARK=", "'MARK'"])
 VALUES = st.deferred(lambda: st.sampled_from(['"MARK"', '"f"', "1", "null", '"function"']) | RECORDS)
-RECORDS = st.lists(st.tuples(st.sampled_from(["name", "function", "parameters", "arguments", "type", "MARK"]), VALUES), max_size=4).map(
+KEYS = st.sampled_from(["name", "function", "parameters", "arguments", "type", "MARK"])
+RECORDS = st.lists(st.tuples(KEYS, VALUES), max_size=4).map(
     lambda items: "{" + ", ".join(f'"{key}": {value}' for key, value in items) + "}")
 CALLED = st.sampled_from(['{"name": "f", "parameters": {"MARK": "MARK"}', "{", "<function=f>{", "[f(MARK=1", ""])
 MARKED = st.lists(WORDLESS | RECORDS | st.tuples(CALLED, RECORDS).map("".join), max_size=8).map("".join)
