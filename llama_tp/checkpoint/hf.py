@@ -11,10 +11,12 @@ from math import prod
 
 import torch
 
-from llama_tp.checkpoint.files import AGAIN, Files, list_folder, open_regular, read_json, unique_keys
+from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
 from llama_tp.spec.config import ModelConfig, from_hf
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import read_json, unique_keys
+from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000       # the library's own limit

@@ -11,10 +11,12 @@ import zipfile
 
 import torch
 
-from llama_tp.checkpoint.files import AGAIN, Files, list_folder, open_regular, read_json
+from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
 from llama_tp.spec.config import ModelConfig, from_params
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import read_json
+from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
 
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 _SAFE = "use this model's safetensors files, or the original .pth files from Meta; load this one in no other way"
