@@ -19,12 +19,12 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 
 
 def main(
-    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: str | None = None,
-    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024, max_body_bytes: int = 8388608, max_n: int = 128,
-    max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1,
-    master_addr: str | None = None, master_port: int = 29500, tokenizer_path: str | None = None, dtype: str | None = None,
-    device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
-    chat_template: Literal["meta", "hf"] = "meta", max_seq_len: int | None = None,
+    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
+    strict_model_name: bool = False, api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024,
+    max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0,
+    max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
+    tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
+    rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", max_seq_len: int | None = None,
     max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True, seed: int = 1,
     step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
 ):
@@ -39,7 +39,8 @@ def main(
     Server:
         host: address to listen at; 0.0.0.0 lets other machines in
         port: to listen at; 0 takes a free one and says which
-        served_model_name: what clients call the model; the folder's name unless given
+        served_model_name: what replies call the model, and further names to list it under; the folder's name unless given
+        strict_model_name: refuse requests for any other name; without it every name is answered, as there is one model
         api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY does the same
         page: a page for browsers at /
         drain_timeout: seconds that requests have to finish after SIGTERM or Ctrl-C
@@ -106,6 +107,7 @@ def main(
     if not all(key and key.isascii() and key.isprintable() for key in keys):
         raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
                         "correct it (an empty one would let everybody in)")
+    check_names(served_model_name)
     check_launch(ckpt_dir, nnodes * nproc_per_node)
 
     from llama_tp.checkpoint.hub import fetch
@@ -126,8 +128,8 @@ def main(
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
     front.run(front.FrontOptions(
         command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
-        name=served_model_name or name_of(ckpt_dir), tokenizer=tokenizer, chat=chat, host=host,
-        port=port, keys=keys,
+        name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
+        strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, host=host, port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))
@@ -146,6 +148,14 @@ def check_numbers(**ranges: tuple[float, float, float]) -> None:
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most:
             raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises UserError for names that no client could ask for, and for one that is there twice."""
+    for i, name in enumerate(names):
+        if not name.strip() or not name.isprintable() or len(name) > 1000 or name in names[:i]:
+            raise UserError("--served_model_name needs names of 1 to 1000 printable characters, each once", f"found {name[:80]!r}",
+                            "correct it")
 
 
 def torchrun_line(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:

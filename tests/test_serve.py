@@ -310,6 +310,8 @@ def test_torchrun_is_not_the_way_to_start_it():
 
 @pytest.mark.parametrize("words, env, says", [
     (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
+    (["--served_model_name", "a", "a"], {}, "--served_model_name needs names"),
+    (["--served_model_name", ""], {}, "--served_model_name"),
     (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
     (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])
 def test_what_cannot_be_served_is_told_at_once(words, env, says):
