@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
 from llama_tp.protocol.forms import check_form
@@ -51,6 +52,7 @@ class Served:
     chat: object | None = None              # what encodes dialogs, as ServedModel's
     aliases: tuple[str, ...] = ()           # as ServedModel's, and the next
     strict_name: bool = False
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
     clock: Callable[[], float] = time.time
@@ -117,7 +119,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         order_id = f"{prefix}-{served.new_id()}"
 
         def order() -> Order:
-            return prepare(check_body(kind, read_json(data)), model, order_id, seed)
+            return prepare(check_body(kind, served.defaults.fill(read_json(data), kind)), model, order_id, seed)
         made = await served.call(len(data), order)
         if made.form_field:
             await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
@@ -135,10 +137,13 @@ def _add_completions(app: FastAPI, served: Served) -> None:
 
 
 def _add_models(app: FastAPI, served: Served) -> None:
+    neutral = {name: ChatBody.model_fields[name].default for name in KEYS.values()}
+
     def cards() -> dict[str, dict]:
-        model = served.model()
+        model, means = served.model(), neutral | served.defaults.of("chat")
         return {name: {"id": name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": model.name,
-                       "parent": None, "max_model_len": model.max_seq_len} for name in model.names}
+                       "parent": None, "max_model_len": model.max_seq_len, "default_sampling_params": means}
+                for name in model.names}
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -26,7 +26,8 @@ def server():
 
 @pytest.fixture(scope="module")
 def locked():
-    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True) as one:
+    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True,
+                    defaults={"file": {"temperature": 0.6, "top_p": 0.9, "max_tokens": 5}, "flags": {"top_p": 0.8}}) as one:
         yield one
 
 
@@ -194,6 +195,18 @@ def test_strict_names_and_aliases(locked):
     assert json.loads(locked.get("/v1/models/other/one", **KEYS)[2]) == cards[1]
     reply = locked.post("/v1/completions", {"prompt": [9, 5], "max_tokens": 1, "model": "other/one"}, **KEYS)[1]
     assert reply["model"] == "fake"
+
+
+def test_what_requests_do_not_say(locked, server):
+    """The fake ranks hear of the length alone; what the rest does, tests/protocol/test_defaults.py knows."""
+    card = json.loads(locked.get("/v1/models/fake", **KEYS)[2])["default_sampling_params"]
+    assert card == {"temperature": 0.6, "top_p": 0.8, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 5}
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for fields, n in (({}, 5), ({"max_tokens": 2}, 2), ({"max_completion_tokens": 7}, 7)):
+        assert locked.post("/v1/chat/completions", chat | fields, **KEYS)[1]["usage"]["completion_tokens"] == n
+    assert locked.post("/v1/completions", {"prompt": [9]}, **KEYS)[1]["usage"]["completion_tokens"] == 16
+    card = json.loads(server.get("/v1/models")[2])["data"][0]["default_sampling_params"]
+    assert (card["temperature"], card["top_p"], card["max_tokens"]) == (1.0, 1.0, None)
 
 
 def test_openapi_describes_the_bodies(server):
