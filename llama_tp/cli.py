@@ -14,8 +14,8 @@ A command is a module whose top is light (no torch) with one function
 
 whose annotations are the types of its flags, and whose docstring is its --help: a line `name: text`, indented under a
 title, documents --name. Known types: str, int, float, bool, Literal of texts, each also `| None`, and list[...] or
-tuple[..., ...] for a flag that may be given several times. A parameter in front of the `*` is a word without a flag
-(`bench latency`); it is spelt --name too.
+tuple[..., ...] for a flag with several values (--flag A B, or --flag A --flag B). A parameter in front of the `*` is a
+word without a flag (`bench latency`); it is spelt --name too.
 
 Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every rank, after the load;
 it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the words are read here, and fire is left to call
@@ -58,7 +58,7 @@ class Flag:
     name: str
     kind: type  # str, int, float or bool
     choices: tuple[str, ...] = ()  # the texts allowed; () = any
-    repeats: bool = False  # may be given several times, arrives as a tuple
+    repeats: bool = False  # has several values, arrives as a tuple
     optional: bool = False  # None is a value
     bare: bool = False  # may stand without its name
     default: object = inspect.Parameter.empty
@@ -162,6 +162,9 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
         value = flag.value("false" if off else text if equals else _next_text(flag, words))
         if flag.repeats:
             value = (*values.get(flag.name, ()), value)
+            is_open = not equals and not any(each.bare and each.name not in values for each in flags.values())
+            while is_open and words and not words[0].startswith("-"):  # --flag A B, as argparse has it
+                value = (*value, flag.value(words.pop(0)))
         elif flag.name in values:
             raise UserError(f"--{flag.name} is given twice", f"{values[flag.name]!r} and {value!r}", "keep one of them")
         values[flag.name] = value
@@ -236,7 +239,7 @@ def _help_entry(flag: Flag, text: str, width: int) -> str:
     elif flag.default not in (None, "", (), False):
         text += f" (default {flag.default})"
     if flag.repeats:
-        text += " (may be given several times)"
+        text += " (several values: A B, or given several times)"
     name = f"    {flag.name.upper() if flag.bare else '--' + flag.name} {kind}".rstrip()
     column = 32
     first = name.ljust(column) if len(name) < column - 1 else name + "  "

@@ -57,6 +57,11 @@ class Server:
     def get(self, path: str, **headers: str) -> tuple[int, dict, bytes]:
         return self.request(path, None, headers)
 
+    def get_json(self, path: str, **headers: str) -> tuple[int, dict]:
+        """(status, the JSON it answers with)."""
+        status, _, text = self.request(path, None, headers)
+        return status, json.loads(text)
+
     def post(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
         """(status, the JSON it answers with)."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()

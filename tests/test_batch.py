@@ -179,8 +179,10 @@ def test_another_job_is_refused_before_anything_is_loaded(forty, tmp_path):
     source, data = forty
     target = finished(forty, tmp_path)
     other = write_input(tmp_path / "other.jsonl", 41)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
     for changed, said in [
         ([str(other)], "the input is another"),
+        ([str(source), "--generation_config", str(tmp_path)], "the generation config is another"),
         ([str(source), "--seed", "2", "--max_seq_len", "200"], "max_seq_len was 512 and is 200; seed was 1 and is 2"),
     ]:
         done = batch(changed[0], target, *changed[1:], "--quiet", code=1)
@@ -252,7 +254,8 @@ def test_failed_lines_are_run_again_in_their_places(forty, tmp_path):
 def test_flags_that_cannot_be(tmp_path):
     source = write_input(tmp_path / "in.jsonl", 1)
     for changed, said in [(["no/such.jsonl", "x"], "no such file"), ([str(source), "no/such/out.jsonl"], "no such folder"),
-                          ([str(source), str(tmp_path)], "cannot be written")]:
+                          ([str(source), str(tmp_path)], "cannot be written"),
+                          ([str(source), str(tmp_path / "x"), "--max_gen_len", "-1"], "--max_gen_len must be")]:
         assert said in batch(*changed, "--quiet", code=1).stderr
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "holds no lines" in batch(tmp_path / "empty.jsonl", tmp_path / "out.jsonl", code=1).stderr

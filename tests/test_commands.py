@@ -115,6 +115,19 @@ def test_refusals_name_flag_value_and_fix(words, parts):
         assert part in message
 
 
+def test_a_flag_with_several_values_takes_them_either_way():
+    def command(*, names: tuple[str, ...] = (), sizes: list[int] = (), switch: bool = False): ...
+    def with_word(what: str, *, names: tuple[str, ...] = ()): ...
+    flags = cli.flags_of(command)
+    for words in (["--names", "a", "b", "--switch"], ["--names", "a", "--switch", "--names", "b"],
+                  ["--names=a", "--names", "b", "--switch"]):
+        assert cli.parse(flags, words) == {"names": ("a", "b"), "switch": True}
+    assert cli.parse(flags, ["--sizes", "1", "2"]) == {"sizes": (1, 2)}
+    with pytest.raises(UserError, match="a word without a flag"):
+        cli.parse(flags, ["--names=a", "b"])
+    assert cli.parse(cli.flags_of(with_word), ["--names", "a", "what"]) == {"names": ("a",), "what": "what"}
+
+
 def test_a_number_of_any_length_is_read_or_refused():
     assert parse("--max_gen_len", "9" * 400)["max_gen_len"] == int("9" * 400)
     assert "needs a whole number" in refusal("--ckpt_dir", "D", "--max_gen_len", "9" * 5000)

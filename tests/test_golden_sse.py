@@ -89,7 +89,8 @@ def asked(monkeypatch, call, texts: list[str], reason: str = "stop", **options) 
     async def run():
         desk = Desk(64, Metrics("demo"))
         desk.attach(Link(desk, texts, reason), INFO)
-        recorder = Recorder(build_app(Served("demo", TOKENIZER, desk, clock=lambda: 1.5e9, new_id=lambda: "0"), **options))
+        served = Served("demo", TOKENIZER, desk, clock=lambda: 1.5e9, new_id=lambda: "0", strict_name=True)
+        recorder = Recorder(build_app(served, **options))
         http = httpx2.AsyncClient(transport=recorder)
         async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="k", max_retries=0, http_client=http) as client:
             try:

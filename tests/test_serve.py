@@ -189,6 +189,7 @@ def test_chat_and_completions(client, server):
     text = client.completions.create(model="demo", prompt=["ROMEO:", "JULIET:"], n=2, seed=1, max_tokens=8)
     assert [choice.index for choice in text.choices] == [0, 1, 2, 3] and text.usage.completion_tokens == 32
     assert [model.id for model in client.models.list()] == ["demo"]
+    assert "server: what requests do not say: temperature 1, top_p 1 (as OpenAI has them)\n" in server.stderr
     assert server.post("/tokenize", {"prompt": "ROMEO:"})[1]["max_model_len"] == 512
 
 
@@ -310,6 +311,11 @@ def test_torchrun_is_not_the_way_to_start_it():
 
 @pytest.mark.parametrize("words, env, says", [
     (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
+    (["--served_model_name", "a", "a"], {}, "--served_model_name needs names"),
+    (["--top_p", "2"], {}, "--top_p must be a number from 0 to 1"), (["--max_gen_len", "-1"], {}, "--max_gen_len must be"),
+    (["--generation_config", "README.md"], {}, "README.md is not JSON"),
+    (["--generation_config", "tests"], {}, "tests/generation_config.json cannot be read"),
+    (["--served_model_name", ""], {}, "--served_model_name"),
     (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
     (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])
 def test_what_cannot_be_served_is_told_at_once(words, env, says):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_tp.protocol.batch_lines import Defaults, custom_id_of, lines_of, order_of, read_line
+from llama_tp.protocol.batch_lines import custom_id_of, lines_of, order_of, read_line
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Order, ServedModel
@@ -30,7 +31,7 @@ class Checked:
         self.shown = sorted(self.shown)[:MAX_SHOWN]
 
 
-def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -> Checked:
+def check_lines(path: str, model: ServedModel, defaults: SamplingDefaults, key: bytes) -> Checked:
     """Reads every line as it will be run: its shape, its fields, its length in tokens, its custom_id."""
     checked, forms = Checked(), _Forms(model)
     numbers, hashes, wrong = array("Q"), array("Q"), bytearray()        # 17 bytes a line, where the ids would be a hundred

@@ -41,6 +41,9 @@ class ServedModel:
         max_seq_len: longest sequence, prompt and output; the scheduler's `max_len` where that is less.
         n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's `n_vocab`.
         chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog`.
+        aliases: other names that it is listed under.
+        strict_name: a request for any other name is refused. Else every name will do, as there is one model: clients have theirs
+            built in ("dummy", "tgi", "gpt-4o").
     """
 
     name: str
@@ -49,10 +52,27 @@ class ServedModel:
     n_vocab: int
     limits: Limits = Limits()
     chat: object | None = None
+    aliases: tuple[str, ...] = ()
+    strict_name: bool = False
     special_names: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "special_names", {i: name for name, i in self.tokenizer.specials.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def check_name(self, wanted: str | None) -> None:
+        """Raises RequestError for a name that is not served."""
+        if self.strict_name and wanted is not None and wanted not in self.names:
+            raise no_model(wanted, self.names)
+
+
+def no_model(wanted: str, names: tuple[str, ...]) -> RequestError:
+    """The refusal of a name that is not served."""
+    return RequestError("no such model", f"found {wanted[:80]!r}", f"this server has {' and '.join(map(repr, names))}"[:200],
+                        param="model", code="model_not_found", status=404)
 
 
 @dataclass(frozen=True)
@@ -98,8 +118,9 @@ class Order:
 def prepare(body: ChatBody | CompletionBody, model: ServedModel, id: str, seed: int | None = None) -> Order:
     """The order of a checked body. `seed` is used if the body brings none: prompt i gets seed + i.
 
-    Raises RequestError for what `model` cannot run: too long, too many, ids outside the vocabulary, no chat format.
+    Raises RequestError for what `model` cannot run: another model, too long, too many, ids outside the vocabulary, no chat format.
     """
+    model.check_name(body.model)
     _check_counts(body, model.limits)
     common = dict(id=id, stream=body.stream, include_usage=body.stream_options.include_usage,
                   continuous_usage=body.stream_options.continuous_usage_stats, with_ids=body.return_token_ids)

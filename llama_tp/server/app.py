@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
 from llama_tp.protocol.forms import check_form
-from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
+from llama_tp.protocol.order import Limits, Order, ServedModel, no_model, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import WHY_NOT, Desk
@@ -49,6 +50,9 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
     chat: object | None = None              # what encodes dialogs, as ServedModel's
+    aliases: tuple[str, ...] = ()           # as ServedModel's, and the next
+    strict_name: bool = False
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
     clock: Callable[[], float] = time.time
@@ -71,7 +75,8 @@ class Served:
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
         info = self.desk.ready()
-        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat)
+        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat, self.aliases,
+                           self.strict_name)
 
     def next_seed(self) -> int:
         self.n_prompts += self.limits.max_prompts           # one request's prompts take seed, seed + 1, ...
@@ -114,10 +119,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         order_id = f"{prefix}-{served.new_id()}"
 
         def order() -> Order:
-            body = check_body(kind, read_json(data))
-            if body.model not in (None, served.name):
-                raise no_model(body.model, served.name)
-            return prepare(body, model, order_id, seed)
+            return prepare(check_body(kind, served.defaults.fill(read_json(data), kind)), model, order_id, seed)
         made = await served.call(len(data), order)
         if made.form_field:
             await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
@@ -135,22 +137,25 @@ def _add_completions(app: FastAPI, served: Served) -> None:
 
 
 def _add_models(app: FastAPI, served: Served) -> None:
-    def card() -> dict:
-        served.model()
-        return {"id": served.name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": served.name,
-                "parent": None, "max_model_len": served.desk.info["max_model_len"]}
+    neutral = {name: ChatBody.model_fields[name].default for name in KEYS.values()}
+
+    def cards() -> dict[str, dict]:
+        model, means = served.model(), neutral | served.defaults.of("chat")
+        return {name: {"id": name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": model.name,
+                       "parent": None, "max_model_len": model.max_seq_len, "default_sampling_params": means}
+                for name in model.names}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The one model that is served."""
-        return json_reply({"object": "list", "data": [card()]})
+        """The one model that is served, under each of its names."""
+        return json_reply({"object": "list", "data": list(cards().values())})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        """The same, by its name."""
-        if name != served.name:
-            raise no_model(name, served.name)
-        return json_reply(card())
+        """The same, by one of its names."""
+        if name not in (known := cards()):
+            raise no_model(name, tuple(known))
+        return json_reply(known[name])
 
 
 def _add_tokens(app: FastAPI, served: Served) -> None:
@@ -213,11 +218,6 @@ async def body_of(request: Request) -> bytes:
         raise RequestError("the content type must be application/json", f"found {kind[:80]!r}",
                            "send the header Content-Type: application/json", code="unsupported_media_type", status=415)
     return await request.body()
-
-
-def no_model(wanted: str, name: str) -> RequestError:
-    return RequestError("no such model", f"found {wanted[:80]!r}", f"this server has {name!r}", param="model",
-                        code="model_not_found", status=404)
 
 
 def _documented(shape: type) -> dict:

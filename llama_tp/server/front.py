@@ -16,6 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
@@ -36,8 +37,9 @@ class FrontOptions:
 
     Args:
         command: what starts the ranks.
-        name: of the model, as clients say it.
+        name: of the model, as clients say it; aliases, strict_name: as ServedModel's.
         drain_s: for what runs to finish, once asked to end.
+        defaults: what requests mean that do not say it.
         chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
     """
 
@@ -55,6 +57,9 @@ class FrontOptions:
     seed: int = 1
     with_page: bool = True
     chat: object | None = None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    aliases: tuple[str, ...] = ()
+    strict_name: bool = False
 
 
 def run(options: FrontOptions) -> None:
@@ -101,7 +106,8 @@ class _Http(uvicorn.Server):
 
 async def _run(options: FrontOptions, sock: socket.socket) -> None:
     desk = Desk(options.max_queue, Metrics(options.name))
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
+    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
+                    options.aliases, options.strict_name, options.defaults)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http=_Protocol, log_level="warning", access_log=False, lifespan="off", ws="none",
@@ -112,7 +118,8 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    note(f"listening on http://{host}:{port} (model {options.name!r}); /health is 503 until the model has loaded")
+    names = " and ".join(map(repr, (options.name, *options.aliases)))
+    note(f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has loaded")
     ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
     try:

@@ -3,6 +3,7 @@
 import json
 import sys
 
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.front import FrontOptions, run
 from llama_tp.server.supervisor import Policy
@@ -12,9 +13,10 @@ from llama_tp.text.tokenizer import open_tokenizer
 
 options = json.loads(sys.argv[1])
 policy = Policy(max_restarts=options.pop("max_restarts", 5), backoff_s=0.05)
+defaults = SamplingDefaults(**options.pop("defaults", {}))
 limits = Limits(**options.pop("limits", {}))
 try:
     run(FrontOptions(command=sys.argv[2:], name="fake", tokenizer=open_tokenizer(None, str(DEMO)), port=0, policy=policy,
-                     limits=limits, **options))
+                     limits=limits, defaults=defaults, **options))
 except UserError as error:
     sys.exit(f"error: {error}")

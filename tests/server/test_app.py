@@ -26,7 +26,8 @@ def server():
 
 @pytest.fixture(scope="module")
 def locked():
-    with pretending("live", keys=["k1", "k2", "schlüssel"]) as one:
+    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True,
+                    defaults={"file": {"temperature": 0.6, "top_p": 0.9, "max_tokens": 5}, "flags": {"top_p": 0.8}}) as one:
         yield one
 
 
@@ -100,7 +101,7 @@ def test_requests_without_a_seed_differ_and_seeds_repeat(client):
     (b"", 400, None), (b"{", 400, None), (b"[]", 400, None), (b"\xff\xfe", 400, None), (b"[" * 99_000, 400, None),
     ({}, 400, "prompt"), ({"prompt": "x", "n": 10**6}, 400, "n"), ({"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
     ({"prompt": "x", "temperature": True}, 400, "temperature"), (b'{"prompt": "x", "temperature": NaN}', 400, None),
-    ({"prompt": "x", "model": "../../etc/passwd"}, 404, "model"), ({"prompt": [[]]}, 400, "prompt"),
+    ({"prompt": "x", "model": 5}, 400, "model"), ({"prompt": [[]]}, 400, "prompt"),
     ({"prompt": []}, 400, "prompt"),
     ({"prompt": [2048]}, 400, "prompt"), ({"prompt": [-1]}, 400, "prompt"), ({"prompt": [True]}, 400, "prompt"),
     ({"prompt": ["x"] * 17}, 400, "prompt"), ({"prompt": "x", "logit_bias": {"2048": 1}}, 400, "logit_bias"),
@@ -168,6 +169,44 @@ def test_models_tokens_and_version(server):
                        ("/tokenize", {"messages": [1]}), ("/detokenize", {"tokens": [10**9]}), ("/detokenize", {"tokens": "x"}),
                        ("/detokenize", {"tokenz": []})]:
         is_openai_error(*server.post(path, body), 400)
+
+
+@pytest.mark.parametrize("name", [None, "", "dummy", "tgi", "gpt-4o", "../../etc/passwd"])
+def test_any_name_will_do_for_the_one_model(name, server):
+    named = {} if name is None else {"model": name}
+    status, reply = server.post("/v1/completions", {"prompt": [9, 5], "max_tokens": 1, **named})
+    assert status == 200 and reply["model"] == "fake"       # which model it was, not which was asked for
+    assert server.post("/tokenize", {"prompt": "x", **named})[0] == server.post("/detokenize", {"tokens": [9], **named})[0] == 200
+    if name:                                                # who asks whether there is such a model wants to know
+        is_openai_error(*server.get_json(f"/v1/models/{name}"), 404)
+
+
+def test_strict_names_and_aliases(locked):
+    def status(name: str | None) -> int:
+        named = {} if name is None else {"model": name}
+        asked = {"/v1/completions": {"prompt": [9], "max_tokens": 1}, "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [9]}}
+        codes = {locked.post(path, {**body, **named}, **KEYS)[0] for path, body in asked.items()}
+        return codes.pop() if len(codes) == 1 else codes
+    assert [status(name) for name in ("fake", "other/one", None, "dummy", "")] == [200, 200, 200, 404, 404]
+    error = is_openai_error(*locked.post("/v1/completions", {"prompt": "x", "model": "dummy"}, **KEYS), 404)
+    assert error["code"] == "model_not_found" and "'fake' and 'other/one'" in error["message"]
+    cards = json.loads(locked.get("/v1/models", **KEYS)[2])["data"]
+    assert [(card["id"], card["root"]) for card in cards] == [("fake", "fake"), ("other/one", "fake")]
+    assert json.loads(locked.get("/v1/models/other/one", **KEYS)[2]) == cards[1]
+    reply = locked.post("/v1/completions", {"prompt": [9, 5], "max_tokens": 1, "model": "other/one"}, **KEYS)[1]
+    assert reply["model"] == "fake"
+
+
+def test_what_requests_do_not_say(locked, server):
+    """The fake ranks hear of the length alone; what the rest does, tests/protocol/test_defaults.py knows."""
+    card = json.loads(locked.get("/v1/models/fake", **KEYS)[2])["default_sampling_params"]
+    assert card == {"temperature": 0.6, "top_p": 0.8, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 5}
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for fields, n in (({}, 5), ({"max_tokens": 2}, 2), ({"max_completion_tokens": 7}, 7)):
+        assert locked.post("/v1/chat/completions", chat | fields, **KEYS)[1]["usage"]["completion_tokens"] == n
+    assert locked.post("/v1/completions", {"prompt": [9]}, **KEYS)[1]["usage"]["completion_tokens"] == 16
+    card = json.loads(server.get("/v1/models")[2])["data"][0]["default_sampling_params"]
+    assert (card["temperature"], card["top_p"], card["max_tokens"]) == (1.0, 1.0, None)
 
 
 def test_openapi_describes_the_bodies(server):

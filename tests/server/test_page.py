@@ -58,6 +58,12 @@ def test_the_policy_lets_exactly_the_page_s_own_script_and_style_run(server):
     assert not re.search(rb"https?://|//[a-z]+\.[a-z]|\son\w+=|\sstyle=", body), "nothing from elsewhere, nothing inline"
 
 
+def test_sampling_is_left_to_the_server_unless_somebody_chooses(server):
+    fields = dict(re.findall(r'<input id="(\w+)"([^>]*)>', server.get("/")[2].decode()))
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        assert "value=" not in fields[name], name
+
+
 def test_without_the_page_there_is_none():
     with pretending("live", with_page=False) as server:
         assert server.get("/")[0] == 404
@@ -66,6 +72,7 @@ def test_without_the_page_there_is_none():
 def test_a_conversation_with_keys_alone(browser, server):
     tab, complaints = opened(browser, server)
     until(tab, "document.getElementById('name').textContent === 'fake'")
+    until(tab, "document.getElementById('temperature').placeholder === '1'")                # the server's own
     tab.keyboard.type("hello")                              # the field has the focus from the start
     tab.keyboard.press("Enter")
     until(tab, "document.querySelectorAll('article').length === 2")
