@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import torchrun
+from tests.ranks import PATIENCE_S, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ["--ckpt_dir", str(ROOT / "checkpoints/demo"), "--device", "cpu"]
@@ -100,7 +100,7 @@ def test_answers_have_openais_shape_and_the_inputs_order(forty):
 def test_two_ranks_write_the_same_bytes(forty, tmp_path):
     source, data = forty
     with torchrun(2, words(source, tmp_path / "out.jsonl")) as job:
-        assert job.wait(100) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == data
 
 
@@ -112,14 +112,14 @@ def test_another_batch_size_and_a_finished_file(forty, tmp_path):
     done = batch(source, target)                                  # again: nothing is loaded
     assert "all 40 lines" in done.stderr and "ready" not in done.stderr and target.read_bytes() == data
     with torchrun(2, words(source, target)) as job:               # the other ranks hear that there is nothing to do
-        assert job.wait(60) == 0 and "ready" not in job.stderr
+        assert job.wait() == 0 and "ready" not in job.stderr
     assert target.read_bytes() == data
 
 
 def kill(job, who: str) -> None:
     with contextlib.suppress(IndexError, ProcessLookupError):     # it may have ended by itself
         os.kill(job.process.pid if who == "torchrun" else job.pids()[int(who)], signal.SIGKILL)
-    job.wait(60)
+    job.wait()
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(forty, tmp_path):
@@ -131,12 +131,12 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(forty, tmp_path):
                 assert job.process.poll() is None, job.stderr
                 time.sleep(0.005)
             kill(job, who)
-            assert not job.left_over(within=20)
+            assert not job.left_over(within=job.soon(20))
         assert goal <= n_lines(target) < 40, "it was too late to kill"
         whole = target.read_bytes().rpartition(b"\n")[0]
         assert data.startswith(whole) and len(whole) > 100
     with torchrun(2, words(source, target)) as job:
-        assert job.wait(100) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
     assert target.read_bytes() == data
 
 
@@ -148,7 +148,7 @@ def test_sigterm_ends_after_a_step_and_names_the_command_that_goes_on(forty, tmp
             assert job.process.poll() is None, job.stderr
             time.sleep(0.005)
         job.process.terminate()
-        assert job.wait(40) != 0 and not job.left_over(within=5)
+        assert job.wait() != 0 and not job.left_over(within=job.soon(5))
         [said] = [line for line in job.stderr.splitlines() if line.startswith("batch: stopped")]
     assert "stopped by SIGTERM" in said and f"after {n_lines(target)} of 40 lines" in said
     assert f"torchrun --nproc_per_node 2 -m llama_tp.batch --ckpt_dir {DEMO[1]} --input {source} --output {target}" in said
@@ -159,7 +159,7 @@ def test_sigterm_ends_after_a_step_and_names_the_command_that_goes_on(forty, tmp
         assert one.poll() is None
         time.sleep(0.005)
     one.terminate()
-    _, said = one.communicate(timeout=40)
+    _, said = one.communicate(timeout=PATIENCE_S)
     assert one.returncode == 128 + signal.SIGTERM and "to go on: python -m llama_tp.batch" in said, said
     batch(source, target)
     assert target.read_bytes() == data
@@ -203,7 +203,7 @@ def test_bad_lines_are_listed_before_anything_is_loaded(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(BAD))
     with torchrun(2, words(source, target)) as job:               # the rank that waits for rank 0's word says nothing
-        assert job.wait(60) == 1 and not job.left_over(within=5)
+        assert job.wait() == 1 and not job.left_over(within=job.soon(5))
         assert [line.split(" - ")[0] for line in job.stderr.splitlines() if line.startswith(("error", "[rank"))] == [
             f"error: --input {source} has bad lines"]
     done = batch(source, target, code=1)
@@ -304,7 +304,7 @@ def test_a_full_disk_is_one_clear_error_and_the_job_goes_on_when_there_is_room(f
         filler, target = disk / "filler", disk / "out.jsonl"
         filler.write_bytes(b"x" * (64 * 1024 - 4096 * 4))            # room for the sidecar and two pages of answers
         with torchrun(2, words(source, target)) as job:
-            assert job.wait(100) == 1, job.stderr
+            assert job.wait() == 1, job.stderr
             [said] = [line for line in job.stderr.splitlines() if line.startswith("error:")]
         assert "No space left on device" in said and "whole lines" in said and "run the same command again" in said
         assert 0 < n_lines(target) < 40 and data.startswith(target.read_bytes())

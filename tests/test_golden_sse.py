@@ -19,6 +19,7 @@ from llama_tp.server.desk import Desk
 from llama_tp.server.metrics import Metrics
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import open_tokenizer
+from tests.ranks import PATIENCE_S
 from tests.servers import DEMO
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -98,7 +99,7 @@ def asked(monkeypatch, call, texts: list[str], reason: str = "stop", **options) 
                 return recorder, [chunk async for chunk in reply] if isinstance(reply, openai.AsyncStream) else reply
             except openai.APIError as error:
                 return recorder, error
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
 
 
 def chat(**fields):

@@ -40,7 +40,7 @@ REQUESTS = [(f"{name}-{kind}", PROMPT, {**params, "form": form, "n": 2, "max_tok
 
 def served(tp: int, requests, **options) -> dict:
     """{(id, sample): (ids, text, finish reason)}."""
-    _, _, deltas = run(tp, serve, requests, timeout=120, config=SHRUNK["8b"], tokenizer=LETTERS, runner=Runner, **options)[0]
+    _, _, deltas = run(tp, serve, requests, config=SHRUNK["8b"], tokenizer=LETTERS, runner=Runner, **options)[0]
     out: dict = {}
     for delta in deltas:
         ids, text, _ = out.get((delta.request_id, delta.index), ([], "", None))

@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_tp.parallel.groups import (Launch, close, first_host, init_ranks, pick_device, read_launch, set_threads,
                                       usable_cores)
 from llama_tp.spec.errors import UserError
-from tests.ranks import ROOT, free_port, run
+from tests.ranks import PATIENCE_S, ROOT, free_port, run
 
 
 def getters(ranks):
@@ -93,7 +93,7 @@ def test_two_tasks_of_slurm_find_each_other():
     tasks = [subprocess.Popen([sys.executable, "-c", SLURM_RANK], stdout=subprocess.PIPE, cwd=ROOT,
                               env={**env, "SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}) for task in range(2)]
     try:
-        said = [json.loads(task.communicate(timeout=60)[0]) for task in tasks]
+        said = [json.loads(task.communicate(timeout=PATIENCE_S)[0]) for task in tasks]
     finally:
         for task in tasks:
             task.kill()
@@ -108,7 +108,7 @@ def test_a_launch_whose_store_is_gone_is_refused_at_once(monkeypatch):
     started = time.monotonic()
     with pytest.raises(UserError, match="rank 0 does not reach the launch's store at 127.0.0.1:.*Connection refused"):
         init_ranks("cpu", timeout_s=60)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60 / 2              # at once, and not after the timeout
 
 
 def test_threads_are_divided_among_the_ranks_of_a_node(monkeypatch):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.ranks import PATIENCE_S
 from tests.servers import pretending
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,7 +42,7 @@ def opened(browser, server, **options):
 
 def until(tab, expression: str) -> None:
     """Waits for it to be true. Playwright's own wait is an eval in the page, which the page's policy forbids."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not tab.evaluate(expression):
         assert time.monotonic() < deadline, tab.inner_text("body")
         time.sleep(0.05)

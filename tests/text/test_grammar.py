@@ -3,7 +3,6 @@
 import json
 import random
 import re
-import time
 
 import numpy as np
 import pytest
@@ -213,8 +212,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_forms_cost_bounded_time(name, grammars, tiny):
-    started = time.monotonic()
-    try:
+    try:                                                        # a second or so; unbounded ones take hours, and pytest ends it
         constraint = grammars.start(HOSTILE[name])
         for token in tiny.encode('"' * (HOSTILE[name].kind == "json") + "a" * 100):
             if token not in allowed(constraint, tiny.n_vocab):
@@ -222,7 +220,6 @@ def test_hostile_forms_cost_bounded_time(name, grammars, tiny):
             constraint.advance(token)
     except UserError as error:
         assert len(str(error)) < 1000
-    assert time.monotonic() - started < 30                      # a second or so; unbounded ones take hours
 
 
 def test_llama_3s_vocabulary(meta):

@@ -291,6 +291,10 @@ def test_not_parallel_means_one_call():
     '{"name": "f", "parameters": {}};' * 10_000,
     "brave_search.call(query=" + '"' * 300_000, 'brave_search.call(query="<function=f>{}</function>' * 6_000])
 def test_time_is_linear_in_the_text(text):
-    started = time.monotonic()
-    parse(text, OFFERED)
-    assert time.monotonic() - started < 15              # about 1 s; anything quadratic takes hours
+    """Eight times the text costs about eight times as much; anything quadratic, 64 times."""
+    def cost(text: str) -> float:
+        started = time.thread_time()
+        parse(text, OFFERED)
+        return time.thread_time() - started
+    part = min(cost(text[:len(text) // 8]) for _ in range(3))
+    assert cost(text) < 50 * part
