@@ -104,10 +104,11 @@ def main(
     from llama_tp.checkpoint.source import open_checkpoint
     from llama_tp.engine.build import DEFAULT_SEQ_LEN, EngineOptions, build
     from llama_tp.engine.session import report
-    from llama_tp.parallel.groups import open_store, read_launch
+    from llama_tp.parallel.rendezvous import open_store, read_launch
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
     launch, job = read_launch(os.environ), None
+    store = None if launch is None or launch.world == 1 else open_store(launch, load_timeout)
     if launch is None or launch.rank == 0:
         source = open_checkpoint(fetch(ckpt_dir), rope_factor)
         tokenizer = open_tokenizer(tokenizer_path, source.folder)
@@ -123,12 +124,10 @@ def main(
             tell(f"what lines do not say: {defaults}")
         job = open_job(input, output, model, defaults, made_of(source, model, defaults, flags), skip_bad, retry_failed, tell)
         source.close()
-    alone = launch is None or launch.world == 1
-    store = None if alone else open_store(launch, timedelta(seconds=2 * max(step_timeout, 60.0)))
     if not something_to_do(job, store):
         return job and closing_word(job, job.n_failed, quiet)
 
-    engine = build(EngineOptions(**{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}))
+    engine = build(EngineOptions(**{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}), store)
     stop, finished = Stop(engine.is_driver), True
     try:
         if engine.is_driver:

@@ -37,7 +37,7 @@ import typing
 
 import fire
 
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, mark_told
 
 # torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the driver has failed
 # too, it gets to say why, and torchrun ends the worker before the time is up. If not, the worker speaks.
@@ -255,6 +255,7 @@ def _leave(error: UserError, code: int) -> typing.NoReturn:
         who = f"[rank {_rank()}] error"
     if _is_driver() or code != USAGE:  # all ranks have the same flags: the driver's word about them is enough
         print(f"{who}:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        mark_told()
     sys.exit(code)
 
 

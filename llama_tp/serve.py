@@ -59,7 +59,7 @@ def main(
         nproc_per_node: ranks on each node
         nnodes: nodes; the others run the line that is printed
         master_addr: this node's address, for the others
-        master_port: a free port at that address
+        master_port: a free port at that address; the one after it must be free too
         max_restarts: how often, in ten minutes, the ranks are started again
         step_timeout: seconds after which a step counts as hung and the ranks are started again
         load_timeout: the same for loading
@@ -138,13 +138,13 @@ def main(
     chat = open_template(folder, tokenizer) if chat_template == "hf" else None
     defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
     print(f"server: what requests do not say: {defaults}", file=sys.stderr)
-    launch = torchrun_line(nproc_per_node, nnodes, master_addr, master_port)
+    launch = launch_flags(nproc_per_node, nnodes, master_addr, master_port)
     ranks = ["-m", "llama_tp.serve", *words_of(flags)]
     for node in range(1, nnodes):
-        line = shlex.join(["torchrun", *launch, "--node_rank", str(node), *ranks])
+        line = shlex.join(["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks])
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
     front.run(front.FrontOptions(
-        command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
+        command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
         name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
         strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
@@ -175,10 +175,10 @@ def check_names(names: tuple[str, ...]) -> None:
                             "correct it")
 
 
-def torchrun_line(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
-    """torchrun's own flags, for every node."""
+def launch_flags(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
+    """The launcher's own flags, for every node."""
     if nnodes == 1:
-        return ["--standalone", "--nproc_per_node", str(nproc_per_node)]
+        return ["--nproc_per_node", str(nproc_per_node)]
     if master_addr is None:
         raise UserError("several nodes need an address to meet at", "--master_addr is not given",
                         "give --master_addr this node's name or address, as the others see it")

@@ -194,16 +194,16 @@ class Launched:
 
 
 @contextlib.contextmanager
-def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None):
-    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks; kills all of it at the end.
+def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None,
+             module: str = "llama_tp.launch"):
+    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks, as our launcher does; kills all of it at the end.
 
-    `options` replaces torchrun's `--standalone`.
+    `options` are more of the launcher's; `module` torch.distributed.run is torchrun as torch has it.
     """
     mark = f"{os.getpid()}.{time.monotonic_ns()}"           # in the environment of all that belongs to this job
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]),
-                   "--nproc_per_node", str(n), *argv]
+        command = [sys.executable, "-m", module, *(options or []), "--nproc_per_node", str(n), *argv]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT, env={

@@ -145,7 +145,7 @@ def test_a_killed_server_leaves_no_rank_behind(loading):
 
 @pytest.mark.slow
 def test_two_nodes_and_a_death_on_the_other():
-    """Two torchrun agents on one host; the other node runs the line that the server prints, again when it ends."""
+    """Two launchers on one host; the other node runs the line that the server prints, again when it ends."""
     port, over = free_port(), threading.Event()
     with serving("--nproc_per_node", "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port),
                  ready=False) as server:
@@ -155,8 +155,7 @@ def test_two_nodes_and_a_death_on_the_other():
 
         def node():
             while not over.is_set():
-                subprocess.run([sys.executable, "-m", "torch.distributed.run", *line[1:]], cwd=ROOT, env=env, timeout=240,
-                               capture_output=True)
+                subprocess.run([sys.executable, *line[1:]], cwd=ROOT, env=env, timeout=240, capture_output=True)
         other = threading.Thread(target=node)
         other.start()
         try:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import Store
 
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.hub import fetch, is_repo
@@ -65,10 +66,11 @@ class EngineOptions:
     chat_template: str = "meta"             # or hf: looked for here, before the weights; dialogs are encoded elsewhere
 
 
-def build(options: EngineOptions) -> Engine:
-    """Joins the other ranks, loads this rank's shard and returns its engine. Raises UserError on a single rank; under
-    a launcher a failure on any rank ends the whole job with one message (health)."""
-    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0))
+def build(options: EngineOptions, store: Store | None = None) -> Engine:
+    """Joins the other ranks, loads this rank's shard and returns its engine; `store` is the launch's, if it is open already.
+    Raises UserError on a single rank; under a launcher a failure on any rank ends the whole job with one message (health)."""
+    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0),
+                       options.load_timeout, store)
     watch = Watch(ranks, options.step_timeout, options.load_timeout)
     try:
         with watch.busy("load", options.load_timeout):

@@ -150,10 +150,11 @@ class Watch:
         key = f"llama_tp/watch/{ranks.tally.watches}"
         ranks.tally.watches += 1
         if ranks.is_driver:
-            self._listener, host, port = listen(ranks)
+            self._listener = listen(ranks.master, ranks.n_nodes)
             self._token = secrets.token_hex(16)
             self._selector.register(self._listener, selectors.EVENT_READ, self._on_connect)
-            ranks.store.set(key, json.dumps([host, port, self._token, self._me.pid, self._me.host]))
+            host = "127.0.0.1" if ranks.n_nodes == 1 else ranks.master
+            ranks.store.set(key, json.dumps([host, self._listener.getsockname()[1], self._token, self._me.pid, self._me.host]))
         else:                                               # the store makes us wait for a driver that is late
             host, port, token, self._table[0].pid, self._table[0].host = json.loads(ranks.store.get(key))
             line = call(host, port)

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from llama_tp.parallel.groups import (Launch, close, first_host, init_ranks, pick_device, read_launch, set_threads,
-                                      usable_cores)
+from llama_tp.parallel.groups import close, init_ranks, pick_device, set_threads, usable_cores
+from llama_tp.parallel.rendezvous import Launch, first_host, read_launch
 from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S, ROOT, free_port, run
 
