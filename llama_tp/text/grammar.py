@@ -5,9 +5,13 @@ can travel; `Grammars` belongs to a tokenizer and turns forms into a `Constraint
 may come if bit i % 32 of word i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
 complete, other special tokens never. Where the form leaves one text only, the mask asks for the tokenizer's own spelling of it.
 
-What a client sends can be slow only up to a bound: its size, and llguidance's limits on the size of a grammar (compiling: the
-worst found took 0.4 s, so call it off the event loop) and on the work for one mask (the worst found took 0.3 s; beyond the limit
-comes an error that ends this sample alone). References in a schema to other documents are not followed. Knows no sampling.
+JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let a model that is pushed off its way
+write them for ever. Llama's own JSON has the blank, as json.dumps writes it; xgrammar's fixed format has it too, llguidance's has none.
+Either forces tokens on a model that has learnt the other, so both may come, and a text has at most one blank for each , and :.
+
+What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What repeats too much is refused here
+(`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents are not
+followed. Knows no sampling.
 """
 
 import json
@@ -18,14 +22,14 @@ import numpy as np
 
 from llama_tp.spec.errors import UserError
 from llama_tp.text.call_grammar import BUILT_IN
+from llama_tp.text.repetition import check_regex, check_schema, checked_lark
 from llama_tp.text.token_table import Tokenizer
 
 MAX_SOURCE = 1 << 16                                    # characters of a schema, regex or grammar
 MAX_TOOLS = 128                 # OpenAI's bound
 MAX_CALLS = 32                  # in one answer that has to call: a model that cannot end would go on to max_tokens
-# Free whitespace between JSON tokens lets a model that is pushed off its way write blanks for ever.
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False,
-                 "json_allow_general_unicode_escapes": True}    # models have learnt these, too
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}      # regexes
+_JSON_OPTIONS = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}     # models have learnt these, too
 
 
 @dataclass(frozen=True)
@@ -43,17 +47,23 @@ def json_object() -> Form:
 
 def json_schema(schema: object) -> Form:
     """JSON that a schema allows: response_format json_schema. UserError unless `schema` is an object of bearable size."""
-    return Form("json", _source("the JSON schema", _json(schema)))
+    if isinstance(schema, Mapping):                         # x-guidance would be the client's options of llguidance, blanks included
+        schema = {key: value for key, value in schema.items() if key != "x-guidance"}
+    source = _source("the JSON schema", _json(schema))
+    check_schema(schema)
+    return Form("json", source)
 
 
 def regex(pattern: object) -> Form:
     """Text that a whole regex matches (Rust's syntax: no look-around, no back-references)."""
-    return Form("regex", _source("the regex", pattern))
+    source = _source("the regex", pattern)
+    check_regex(source)
+    return Form("regex", source)
 
 
 def lark(grammar: object) -> Form:
-    """Text of a grammar in llguidance's variant of Lark, with a rule `start`."""
-    return Form("lark", _source("the grammar", grammar))
+    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is compact unless it says otherwise."""
+    return Form("lark", checked_lark(_source("the grammar", grammar), _COMPACT))
 
 
 def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False) -> Form:
@@ -191,7 +201,7 @@ def _json(schema: object, options: dict | None = None) -> str:
 
 def _source(what: str, text: object) -> str:
     if not isinstance(text, str) or not text:
-        raise UserError(f"{what} must be a text", f"found {type(text).__name__}", "pass a string that is not empty")
+        raise UserError(f"{what} must be a text that is not empty", f"found {text!r}"[:80], "correct it, or leave it out")
     if len(text) > MAX_SOURCE:
         raise UserError(f"{what} is too long", f"{len(text):,} characters", f"the most is {MAX_SOURCE:,}")
     return text
