@@ -21,6 +21,7 @@ from llama_tp.spec.errors import UserError
 MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
 
 WHY_NOT = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+           "stalled": "the ranks have not been heard for a while",
            "draining": "the server is shutting down", "dead": "the ranks have ended"}      # nothing new is taken, by state
 
 
@@ -154,32 +155,37 @@ class Desk:
         max_queue: most samples that wait for a row, beside those that have one.
         metrics: is told what happens.
         restart_s: what a client is told to wait when there are no ranks.
+        stale_s: silence of ranks that owe an answer, from which on nothing new is taken.
 
     `info` is what the ranks said of themselves, None until the first have loaded; `stats` what they said last.
     """
 
-    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5):
-        self.max_queue, self.metrics, self.restart_s = max_queue, metrics, restart_s
+    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5, stale_s: float = float("inf")):
+        self.max_queue, self.metrics, self.restart_s, self.stale_s = max_queue, metrics, restart_s, stale_s
         self.info: dict | None = None
         self.stats: dict = {}
         self.draining = False
         self.dead = ""                                      # why there will be no more ranks
         self.heard_at = time.monotonic()                    # the last word of the ranks
+        self._owed_since: float | None = None               # the first message that they have not answered; None: they owe nothing
         self._link: ServerEnd | None = None
         self._flights: dict[str, Flight] = {}               # in order of arrival
         self._changed = asyncio.Event()
 
     @property
     def state(self) -> str:
-        """"ready", or why nothing new is taken: "loading", "restarting", "draining", "dead"."""
+        """"ready", or why nothing new is taken: "loading", "restarting", "stalled", "draining", "dead"."""
         if self.dead or self.draining:
             return "dead" if self.dead else "draining"
-        return "ready" if self._link else "restarting" if self.info else "loading"
+        if not self._link:
+            return "restarting" if self.info else "loading"
+        return "ready" if self.silent_s <= self.stale_s else "stalled"
 
     @property
     def silent_s(self) -> float:
-        """How long ranks that have loaded and have work have said nothing."""
-        return time.monotonic() - self.heard_at if self._link and self._flights else 0.0
+        """How long ranks that have loaded have owed an answer and said nothing. They answer every message, an abort too, so that
+        clients who come and go change nothing about it: only a word of the ranks does."""
+        return time.monotonic() - self._owed_since if self._link and self._owed_since else 0.0
 
     @property
     def n_flights(self) -> int:
@@ -208,12 +214,10 @@ class Desk:
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
             raise Full(self.n_samples, most)
-        if not self._flights:
-            self.heard_at = time.monotonic()                # they had nothing to say until now
         ticket = Ticket(requests)
         for flight in ticket.flights:
             self._flights[flight.request.id] = flight
-            self._link.send(flight.message())
+            self._send(flight.message())
         return ticket
 
     def drop(self, ticket: Ticket) -> None:
@@ -223,7 +227,7 @@ class Desk:
                 flight.is_over = True
                 self.metrics.finished(flight, "abort")
                 if self._link:
-                    self._link.send({"do": "abort", "id": flight.request.id})
+                    self._send({"do": "abort", "id": flight.request.id})
         self._changed.set()
 
     async def wait_until_empty(self) -> None:
@@ -241,10 +245,10 @@ class Desk:
 
     def attach(self, link: ServerEnd, info: dict) -> None:
         """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
-        self.info, self._link, self.stats = info, link, {}
+        self.info, self._link, self.stats, self._owed_since = info, link, {}, None
         self.heard_at = time.monotonic()
         for flight in self._flights.values():
-            link.send(flight.message())
+            self._send(flight.message())
 
     def detach(self) -> None:
         """The ranks are gone. Flights wait for the next ones, except those that may have run in several and gained nothing."""
@@ -269,6 +273,10 @@ class Desk:
     def hear(self, message: dict) -> None:
         """A message of the ranks."""
         self.heard_at = now = time.monotonic()
+        self._take_in(message, now)
+        self._owed_since = now if self._flights else None
+
+    def _take_in(self, message: dict, now: float) -> None:
         if message["is"] == "scores":
             if flight := self._flights.get(message["id"]):
                 flight.hear_scores(message["scores"])
@@ -290,6 +298,10 @@ class Desk:
                     self._changed.set()
         self.metrics.counted(self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"]))
         self.stats = message["stats"]
+
+    def _send(self, message: dict) -> None:
+        self._owed_since = self._owed_since or time.monotonic()
+        self._link.send(message)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         self._flights.pop(flight.request.id, None)

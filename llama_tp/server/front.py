@@ -28,6 +28,7 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
+STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
 
 
@@ -105,7 +106,7 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name))
+    desk = Desk(options.max_queue, Metrics(options.name), stale_s=STALE * options.policy.silence_s)
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
                     options.aliases, options.strict_name, options.defaults)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page)

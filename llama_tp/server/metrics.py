@@ -11,7 +11,7 @@ LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 12
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 disable_created_metrics()       # a second line beside each counter, with the time of its birth: nobody reads it
-STATES = ("loading", "ready", "restarting", "draining", "dead")
+STATES = ("loading", "ready", "restarting", "stalled", "draining", "dead")
 
 
 class Metrics:

@@ -1,10 +1,13 @@
 """The books of what is in flight, and an answer's stream, without ranks."""
 
 import asyncio
+import itertools
+
+import pytest
 
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.server import answer
-from llama_tp.server.desk import MAX_BARREN, Desk
+from llama_tp.server.desk import MAX_BARREN, Desk, Unavailable
 from llama_tp.server.metrics import Metrics
 
 STATS = {"prefix_hit_tokens": 0, "prefill_tokens": 0, "n_preemptions": 0, "n_steps": 0}
@@ -41,16 +44,51 @@ def test_only_requests_that_may_have_run_are_given_up_for_the_ends_of_the_ranks(
     asyncio.run(main())
 
 
+STEP = {"is": "step", "deltas": [], "refused": {}, "begun": [], "step_s": 1.0, "stats": STATS}
+
+
+def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
+    """Clients that come and go every second, before ranks that hang: the silence grows from the first message they owe an answer."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def main():
+        desk = Desk(100, Metrics("m"), stale_s=60)
+        desk.attach(Link(), {"max_rows": 4})
+        now[0] += 1000
+        assert desk.silent_s == 0.0, "nothing was asked of them"
+        for _ in range(30):
+            ticket = desk.take([request("a")])
+            now[0] += 1
+            desk.drop(ticket)
+        assert desk.silent_s == 30.0 and desk.state == "ready", "the last one has gone: the abort of it is owed an answer, too"
+        desk.hear(STEP)
+        now[0] += 1000
+        assert desk.silent_s == 0.0 and desk.state == "ready", "they have answered, and have no work"
+        desk.take([request("b")])
+        now[0] += 59
+        desk.hear(STEP)
+        now[0] += 59
+        assert desk.silent_s == 59.0 and desk.state == "ready"
+        now[0] += 2
+        assert desk.state == "stalled"
+        with pytest.raises(Unavailable, match="the ranks have not been heard"):
+            desk.take([request("c")])
+        desk.hear(STEP)
+        assert desk.state == "ready" and desk.silent_s == 0.0
+    asyncio.run(main())
+
+
 def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
     """4 s in the queue, 2 s for the prompt in steps of one second, 3 s of writing."""
     async def main():
-        desk, clock = Desk(100, Metrics("m")), iter([])
+        desk, clock = Desk(100, Metrics("m")), None
         desk.attach(Link(), {"max_rows": 1})
         monkeypatch.setattr("time.monotonic", lambda: next(clock))
-        clock = iter([100.0] * 3)
+        clock = itertools.repeat(100.0)
         desk.take([request("a")])
         for at, begun, reason in ((103, [], None), (105, ["a"], None), (106, [], "token"), (109, ["a"], "stop")):
-            clock = iter([at])
+            clock = itertools.repeat(float(at))
             new = {"id": "a", "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None}
             desk.hear({"is": "step", "deltas": [new | {"finish_reason": reason if reason == "stop" else None}] if reason else [],
                        "refused": {}, "begun": begun, "step_s": 1.0, "stats": STATS})

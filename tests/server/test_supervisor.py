@@ -163,6 +163,22 @@ def test_a_silence_without_work_is_no_hang(tmp_path):
     asyncio.run(main())
 
 
+def test_clients_that_come_and_go_do_not_hide_a_hang(tmp_path):
+    """Ranks that stop in their first step; each client waits for a third of the silence that counts, and goes."""
+    async def main():
+        async with kept(tmp_path, "stop:1", "live", policy=Policy(backoff_s=0.01, silence_s=0.9)) as (desk, supervisor, _):
+            await until(lambda: desk.state == "ready")
+            for i in range(30):
+                if supervisor.n_starts == 2:
+                    break
+                if desk.state == "ready":
+                    ticket = desk.take([Request(f"r{i}", [1, 2], SamplingParams(seed=1))])
+                    await asyncio.sleep(0.3)
+                    desk.drop(ticket)
+            assert supervisor.n_starts == 2
+    asyncio.run(main())
+
+
 def test_a_long_load_while_requests_wait_is_no_hang(tmp_path):
     async def main():
         async with kept(tmp_path, "die:3", "load:1.5", policy=Policy(backoff_s=0.01, silence_s=0.6)) as (desk, supervisor, _):
