@@ -10,8 +10,8 @@ Tools, as Meta's page on Llama 3.1 prompts lays them out (llama-models, llama3_1
   * offered: "Environment: ipython" opens the system message, "Tools: brave_search, wolfram_alpha" follows it for built-in ones, and
     functions are described as JSON in a user message of their own behind it, or in the system message. No dates are added.
   * called: a function as {"type": "function", "name": ..., "parameters": ...} <|eot_id|>; a built-in tool as <|python_tag|>
-    NAME.call(query="...") or code, <|eom_id|>, the text as it is, without escapes. llama-models writes the tag before code only (and
-    before content beside it, where the model had written it first), and <|eom_id|> where told to.
+    NAME.call(query="...") or code, <|eom_id|>, the text as it is, without escapes. llama-models writes the tag before code only,
+    also before content that stands beside it (the model had written that first), and <|eom_id|> where told to.
   * answered: by a message of the role `ipython`, also spelled `tool`.
 What the model writes is read by `tool_calls`.
 """
