@@ -246,9 +246,11 @@ class CallGrammar:
         r.accept()
 
     def _built_in(self):
-        """NAME.call(query="..."), the query as it is: Meta's form has no escapes. Yet a quote that no bracket follows is part of it, and
-        so is one behind a backslash, which models put there. A query that runs to the end of the section is no call, nor is any that
-        the same text begins further on: read again for each, it would take quadratic time."""
+        """NAME.call(query="..."), the query as it is: Meta's form has no escapes.
+
+        Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which models put there. A query that
+        runs to the end of the section is no call, nor is any that the same text begins further on: read again for each, it would
+        take quadratic time."""
         r = self.reader
         name = yield from r.name()
         yield from r.expect(".call(query=")
