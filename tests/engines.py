@@ -78,8 +78,9 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
     model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
-    run = runner(model, cache, max_rows, config.vocab_size, again if graphs else None)
-    out = Recorder(run, scheduler, tokenizer or alphabet(config.vocab_size), ranks, NoWatch(), n_ahead=int(graphs))
+    tokenizer = tokenizer or alphabet(config.vocab_size)
+    run = runner(model, cache, max_rows, min(tokenizer.n_vocab, config.vocab_size), again if graphs else None)
+    out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
     return out
 

@@ -119,7 +119,8 @@ def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int
     if on_cuda and not model.deterministic and (why := fuse(model)):
         warn(f"torch.compile is of no use here, the arithmetic between the products stays plain torch: {why}", model.ranks)
     runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
-    scheduler = Scheduler(BlockManager(cache.n_blocks, cache.block_size, prefix_cache), max_rows, step_tokens, len(model.rope.cos))
+    blocks = BlockManager(cache.n_blocks, cache.block_size, prefix_cache)
+    scheduler = Scheduler(blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context)
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
 

@@ -196,7 +196,7 @@ class Engine:
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.rows[row.row] for row in rows]
         masks = [self._tracks[sequence].mask for sequence in sequences]
-        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks)
+        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks, self.runner.n_vocab)
         self._logprobs.update((sequence, choice.logprobs) for sequence, choice in zip(sequences, choices) if choice.logprobs)
         return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
 
@@ -204,7 +204,7 @@ class Engine:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
         sequence = self.scheduler.rows[row.row]
         targets = sequence.ids[first + 1:min(first + 1 + len(logits), sequence.n_prompt)]
-        scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs)
+        scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs, self.runner.n_vocab)
         self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
 
     def _gained(self, sequence: Sequence, token: int) -> Delta:

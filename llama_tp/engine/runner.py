@@ -32,8 +32,9 @@ Sampled = Callable[[], dict[int, int]]
 class Judge:
     """The driver's part of a step.
 
-    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each.
+    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each, below `n_vocab`.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
+    V is the checkpoint's whole vocabulary: rows of the head without a token id count in logprobs.
     """
 
     choose: Choose
@@ -45,7 +46,7 @@ class Runner:
 
     Args:
         max_rows: the most sequences at once; rows are numbered below it.
-        n_vocab: ids that may be sampled; the head's rows beyond are padding or have no text.
+        n_vocab: ids that may be sampled; the head's rows beyond have no text, or pad the shards.
         record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any other.
     """
 
@@ -136,9 +137,9 @@ class Runner:
         return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(R, D) -> (R, n_vocab) on the driver, None elsewhere."""
+        """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None elsewhere."""
         shards = gather_to_driver(self.model.logits(hidden), self.ranks)
-        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.n_vocab]
+        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.model.config.vocab_size]
 
     def _score(self, row: StepRow, hidden: torch.Tensor, judge: Judge | None) -> None:
         for at in range(0, row.n, SCORE_ROWS):

@@ -41,6 +41,7 @@ class Scheduler:
         max_step_tokens: most tokens in a step.
         max_seq_len: most ids in a sequence, prompt and output together.
         prefill_chunk: most tokens of one prompt in a step; None: whatever the step holds.
+        max_context: how far max_seq_len could be raised: the positions that the model was trained for.
 
     Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all blocks together if that
     is less); `rows`, row -> Sequence or None, as the last plan left it; `in_flight`, for every step planned and not yet
@@ -49,11 +50,11 @@ class Scheduler:
     """
 
     def __init__(self, blocks: BlockManager, max_rows: int, max_step_tokens: int, max_seq_len: int,
-                 prefill_chunk: int | None = None):
+                 prefill_chunk: int | None = None, max_context: int | None = None):
         self.blocks = blocks
         self.max_step_tokens = max_step_tokens
         self.prefill_chunk = prefill_chunk or max_step_tokens
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.max_context = max_seq_len, max_context or max_seq_len
         self.max_len = min(max_seq_len, blocks.n_blocks * blocks.block_size)
         # also when steps are planned ahead, and a sequence thought to be at its end comes back UNDECIDED
         self.rows: list[Sequence | None] = [None] * min(max_rows, max_step_tokens)
@@ -71,9 +72,11 @@ class Scheduler:
     def check_fits(self, n_prompt: int) -> None:
         """Raises UserError when a prompt of `n_prompt` ids and one token of output can never fit."""
         if n_prompt + 1 > self.max_seq_len:
+            fits = n_prompt + 1 <= self.max_context
             raise UserError("the prompt is too long",
                             f"found {n_prompt} tokens, and max_seq_len {self.max_seq_len} must also hold one of output",
-                            "shorten the prompt or raise --max_seq_len")
+                            f"shorten the prompt or raise --max_seq_len, at most to {self.max_context}" if fits else
+                            f"shorten the prompt: the model was trained for {self.max_context} positions")
         if n_prompt + 1 > self.max_len:
             raise UserError("the prompt does not fit in the KV cache",
                             f"found {n_prompt} tokens, and the cache's {self.max_len} must also hold one of output",

@@ -246,8 +246,11 @@ class CallGrammar:
         r.accept()
 
     def _built_in(self):
-        """NAME.call(query="..."); a quote that no bracket follows belongs to the query. One that runs to the end of the section
-        is no call, nor is any that the same text begins further on: read again for each, it would take quadratic time."""
+        """NAME.call(query="..."), the query as it is: Meta's form has no escapes.
+
+        Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which models put there. A query that
+        runs to the end of the section is no call, nor is any that the same text begins further on: read again for each, it would
+        take quadratic time."""
         r = self.reader
         name = yield from r.name()
         yield from r.expect(".call(query=")
@@ -263,11 +266,11 @@ class CallGrammar:
                 query.append(quote)
             elif r.ch == "\\":
                 yield
+                if r.ch != quote:
+                    query.append("\\")
                 if r.ch and r.ch in quote + "\\":
                     query.append(r.ch)
                     yield
-                else:
-                    query.append("\\")
             elif r.ch:
                 query.append(r.ch)
                 yield

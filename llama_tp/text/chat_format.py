@@ -10,7 +10,8 @@ Tools, as Meta's page on Llama 3.1 prompts lays them out (llama-models, llama3_1
   * offered: "Environment: ipython" opens the system message, "Tools: brave_search, wolfram_alpha" follows it for built-in ones, and
     functions are described as JSON in a user message of their own behind it, or in the system message. No dates are added.
   * called: a function as {"type": "function", "name": ..., "parameters": ...} <|eot_id|>; a built-in tool as <|python_tag|>
-    NAME.call(query="...") or code, <|eom_id|>. llama-models writes the tag before code only, and <|eom_id|> where told to.
+    NAME.call(query="...") or code, <|eom_id|>, the text as it is, without escapes. llama-models writes the tag before code only,
+    also before content that stands beside it (the model had written that first), and <|eom_id|> where told to.
   * answered: by a message of the role `ipython`, also spelled `tool`.
 What the model writes is read by `tool_calls`.
 """
@@ -141,7 +142,8 @@ def tool_name(tool: Mapping) -> str:
 
 
 def call_text(name: str, arguments: str | Mapping) -> str:
-    """A call as the model writes it. Arguments that are no JSON object stand in it as a string: the model broke them."""
+    """A call as the model writes it. Arguments that are no JSON object stand in it as a string: the model broke them. Of a built-in
+    tool's, only the query or the code has a place."""
     if isinstance(arguments, str):
         try:
             found = json.loads(arguments or "{}")
@@ -151,12 +153,8 @@ def call_text(name: str, arguments: str | Mapping) -> str:
     if isinstance(arguments, Mapping) and name in BUILT_IN:
         key = "code" if name == CODE else "query"
         if isinstance(text := arguments.get(key), str):
-            return text if name == CODE else f'{name}.call(query="{_quoted(text)}")'
+            return text if name == CODE else f'{name}.call(query="{text}")'
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
-
-
-def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _named_call(call: object) -> tuple[str, str | Mapping]:

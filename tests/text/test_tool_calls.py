@@ -228,7 +228,7 @@ def test_python_lists_of_calls(wanted):
     '<function=trending_songs>{"n": 10}</function>',
     '[get_boiling_point(liquid_name="water", celcius=True)]',
     "[initialize()]",
-    'brave_search.call(query="100th decimal of pi")',
+    'brave_search.call(query="100th decimal of pi")', 'brave_search.call(query="a\\\\b \\n c")',
     "print(1)\nprint('two')",
     "just text", "[1, 2]", '{"a": "b"}', "[f(1)]", "[see](there)",
 ])
