@@ -254,6 +254,9 @@ def test_flags_that_cannot_be(tmp_path):
     for changed, said in [(["no/such.jsonl", "x"], "no such file"), ([str(source), "no/such/out.jsonl"], "no such folder"),
                           ([str(source), str(tmp_path)], "cannot be written")]:
         assert said in batch(*changed, "--quiet", code=1).stderr
+    for flag, value in [("--max_gen_len", "-1"), ("--temperature", "-3"), ("--max_step_tokens", "0")]:
+        said = batch(source, tmp_path / "x", "--quiet", flag, value, code=1).stderr
+        assert said.startswith(f"error: {flag} is out of range - found {value}") and not (tmp_path / "x.job").exists()
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "holds no lines" in batch(tmp_path / "empty.jsonl", tmp_path / "out.jsonl", code=1).stderr
 
