@@ -15,7 +15,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from llama_tp.cli import run
+from llama_tp.cli import check_numbers, run
 from llama_tp.protocol.batch_job import Job, open_job, sampled_digest, tokenizer_digest
 from llama_tp.protocol.batch_work import Work
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
@@ -98,6 +98,9 @@ def main(
     if any(os.path.exists(each) and os.path.samefile(input, each) for each in (output, f"{output}.job", f"{output}.retry")):
         raise UserError(f"--output {output} cannot be written", "it is the --input, or a file beside it is", "name another")
     given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
+    check_numbers(max_seq_len=(max_seq_len, 1, 10**9), max_batch_size=(max_batch_size, 1, 10**5),
+                  max_step_tokens=(max_step_tokens, 1, 10**9), step_timeout=(step_timeout, 1, 10**6),
+                  load_timeout=(load_timeout, 1, 10**6))
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch

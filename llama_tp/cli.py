@@ -193,7 +193,9 @@ def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
 
 
 def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]) -> UserError:
-    if "prompt" in flags and "prompt" not in values:
+    if (meant := _meant(word)) in flags and meant not in values:
+        fix = f"did you mean --{meant} {word}?"
+    elif "prompt" in flags and "prompt" not in values:
         fix = f'did you mean --prompt "{word}"?'
     elif previous is not None and previous.kind is str:
         given = values[previous.name][-1] if previous.repeats else values[previous.name]
@@ -201,6 +203,20 @@ def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str,
     else:
         fix = "values are given with their flag: --flag value; --help lists them"
     return UserError("a word without a flag", f"found {word!r}", fix)
+
+
+def _meant(word: str) -> str:
+    """The flag that a word without one looks like: a checkpoint is a folder or a name on the hub, a server an address."""
+    if os.path.isdir(word) or re.fullmatch(r"[\w.-]+/[\w.-]+", word):
+        return "ckpt_dir"
+    return "url" if word.startswith(("http://", "https://")) else ""
+
+
+def check_numbers(**ranges: tuple[float | None, float, float]) -> None:
+    """Raises UserError for the value of a flag outside its range (value, least, most); None is not given, and inside."""
+    for name, (value, least, most) in ranges.items():
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
 
 
 def help_text(main, flags: dict[str, Flag]) -> str:

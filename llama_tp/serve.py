@@ -9,7 +9,7 @@ import shlex
 import sys
 from typing import Literal
 
-from llama_tp.cli import run
+from llama_tp.cli import check_numbers, run
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
@@ -158,13 +158,6 @@ def link_path() -> str:
         raise UserError("serve starts its ranks itself", "RANK is set: torchrun or the like has started it",
                         "run python -m llama_tp.serve without a launcher")
     return os.environ["LLAMA_TP_LINK"]
-
-
-def check_numbers(**ranges: tuple[float, float, float]) -> None:
-    """Raises UserError for a value outside its range (value, least, most)."""
-    for name, (value, least, most) in ranges.items():
-        if not least <= value <= most:
-            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
 
 
 def check_names(names: tuple[str, ...]) -> None:

@@ -257,6 +257,9 @@ def test_flags_that_cannot_be(tmp_path):
                           ([str(source), str(tmp_path)], "cannot be written"),
                           ([str(source), str(tmp_path / "x"), "--max_gen_len", "-1"], "--max_gen_len must be")]:
         assert said in batch(*changed, "--quiet", code=1).stderr
+    for flag, value, wrong in [("--temperature", "-3", "must be"), ("--max_step_tokens", "0", "is out of range - found 0")]:
+        said = batch(source, tmp_path / "x", "--quiet", flag, value, code=1).stderr
+        assert said.startswith(f"error: {flag} {wrong}") and not (tmp_path / "x.job").exists()
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "holds no lines" in batch(tmp_path / "empty.jsonl", tmp_path / "out.jsonl", code=1).stderr
 

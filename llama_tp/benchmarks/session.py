@@ -17,7 +17,7 @@ from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks, pick_device, single_rank
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import GIB
+from llama_tp.spec.memory import GIB, counted
 from llama_tp.spec.published import PUBLISHED
 
 
@@ -74,7 +74,7 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
         engine.follow()
         gather_ints(peak_bytes(engine), ranks)
         return None, []
-    show(f"{name}, {model.config.n_params / 1e9:.2f} B parameters, {str(model.dtype)[6:]}, "
+    show(f"{name}, {counted(model.config.n_params)} parameters, {str(model.dtype)[6:]}, "
          + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
          + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
          f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")

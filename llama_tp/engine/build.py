@@ -32,7 +32,7 @@ from llama_tp.parallel.health import Watch
 from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
@@ -105,7 +105,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
-    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {config.n_params / 1e9:.2f} B parameters, "
+    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {counted(config.n_params)} parameters, "
         f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,
         options.quiet)
     return engine

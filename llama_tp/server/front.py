@@ -145,7 +145,7 @@ async def _say_ready(desk: Desk) -> None:
         await asyncio.sleep(0.05)
     info = desk.info
     note(f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and {desk.max_queue} waiting, context of "
-         f"{info['max_model_len']} tokens (context_window={info['max_model_len']}, is_chat_model=True for LlamaIndex)")
+         f"{info['max_model_len']} tokens")
 
 
 async def _drain(options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task) -> None:

@@ -241,6 +241,10 @@ def test_no_spelling_of_a_path_gets_past_the_key(path, locked):
         assert status == (200 if path in ("/health?x=1", "/?/v1/models") else 401), host
 
 
+def test_the_ready_line_says_what_everybody_wants_to_know(server):
+    server.wait_for("ready: 2 rank(s), up to 8 samples at once and 24 waiting, context of 512 tokens\n")
+
+
 def test_a_client_that_goes_is_forgotten(server, client):
     before = server.n_aborted()
     wish = dict(model="fake", prompt=[1, 5], n=8, max_tokens=400)                   # prompts that begin with 1 take 20 ms a step
