@@ -22,9 +22,9 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.fused import fuse
-from llama_tp.model.kernels import fixes_rows, pick
+from llama_tp.model.kernels import Kernels, TorchKernels, fixes_rows, pick
 from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.transformer import Transformer, heads_of
 from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
@@ -91,10 +91,10 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
-    kernels = pick(ranks.device, dtype, deterministic)
+    kernels = pick_kernels(config, ranks, dtype, deterministic)
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size)
     changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
-    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
+    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len, kernels)]:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
@@ -170,6 +170,16 @@ def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> 
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 
+def pick_kernels(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool) -> Kernels:
+    """The fastest that all ranks have: the driver deals out blocks of one size."""
+    kernels = pick(ranks.device, dtype, deterministic, heads_of(config, ranks.tp))
+    sizes = gather_ints(kernels.block_size, ranks)
+    if kernels.block_size > min(sizes):
+        kernels = TorchKernels(deterministic)
+        kernels.lacks = f"rank {sizes.index(min(sizes))} cannot use it"
+    return kernels
+
+
 def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int,
                block_size: int) -> int:
     """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on the tightest rank.
@@ -199,7 +209,8 @@ def free_bytes(ranks: Ranks) -> int:
     return free // ranks.local_size
 
 
-def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int) -> list[str]:
+def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int,
+               kernels: Kernels) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
     notes = []
     if ranks.device.type == "cpu" and library() is None:
@@ -209,6 +220,8 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
         notes.append("the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go through gloo, slower")
     elif ranks.device.type == "cuda" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
         notes.append("torch's symmetric memory is off, not to be had or not in agreement with NCCL: small sums go through NCCL")
+    if ranks.device.type == "cuda" and kernels.lacks:
+        notes.append(f"attention runs in plain torch, slower: no paged FlashAttention here: {kernels.lacks}")
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:

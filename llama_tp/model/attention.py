@@ -50,14 +50,23 @@ class Span(NamedTuple):
     blocks: list[int]           # the sequence's block table, at least up to position start + n - 1
 
 
-@dataclass
 class Paged:
-    """B sequences as tensors on the device, whatever their lengths: what a captured step can hold."""
+    """B sequences as tensors on the device, whatever their lengths: what a captured step can hold.
 
-    table: torch.Tensor         # (B, W) int32 block ids, padded with the empty block
-    used: torch.Tensor          # (B,) int32: context, this step's positions included
-    ends: torch.Tensor          # (B + 1,) int32: where each sequence's rows begin, and the last one's end
-    max_n: int                  # most rows of a sequence
+    table: (B, W) int32 block ids, padded with the empty block. used: (B,) int32, the context, this step's positions included.
+    ends: (B + 1,) int32, where each sequence's rows begin, and the last one's end; key_ends: the same of the contexts.
+    max_n: most rows of a sequence.
+    """
+
+    def __init__(self, table: torch.Tensor, used: torch.Tensor, ends: torch.Tensor, max_n: int):
+        self.table, self.used, self.ends, self.max_n = table, used, ends, max_n
+        self.key_ends = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+
+    @classmethod
+    def of(cls, tables: list[list[int]], used: list[int], ends: list[int], device: torch.device) -> "Paged":
+        """From ints; all tables of one length."""
+        on = (on_device(torch.tensor(ints, dtype=torch.int32), device) for ints in (tables, used, ends))
+        return cls(*on, max(b - a for a, b in zip(ends, ends[1:])))
 
 
 def plan(spans: list[Span], n_heads: int, block_size: int, empty_block: int, device: torch.device) -> list[Group]:

@@ -6,21 +6,24 @@ graph cannot hold. That tokens stay the same at every tp is in tests/test_house.
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 
+from llama_tp.engine import build
+from llama_tp.engine.build import EngineOptions, pick_kernels, said_aloud
 from llama_tp.engine.cuda_graph import ONE, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
-from llama_tp.model.kernels import FlashKernels, TorchKernels, pick
-from llama_tp.parallel.groups import single_rank
+from llama_tp.model.flash import PagedAttention
+from llama_tp.model.kernels import FlashKernels, TorchKernels
+from llama_tp.parallel.groups import Ranks, single_rank
 from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import engine
+from tests.flash import Varlen
 from tests.shapes import SHRUNK
 
-CONFIG = SHRUNK["8b"]
+CONFIG, WIDE = SHRUNK["8b"], SHRUNK["wide"]
 WEIGHTS = reference.random_weights(table(CONFIG))
 PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)]
 
@@ -84,46 +87,17 @@ def test_a_stop_leaves_nothing_in_flight():
     assert ids == expected[:2] and not one.scheduler.in_flight and not one.has_work
 
 
-def reference_varlen(q, k, v, ends, _, max_q, max_k, *, window_size, enable_gqa, seqused_k, block_table, num_splits):
-    """torch.nn.attention.varlen.varlen_attn's documented meaning, a sequence and a head at a time."""
-    assert window_size == (-1, 0) and enable_gqa and k.shape[1] % 256 == 0 and max_k >= int(seqused_k.max())
-    out = torch.full_like(q, float("nan"))                          # rows of no sequence hold anything
-    for i, n_used in enumerate(seqused_k.tolist()):
-        rows = slice(int(ends[i]), int(ends[i + 1]))
-        n = rows.stop - rows.start
-        assert 0 < n <= max_q
-        keys, values = (each[block_table[i].long()].flatten(0, 1)[:n_used].repeat_interleave(q.shape[1] // k.shape[2], dim=1)
-                        for each in (k, v))                         # (n_used, H, E)
-        scores = torch.einsum("qhe,khe->hqk", q[rows], keys) / q.shape[-1] ** 0.5
-        late = torch.arange(n_used) > torch.arange(n_used - n, n_used).unsqueeze(1)
-        out[rows] = torch.einsum("hqk,khe->qhe", scores.masked_fill(late, -torch.inf).softmax(-1), values)
-    return out
-
-
 @pytest.mark.parametrize("step_tokens", [512, 40])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
-    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 8)
-    kernels = FlashKernels(reference_varlen)
-    ours = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, kernels=kernels, graphs=graphs, n_blocks=8,
+    weights = reference.random_weights(table(WIDE))
+    expected = run(engine(single_rank(), WIDE, weights=weights, runner=Runner), 8)
+    kernels = FlashKernels(PagedAttention(Varlen("2.13", dtypes=(torch.float32,)), 1, False))
+    ours = engine(single_rank(), WIDE, weights=weights, runner=Runner, kernels=kernels, graphs=graphs, n_blocks=8,
                   block_size=kernels.block_size, step_tokens=step_tokens)
     if graphs:
         ours.runner.graphs.record = lambda body: (body(), body)[1]             # the stand-in for the kernel does read values
     assert run(ours, 8) == expected
-
-
-def varlen_without_splits(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa, seqused_k, block_table):
-    """As a torch that is short of an argument has it."""
-
-
-@pytest.mark.parametrize("function, capability, expected", [
-    (varlen.varlen_attn, (9, 0), FlashKernels), (varlen.varlen_attn, (7, 5), TorchKernels),
-    (varlen_without_splits, (9, 0), TorchKernels)])
-def test_flash_attention_is_picked_where_it_runs(monkeypatch, function, capability, expected):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(varlen, "varlen_attn", function)
-    assert type(pick(torch.device("cuda"), torch.bfloat16, False)) is expected
-    assert type(pick(torch.device("cuda"), torch.float32, False)) is TorchKernels
 
 
 class NeverWaits(TorchFunctionMode):
@@ -138,12 +112,28 @@ class NeverWaits(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+FLASH = FlashKernels(PagedAttention(Varlen("2.13"), 1, False))
+
+
+def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to_say_so(monkeypatch):
+    """Blocks have one size on all ranks."""
+    ranks, options = Ranks(0, 4, torch.device("cuda"), room=object()), EngineOptions("")
+    monkeypatch.setattr(build, "pick", lambda *args: FLASH)
+    monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine, mine, 16, mine])
+    kernels = pick_kernels(CONFIG, ranks, torch.bfloat16, False)
+    assert type(kernels) is TorchKernels and kernels.block_size == 16
+    [said] = said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, kernels)
+    assert said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
+    monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine] * 4)
+    assert pick_kernels(CONFIG, ranks, torch.bfloat16, False) is FLASH
+    assert not said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, FLASH)
+
+
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("kernels, dtype", [(TorchKernels(), torch.float32), (FlashKernels(varlen.varlen_attn), torch.bfloat16)],
-                         ids=["torch", "flash"])
+@pytest.mark.parametrize("kernels, dtype", [(TorchKernels(), torch.float32), (FLASH, torch.bfloat16)], ids=["torch", "flash"])
 def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(kernels, dtype, graphs):
     """On the meta device, whose tensors have no values and do not mix with the host's."""
-    one = engine(single_rank("meta"), CONFIG, dtype, runner=Runner, kernels=kernels, graphs=graphs, block_size=kernels.block_size)
+    one = engine(single_rank("meta"), WIDE, dtype, runner=Runner, kernels=kernels, graphs=graphs, block_size=kernels.block_size)
     draws = {GREEDY: None, FILTERED: Draw(ONE, 5, ONE, 0, 7), WHOLE: Draw(ONE, 0, ONE, 0, 7)}
     if graphs:
         one.runner.graphs.record = lambda body: (body(), body)[1]
