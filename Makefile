@@ -37,7 +37,10 @@ test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers
 	$(BIN)/python -m pytest --slow --ignore tests/clients
 
-test-clients: $(VENV)/.clients  ## openai, langchain, lm-eval, schemathesis, a browser and a 10-minute load against the server
+# Clients whose pins clash with ours have an environment each, made of tests/clients/NAME.txt.
+FOREIGN := $(patsubst tests/clients/%.txt,$(VENV)/clients/%/.done,$(wildcard tests/clients/*.txt))
+
+test-clients: $(VENV)/.clients $(FOREIGN)  ## openai, langchain, lm-eval, huggingface_hub, instructor, a browser ... and a 10-minute load
 	$(BIN)/python -m pytest --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
 
 check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
@@ -75,6 +78,12 @@ $(VENV)/.doors: $(VENV)/.core
 $(VENV)/.test: $(VENV)/.core
 	@echo "setup: what the tests need" >&2
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/clients/%/.done: tests/clients/%.txt | $(VENV)/.core
+	@echo "setup: $* in an environment of its own" >&2
+	@test -d $(@D) || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -qq -r $<
 	@touch $@
 
 $(VENV)/.clients: $(VENV)/.test

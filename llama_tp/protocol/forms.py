@@ -77,7 +77,9 @@ def _of_response_format(value: Mapping) -> Form | None:
 
 
 def _named_schema(value: object, where: str) -> object:
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+    """The schema of OpenAI's {"name", "schema"}; the name changes nothing, and not everybody sends one."""
+    names = isinstance(value, Mapping) and {name for name in ("name", "schema") if value.get(name) is not None}
+    if not names or not isinstance(value.get("name", ""), str | None):
         raise invalid(where, "json_schema must have a name and a schema", f"found {str(value)[:80]!r}",
                       'send {"name": "...", "schema": {...}}')
     if unknown := set(value) - _SCHEMA_KEYS:

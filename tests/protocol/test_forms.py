@@ -58,6 +58,7 @@ def fits(order, text: str, grammars: Grammars) -> bool:
     ({"response_format": {"type": "json_object", "schema": {}}}, ["{}"], ["5"]),
     ({"response_format": {"type": "json", "value": SCHEMA}}, ['{"a": 5}'], ["{}"]),
     ({"response_format": {"type": "json", "value": json.dumps(SCHEMA)}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, ['{"a": 5}'], ["{}"]),
     ({"response_format": {"type": "json_schema", "value": {"name": "s", "schema": SCHEMA}}}, ['{"a": 5}'], ["{}"]),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": None}}}, ["{}"], ["5"]),
     ({"response_format": {"type": "regex", "value": "a+"}}, ["aaa"], ["", "b"]),
@@ -92,7 +93,8 @@ def test_nothing_asked_is_nothing_demanded():
 
 
 @pytest.mark.parametrize("fields, param", [
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": SCHEMA}}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "odd": 1}}}, "response_format.json_schema.odd"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": [1]}}}, "response_format"),
     ({"response_format": {"type": "json_object", "schema": SCHEMA, "value": SCHEMA}}, "response_format.schema"),
