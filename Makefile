@@ -25,11 +25,10 @@ setup: $(VENV)/.test  ## make .venv with everything that tests need (about 1 GB 
 
 demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \
-	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --max_gen_len 300 --device cpu
+	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --echo --max_gen_len 300 --device cpu
 
 chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
-	@$(BIN)/python -m llama_tp.serve --ckpt_dir checkpoints/demo --device cpu --port 8011 --quiet 2>/dev/null & server=$$!; \
-	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60 --max_tokens 60
+	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/chat.sh --ckpt_dir checkpoints/demo --device cpu --quiet -- --max_tokens 60
 
 test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 	$(BIN)/python -m pytest
@@ -48,8 +47,8 @@ check: $(VENV)/.test  ## lint, and hold the code against the architecture page (
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(VENV)/.core  ## what this machine could do at best, and what the demo model does (a minute)
-	@for n in 1 2; do $(BIN)/torchrun --standalone --nproc_per_node $$n -m llama_tp.bench latency --ckpt_dir checkpoints/demo \
-	    --device cpu 2>/dev/null || exit 1; echo; done
+	@for n in 1 2; do $(BIN)/python -m llama_tp.launch --nproc_per_node $$n bench latency --ckpt_dir checkpoints/demo \
+	    --device cpu || exit 1; echo; done
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info

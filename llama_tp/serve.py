@@ -149,7 +149,7 @@ def main(
         strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
-        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))
+        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))
 
 
 def link_path() -> str:

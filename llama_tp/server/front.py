@@ -1,6 +1,6 @@
 """From flags to a running server, and its end: the ranks' supervisor and the HTTP server side by side on one event loop.
 
-SIGTERM or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
+SIGTERM, SIGHUP or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
 signal ends it at once.
 """
 
@@ -27,6 +27,7 @@ from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
 STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
@@ -115,7 +116,7 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
                                 server_header=False, timeout_graceful_shutdown=LAST_BYTES_S))
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]:      # nohup wants no SIGHUP
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
