@@ -22,6 +22,7 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 def main(
     *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
     strict_model_name: bool = False, api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024,
+    max_connections: int | None = None, keep_alive_timeout: float = 5.0,
     max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0,
     max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
     tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
@@ -50,6 +51,8 @@ def main(
 
     Limits:
         max_queue: most samples that wait for a place in the batch; more get 429
+        max_connections: most clients connected at once; 4096, or what the limit of open files allows, unless given
+        keep_alive_timeout: seconds that a connection may wait for its next request; more than a proxy in front keeps its own
         max_body_bytes: longest request
         max_n: most samples of a prompt
         max_prompts: most prompts in a request
@@ -115,7 +118,8 @@ def main(
         port=(port, 0, 65535), nproc_per_node=(nproc_per_node, 1, 4096), nnodes=(nnodes, 1, 4096), max_queue=(max_queue, 0, 10**6),
         max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
         max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
-        drain_timeout=(drain_timeout, 0, 10**6), step_timeout=(step_timeout, 1, 10**6))
+        drain_timeout=(drain_timeout, 0, 10**6), keep_alive_timeout=(keep_alive_timeout, 0, 10**6),
+        max_connections=(1 if max_connections is None else max_connections, 1, 10**6), step_timeout=(step_timeout, 1, 10**6))
     keys = (*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")]))
     if not all(key and key.isascii() and key.isprintable() for key in keys):
         raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
@@ -128,6 +132,7 @@ def main(
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.protocol.order import Limits
     from llama_tp.server import front, supervisor
+    from llama_tp.server.connections import ConnectionLimits
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
     folder = fetch(ckpt_dir)
@@ -148,6 +153,7 @@ def main(
         name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
         strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
         max_queue=max_queue, max_body_bytes=max_body_bytes,
+        connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))
 

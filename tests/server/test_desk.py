@@ -48,7 +48,7 @@ STEP = {"is": "step", "deltas": [], "refused": {}, "begun": [], "step_s": 1.0, "
 
 
 def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
-    """Clients that come and go every second, before ranks that hang: the silence grows from the first message they owe an answer."""
+    """Clients that come and go every second, before ranks that hang: the silence grows from the first message on."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
