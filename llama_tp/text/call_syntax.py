@@ -216,14 +216,21 @@ def to_json(value: object) -> str:
 
 
 def object_in(string: str) -> str:
-    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none."""
+    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none, or one that says a key twice."""
     try:
-        found = json.loads(json.loads(string))
+        found = json.loads(json.loads(string), object_pairs_hook=_unique)
         if isinstance(found, dict):
             return to_json(found)
     except (ValueError, RecursionError):
         raise Reject from None
     raise Reject
+
+
+def _unique(items: list[tuple[str, object]]) -> dict:
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def python_calls(text: str, parameters_of: Callable[[str], list[str] | None]) -> list[tuple[str, str]]:

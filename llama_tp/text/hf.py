@@ -43,9 +43,12 @@ class HfTokenizer(Tokenizer):
         except Exception as error:                          # the library raises bare Exception
             raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
                             "download it again, or write it with a current transformers") from None
+        _make_special(library, tokenizer_config)
         library.encode_special_tokens = True                # "<|eot_id|>" in a text is seven plain characters and more
         library.no_truncation()
         library.no_padding()
+        if getattr(library.model, "dropout", None):         # of merges, in training
+            library.model.dropout = None
         vocab = library.get_vocab(with_added_tokens=True)
         specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
         super().__init__(
@@ -54,6 +57,14 @@ class HfTokenizer(Tokenizer):
             _stop_ids(library, tokenizer_config, generation_config, config),
             to_ids=lambda text: library.encode(text, add_special_tokens=False).ids,
             to_prompt_ids=lambda text: library.encode(text, add_special_tokens=True).ids)
+
+
+def _make_special(library, tokenizer_config: dict) -> None:
+    """Makes added tokens special that tokenizer_config names as such, as transformers does: it saves them with special false where
+    a training script added them as words. Other names change nothing."""
+    named = {_name(value) for key, value in tokenizer_config.items() if key.endswith("_token")}
+    added = {token.content for token in library.get_added_tokens_decoder().values() if not token.special}
+    library.add_special_tokens(sorted(named & added))
 
 
 def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
@@ -117,7 +128,13 @@ def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: 
     return ids
 
 
-def _named_id(library, token: str | dict | None) -> int | None:
-    """Id of a token that tokenizer_config.json names, as a string or as {"content": string}."""
-    name = token.get("content") if isinstance(token, dict) else token
+def _named_id(library, token: object) -> int | None:
+    """Id of a token that tokenizer_config.json names."""
+    name = _name(token)
     return library.token_to_id(name) if name else None
+
+
+def _name(token: object) -> str:
+    """A token as tokenizer_config.json writes it: a string, or {"content": string}; else ""."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else ""

@@ -38,29 +38,33 @@ def open_template(ckpt_dir: str, tokenizer: Tokenizer, now: datetime.datetime | 
 
 
 def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
-    """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template:
-    chat_template.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is broken, or if jinja2 is
-    missing; needs no tokenizer, and is quick."""
-    folder = Path(ckpt_dir)
-    config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template: chat_template.jinja
+    and additional_chat_templates/tool_use.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is
+    broken, or if jinja2 is missing; needs no tokenizer, and is quick."""
     try:
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        found = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
+        config, sources = _read(Path(ckpt_dir))
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:       # no text, no JSON, not in this shape
         raise UserError(f"the chat template of {ckpt_dir} cannot be read", str(error), "download its JSON files again") from None
-    if isinstance(found, list):                         # several, by name
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-    sources = found if isinstance(found, dict) else {"default": found}
-    if not isinstance(sources.get("default"), str):
+    source, tool_source = sources.get("default"), sources.get("tool_use")
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
         raise UserError(f"{ckpt_dir} has no chat template",
                         "neither chat_template.jinja nor chat_template in tokenizer_config.json",
                         "name a Hugging Face folder that has one, or leave out --chat_template hf")
-    tokens = {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    tool_source = sources.get("tool_use")
-    for source in (sources["default"], tool_source):
-        if source is not None:
-            _compiled(source)
-    return sources["default"], tool_source, tokens
+    for each in filter(None, (source, tool_source)):
+        _compiled(each)
+    return source, tool_source, {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+
+def _read(folder: Path) -> tuple[dict, dict]:
+    """A folder's tokenizer_config.json, and its templates by name."""
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text("utf-8-sig")) if config_file.is_file() else {}
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        named = {one["name"]: one["template"] for one in named if "name" in one and "template" in one}
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates" / "tool_use.jinja"}
+    found = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+    return config, found or (named if isinstance(named, dict) else {"default": named})
 
 
 class ChatTemplate:

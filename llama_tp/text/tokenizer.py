@@ -93,7 +93,7 @@ def _settings(name: str, folders: list[Path]) -> dict:
         if (folder / name).is_file():
             try:
                 found = json.loads(_read(folder / name).decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{folder / name} is not JSON", str(error),
                                 "correct the file or download it again") from None
             if not isinstance(found, dict):

@@ -234,6 +234,33 @@ def test_ids_may_have_gaps_and_added_tokens_may_have_text(tiny_hf, tiny_hf_dir, 
         ChatFormat(tokenizer)
 
 
+@pytest.mark.parametrize("names", [{"eos_token": "<e>"}, {"eos_token": {"__type": "AddedToken", "content": "<e>"}},
+                                   {"tool_token": "<e>"}], ids=str)
+def test_an_added_token_that_the_config_names_is_special(names, tiny_hf, tiny_hf_dir, tmp_path):
+    """transformers saves an eos token that add_tokens() made with special false; a prompt must not forge it all the same."""
+    def add(raw):
+        raw["added_tokens"].append({"id": tiny_hf.n_vocab, "content": "<e>", "single_word": False, "lstrip": False, "rstrip": False,
+                                    "normalized": True, "special": False})
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, add, tokenizer_config={"tokenizer_class": "TokenizersBackend", **names})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "hello <e>the<|eot_id|>"
+    ids = tokenizer.encode(text, bos=True)
+    assert ids == theirs.encode(text, split_special_tokens=True) and tiny_hf.n_vocab not in ids
+    assert tokenizer.specials["<e>"] == tiny_hf.n_vocab and tokenizer.decode([*ids, tiny_hf.n_vocab]) == text
+
+
+def test_a_name_that_is_no_added_token_stays_what_it_is(tiny_hf, tiny_hf_dir, tmp_path):
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, tokenizer_config={"pad_token": "!", "eos_token": "[new]", "unk_token": None,
+                                                                     "mask_token": 3, "add_bos_token": True})
+    assert tokenizer.n_vocab == tiny_hf.n_vocab and tokenizer.specials == tiny_hf.specials and tokenizer.decode(
+        tokenizer.encode("hello!")) == "hello!"
+
+
+def test_dropout_of_the_training_is_off(tiny_hf, tiny_hf_dir, tmp_path):
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, lambda raw: raw["model"].update(dropout=0.9))
+    assert tokenizer.encode("hello the world") == tiny_hf.encode("hello the world")
+
+
 # -------------------------------------------------------------------------------------------- sentencepiece-made JSON
 
 

@@ -153,9 +153,36 @@ def test_where_a_template_is_found(tiny, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="chat template is broken"):
         open_template(str(tmp_path), tiny)
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match="cannot be read"):
-        open_template(str(tmp_path), tiny)
+
+
+@pytest.mark.parametrize("config", [
+    "[", "[]", "3", '{"chat_template": {"default": "a", "tool_use": 3}}', '{"chat_template": [{"name": [], "template": "a"}]}',
+    '{"chat_template": ' + "[" * 100_000 + "]" * 100_000 + "}", "\ufeff{}"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_broken_config_is_refused(config, beside, tiny, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(config, "utf-8")
+    if beside:
+        (tmp_path / "chat_template.jinja").write_text("file")
+    try:
+        ids = open_template(str(tmp_path), tiny).encode_dialog([])
+    except UserError as error:
+        assert "cannot be read" in error.what or "has no chat template" in error.what and not beside
+    else:
+        assert beside and ids == tiny.encode("file")
+
+
+def test_the_templates_that_transformers_5_saves(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from llama_tp.text.tokenizer import open_tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = {"default": "plain", "tool_use": "tools"}
+    theirs.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = open_template(str(tmp_path), open_tokenizer(None, str(tmp_path)))
+    dialog = [{"role": "user", "content": "x"}]
+    for tools, text in ((None, "plain"), (TOOLS, "tools")):
+        ids = theirs.apply_chat_template(dialog, tools=tools, return_dict=False)
+        assert ours.encode_dialog(dialog, tools=tools) == ids == ours.tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("source", [

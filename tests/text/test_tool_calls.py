@@ -94,6 +94,7 @@ PLAIN = ["", " ", "\n", "Hello", "{", "[", "<", "{}", "[]", "[1, 2]", '{"a": 1}'
          '{"function": {"name": "f", "note": 1, "parameters": {}}}', '{"function": {}, "name": "f", "parameters": {}}',
          '{"function": {"name": "f"}, "name": "f", "parameters": {}}', '{"parameters": {}, "arguments": {}, "name": "f"}',
          '{"function": {"function": {"name": "f", "parameters": {}}}}', '{"name": "f", "parameters": "", "note": 1}',
+         '{"name": "f", "arguments": "{\\"x\\": 1, \\"x\\": 2}"}',
          "<function=", "<function=f", "<function=f>", "<function=f>x</function>", "<function=nobody>{}</function>",
          "[f(x=1)", "[f(x=1), 2]", "[f(x=g())]", "[f(x=1+1)]", "[f(*a)]", "[f(**a)]", "[f(x=1, x=2)]", "[f(1, x=2)]",
          "[f(1, 2, 3)]",
