@@ -108,15 +108,13 @@ def test_several_turns_fit_and_an_error_is_seen_whole(browser):
     """Answers of at most a quarter of the context, unless their reader wants others; the demo's has 512 tokens."""
     with pretending("live") as server:
         tab, complaints = opened(browser, server, viewport={"width": 800, "height": 400})
-        until(tab, "document.getElementById('max_tokens').value === '128'")
-
         def ask(text: str, ends: str) -> None:
             n = tab.locator("article.assistant").count()
             tab.fill("#text", text)
             tab.press("#text", "Enter")
             until(tab, f"/{ends}/.test(document.querySelectorAll('article.assistant small')[{n}]?.textContent)")
             until(tab, "!document.getElementById('send').disabled")
-        ask("one", "128 tokens.*by the limit")
+        ask("one", "128 tokens.*by the limit")                  # at once, before the page has looked around
         ask("two", "128 tokens.*by the limit")
         tab.evaluate("document.getElementById('max_tokens').value = ''")            # as many as fit
         ask("three", r"\d+ tokens.*by the limit")
