@@ -21,7 +21,7 @@ help:  ## show this list
 	@echo "  TORCH=installed   use the torch >= 2.11 of \$$(PYTHON) (GPU machines) instead of $(TORCH)"
 	@echo "  PYTHON=python3.12 make .venv from this Python (3.10 or newer)"
 
-setup: $(VENV)/.test  ## make .venv with everything that tests need (about 1 GB on disk)
+setup: $(VENV)/.test  ## make .venv with everything that tests need (1.4 GB on disk)
 
 demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \

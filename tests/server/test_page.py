@@ -111,6 +111,45 @@ def test_what_a_model_writes_is_text_and_an_error_is_said(browser, server):
     until(tab, "/temperature must be/.test(document.querySelector('article.assistant .error')?.textContent)")
 
 
+def test_several_turns_fit_and_an_error_is_seen_whole(browser):
+    """Answers of at most a quarter of the context, unless their reader wants others; the demo's has 512 tokens."""
+    with pretending("live") as server:
+        tab, complaints = opened(browser, server, viewport={"width": 800, "height": 400})
+        def ask(text: str, ends: str) -> None:
+            n = tab.locator("article.assistant").count()
+            tab.fill("#text", text)
+            tab.press("#text", "Enter")
+            until(tab, f"/{ends}/.test(document.querySelectorAll('article.assistant small')[{n}]?.textContent)")
+            until(tab, "!document.getElementById('send').disabled")
+        ask("one", "128 tokens.*by the limit")                  # at once, before the page has looked around
+        ask("two", "128 tokens.*by the limit")
+        tab.evaluate("document.getElementById('max_tokens').value = ''")            # as many as fit
+        ask("three", r"\d+ tokens.*by the limit")
+        assert complaints == []
+        ask("four", "the prompt is too long.*Clear")
+        error, talk = tab.locator("article.assistant .error").bounding_box(), tab.locator("main").bounding_box()
+        assert talk["y"] <= error["y"] and error["y"] + error["height"] <= talk["y"] + talk["height"]
+        assert tab.input_value("#text") == "four"               # to be sent again, after Clear
+        tab.click("#clear")
+        ask("four", "by the limit")
+
+
+def test_a_reply_that_breaks_off_or_is_no_json_is_an_error(browser):
+    """A server that is killed in mid-answer, and a proxy's page in the place of a reply."""
+    with pretending("slow") as server:
+        tab, _ = opened(browser, server)
+        tab.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
+        tab.fill("#text", "x")
+        tab.press("#text", "Enter")
+        until(tab, "/HTTP 502/.test(document.querySelector('article.assistant .error')?.textContent)")
+        whole = 'data: {"choices": [{"delta": {"content": "so far"}, "finish_reason": null}]}\n\n'
+        tab.unroute("**/v1/chat/completions")
+        tab.route("**/v1/chat/completions", lambda route: route.fulfill(body=whole, content_type="text/event-stream"))
+        tab.press("#text", "Enter")
+        until(tab, "/broke off/.test(document.querySelectorAll('article.assistant small')[1]?.textContent)")
+        assert tab.locator("article.assistant span").nth(1).inner_text() == "so far"
+
+
 def test_it_fits_a_phone(browser, server, tmp_path):
     tab, _ = opened(browser, server, viewport={"width": 360, "height": 640}, device_scale_factor=2)
     tab.fill("#text", "hello")
