@@ -180,19 +180,26 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def stream(self, stream):
-        self.now = stream
-        yield
-        self.now = "default"
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
+        """A capture that was invalidated raises in capture_end, and the stream stays (torch/cuda/graphs.py:478, 2.13)."""
         assert pool == "pool" and capture_error_mode == "thread_local"
-        with self.stream(stream):
+        before, self.now = self.now, stream
+        try:
             yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture") from None
+        self.now = before
         self.alive.add(graph)
 
     def current_stream(self):
-        return SimpleNamespace(wait_stream=lambda other: None) if self.now != "default" else CurrentStream()
+        return CurrentStream("default")
 
     def graph_pool_handle(self):
         return "pool"
@@ -202,9 +209,6 @@ class FakeCuda:
 
 
 class CurrentStream(str):
-    def __new__(cls):
-        return super().__new__(cls, "default")
-
     def wait_stream(self, other):
         pass
 
@@ -217,6 +221,10 @@ def cuda(monkeypatch):
     return fake
 
 
+def invalidated():
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
 def test_warm_ups_and_captures_share_one_stream(cuda):
     """cuBLAS keeps a workspace for every stream."""
     record, streams = CudaRecord(), set()
@@ -224,6 +232,9 @@ def test_warm_ups_and_captures_share_one_stream(cuda):
         record.warm_up(lambda: streams.add(cuda.now))
         record.capture(lambda: streams.add(cuda.now))
     assert streams == {record.stream} and cuda.n_streams == 1 and len(cuda.alive) == 3
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        record.capture(invalidated)
+    assert cuda.now == "default" and len(cuda.alive) == 3           # what runs from now on does not run there
     record.release()
     assert not cuda.alive
 
