@@ -1,6 +1,7 @@
 """Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
 
 import contextlib
+import functools
 from dataclasses import replace
 
 import torch
@@ -43,13 +44,20 @@ class OnDevice(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def again(body):
+class Again:
     """A Record that captures nothing: what would be captured runs once, as for a real one, and then as often as asked."""
-    def replay():
-        with OnDevice():
+
+    guard = OnDevice
+
+    def warm_up(self, body):
+        with self.guard():
             body()
-    replay()
-    return replay
+
+    def capture(self, body):
+        return functools.partial(self.warm_up, body)
+
+    def release(self):
+        pass
 
 
 class Recorder(Engine):
@@ -69,7 +77,7 @@ def alphabet(n_vocab: int) -> Tokenizer:
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
            step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True, graphs=False,
-           kernels=None, tokenizer=None) -> Recorder:
+           kernels=None, tokenizer=None, record=Again) -> Recorder:
     """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo. graphs: as on CUDA,
     decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
@@ -79,7 +87,8 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
     tokenizer = tokenizer or alphabet(config.vocab_size)
-    run = runner(model, cache, max_rows, min(tokenizer.n_vocab, config.vocab_size), again if graphs else None)
+    run = runner(model, cache, max_rows, min(tokenizer.n_vocab, config.vocab_size), record() if graphs else None)
+    assert run.capture() is None
     out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
     return out

@@ -17,7 +17,7 @@ from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.cuda_graph import cuda_record
+from llama_tp.engine.cuda_graph import CudaRecord
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
@@ -105,6 +105,8 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
+    if engine.runner.graphs:
+        mode += f", {len(engine.runner.graphs.captured)} captured decodes"
     say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {counted(config.n_params)} parameters, "
         f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,
         options.quiet)
@@ -118,7 +120,10 @@ def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int
     on_cuda = model.ranks.device.type == "cuda"
     if on_cuda and not model.deterministic and (why := fuse(model)):
         warn(f"torch.compile is of no use here, the arithmetic between the products stays plain torch: {why}", model.ranks)
-    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
+    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), CudaRecord() if on_cuda else None)
+    if why := runner.capture():
+        warn(f"decodes cannot be captured as CUDA graphs on this rank, so that all ranks launch them one by one, slower: {why}",
+             model.ranks)
     blocks = BlockManager(cache.n_blocks, cache.block_size, prefix_cache)
     scheduler = Scheduler(blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context)
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))

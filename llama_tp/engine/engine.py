@@ -267,6 +267,7 @@ class Engine:
         """Dismisses the workers, stops watching and takes down this rank's part of the groups. Safe to call twice."""
         self.dismiss()
         self.watch.close()
+        self.runner.release()
         close(self.ranks)
 
     # ----------------------------------------------------------------------------------------------------- workers

@@ -57,6 +57,15 @@ class Runner:
         self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)      # one more: padding's
         self.graphs = record and DecodeGraphs(model, cache, self.last, self.on_shards, record)
 
+    def capture(self) -> str | None:
+        """Every rank, before the first step: captures what decodes will be replayed from. -> why not, on one rank."""
+        return self.graphs and self.graphs.capture()
+
+    def release(self) -> None:
+        """Drops what was captured, which the process groups would wait for when they are taken down."""
+        if self.graphs:
+            self.graphs.release()
+
     @torch.inference_mode()
     def run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None = None) -> Sampled:
         """One step. `judge` is given on the driver and None elsewhere; masks: (masked rows, words) int32, which tokens may come
@@ -66,9 +75,9 @@ class Runner:
         for row in step.rows:
             if row.blocks:
                 self._own(row)
-        if self.graphs and self.graphs.hold(step):
+        if self.graphs and (captured := self.graphs.find(step)):
             self.planning_s = time.perf_counter() - started
-            tokens = self.graphs.run(step)
+            tokens = self.graphs.run(step, captured)
             return later([row.row for row in step.rows], tokens) if judge else dict
         batch, ends = self._batch(step)
         self.planning_s = time.perf_counter() - started

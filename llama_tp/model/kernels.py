@@ -21,6 +21,7 @@ from llama_tp.native.library import load
 
 WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
 AMPERE = (8, 0)                 # FlashAttention needs a GPU of this generation or a later one
+GATHER_LIMIT = 1 << 17          # positions whose keys and values a captured step may gather in a layer: 0.5 GB of an 8B model's
 WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
 
 
@@ -59,10 +60,11 @@ class TorchKernels:
         used = positions.to(torch.int32) + 1
         return Paged(table, used, torch.arange(len(used) + 1, dtype=torch.int32, device=used.device), 1)
 
-    def table_width(self, n_blocks: int, most: int) -> int:
-        """How many blocks of the tables `plan_decodes` should get when the longest sequence has n_blocks: here the next
-        power of two, since every one of them is read."""
-        return min(most, 1 << (n_blocks - 1).bit_length())
+    def table_widths(self, n_rows: int, most: int) -> list[int]:
+        """How many blocks wide the tables are that `plan_decodes` gets in captured steps of n_rows. Here all of them are gathered:
+        contexts of up to 512 positions, 2,048 and so on, as far as memory should be spent."""
+        widths = [min(most, 32 << shift) for shift in range(0, 2 * most.bit_length(), 2)]
+        return [width for width in sorted(set(widths)) if n_rows * width * self.block_size <= GATHER_LIMIT]
 
     def add_norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x += delta in place; -> x / rms(x) * weight (arXiv 1910.07467), in fp32 but for the last product, as Meta does.
@@ -123,8 +125,8 @@ class FlashKernels(TorchKernels):
         used, ends = [span.start + span.n for span in spans], [0, *(span.row + span.n for span in spans)]
         return Paged.of(tables, used, ends, cache.k.device)
 
-    def table_width(self, n_blocks: int, most: int) -> int:
-        return most             # beyond a sequence's own blocks nothing is read
+    def table_widths(self, n_rows: int, most: int) -> list[int]:
+        return [most]           # beyond a sequence's own blocks nothing is read
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: Paged) -> torch.Tensor:
         return self.paged(q, *cache.layers[layer], plan)

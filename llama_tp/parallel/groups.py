@@ -134,12 +134,18 @@ def single_rank(device: str | torch.device = "cpu") -> Ranks:
 
 
 def close(ranks: Ranks) -> None:
-    """Takes the groups down, in bounded time; safe to call twice, and with a single rank."""
+    """Takes the groups down, in bounded time; safe to call twice, and with a single rank. Captured graphs must be gone: NCCL waits
+    for them (pytorch #115388)."""
     if ranks.group is None or not dist.is_initialized():
         return
     fairscale_groups.destroy_model_parallel()
-    # NCCL waits in here for work that a vanished rank never joins; the process is about to end, so leave it behind.
-    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
+
+    def destroy() -> None:
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)        # what still runs uses the communicators
+        dist.destroy_process_group()
+    # Both wait for work that a vanished rank never joins; the process is about to end, so leave them behind.
+    worker = threading.Thread(target=destroy, daemon=True)
     worker.start()
     worker.join(CLOSE_TIMEOUT_S)
 
