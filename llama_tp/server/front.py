@@ -38,6 +38,8 @@ class FrontOptions:
     Args:
         command: what starts the ranks.
         name: of the model, as clients say it; aliases, strict_name: as ServedModel's.
+        metrics_prefix: as Metrics' prefix.
+        allow_origins: of web pages that may ask.
         drain_s: for what runs to finish, once asked to end.
         defaults: what requests mean that do not say it.
         chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
@@ -60,6 +62,8 @@ class FrontOptions:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     aliases: tuple[str, ...] = ()
     strict_name: bool = False
+    metrics_prefix: str = "llama_tp"
+    allow_origins: tuple[str, ...] = ()
 
 
 def run(options: FrontOptions) -> None:
@@ -67,6 +71,8 @@ def run(options: FrontOptions) -> None:
     sock = listen(options.host, options.port)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
+    if not options.keys and "*" in options.allow_origins:
+        note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # each client is an open file; 1,024, as often set, are few
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -105,10 +111,10 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name))
+    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix))
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
                     options.aliases, options.strict_name, options.defaults)
-    app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
+    app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http=_Protocol, log_level="warning", access_log=False, lifespan="off", ws="none",
                                 server_header=False, timeout_graceful_shutdown=LAST_BYTES_S))
