@@ -5,6 +5,7 @@ very module; started by torchrun (RANK is set) it is one rank, which serves what
 """
 
 import os
+import re
 import shlex
 import sys
 from typing import Literal
@@ -21,11 +22,10 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 
 def main(
     *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
-    strict_model_name: bool = False, api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024,
-    max_connections: int | None = None, keep_alive_timeout: float = 5.0,
-    max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16, drain_timeout: float = 20.0,
-    max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
-    tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
+    strict_model_name: bool = False, api_key: tuple[str, ...] = (), allow_origins: tuple[str, ...] = (), page: bool = True,
+    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_connections: int | None = None,
+    keep_alive_timeout: float = 5.0, max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16,
+    drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
     rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", generation_config: str = "auto",
     temperature: float | None = None, top_p: float | None = None, top_k: int | None = None, min_p: float | None = None,
     repetition_penalty: float | None = None, max_gen_len: int | None = None, seed: int = 1, max_seq_len: int | None = None,
@@ -47,6 +47,8 @@ def main(
         strict_model_name: refuse requests for any other name; without it every name is answered, as there is one model
         api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY does the same
         page: a page for browsers at /
+        allow_origins: web pages of these origins (https://app.example, or * for any) may ask, as browsers let them only then
+        metrics_prefix: vllm names the metrics as vLLM does, for its dashboards
         drain_timeout: seconds that requests have to finish after SIGTERM or Ctrl-C
 
     Limits:
@@ -126,6 +128,7 @@ def main(
                         "correct it (an empty one would let everybody in)")
     given = sampling_flags(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
                            repetition_penalty=repetition_penalty, max_tokens=max_gen_len)
+    check_origins(allow_origins)
     check_names(served_model_name)
     check_launch(ckpt_dir, nnodes * nproc_per_node)
 
@@ -152,7 +155,7 @@ def main(
         command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
         name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
         strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
-        max_queue=max_queue, max_body_bytes=max_body_bytes,
+        max_queue=max_queue, max_body_bytes=max_body_bytes, allow_origins=allow_origins, metrics_prefix=metrics_prefix,
         connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))
@@ -172,6 +175,14 @@ def check_names(names: tuple[str, ...]) -> None:
         if not name.strip() or not name.isprintable() or len(name) > 1000 or name in names[:i]:
             raise UserError("--served_model_name needs names of 1 to 1000 printable characters, each once", f"found {name[:80]!r}",
                             "correct it")
+
+
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Raises UserError for what no browser would ever send as its origin."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", origin):
+            raise UserError("--allow_origins needs origins as browsers send them", f"found {origin[:80]!r}",
+                            "write scheme://host[:port] without a slash at the end, or *")
 
 
 def launch_flags(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:

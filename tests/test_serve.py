@@ -14,6 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from llama_tp.serve import check_names, check_origins
+from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S, ROOT, free_port, is_alive
 from tests.servers import DEMO, serving
 
@@ -306,13 +308,22 @@ def test_torchrun_is_not_the_way_to_start_it():
     assert done.returncode == 1 and "serve starts its ranks itself" in done.stderr
 
 
+def test_names_and_origins_that_nobody_could_send():
+    for names in (("",), (" ",), ("a", "b", "a"), ("a\n",), ("a" * 1001,)):
+        with pytest.raises(UserError, match="--served_model_name needs names"):
+            check_names(names)
+    check_names(("demo", "org/name", "gpt-4o"))
+    for origin in ("https://a.example/", "a.example", "https://", "https://a.example/x", "https://a, https://b", "null", ""):
+        with pytest.raises(UserError, match="--allow_origins needs origins"):
+            check_origins(("http://localhost:3000", origin))
+    check_origins(("*", "https://a.example", "http://localhost:3000", "http://[::1]:8000", "chrome-extension://abcdef"))
+
+
 @pytest.mark.parametrize("words, env, says", [
     (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
-    (["--served_model_name", "a", "a"], {}, "--served_model_name needs names"),
-    (["--top_p", "2"], {}, "--top_p must be a number from 0 to 1"), (["--max_gen_len", "-1"], {}, "--max_gen_len must be"),
+    (["--max_gen_len", "-1"], {}, "--max_gen_len must be"), (["--served_model_name", "a", "a"], {}, "--served_model_name needs"),
     (["--generation_config", "README.md"], {}, "README.md is not JSON"),
-    (["--generation_config", "tests"], {}, "tests/generation_config.json cannot be read"),
-    (["--served_model_name", ""], {}, "--served_model_name"),
+    (["--allow_origins", "https://a.example/"], {}, "--allow_origins needs origins"),
     (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
     (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])
 def test_what_cannot_be_served_is_told_at_once(words, env, says):

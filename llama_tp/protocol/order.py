@@ -40,7 +40,8 @@ class ServedModel:
         name: as the replies say it.
         max_seq_len: longest sequence, prompt and output; the scheduler's `max_len` where that is less.
         n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's `n_vocab`.
-        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog`.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog` and
+            `reads`.
         aliases: other names that it is listed under.
         strict_name: a request for any other name is refused. Else every name will do, as there is one model: clients have theirs
             built in ("dummy", "tgi", "gpt-4o").
@@ -134,6 +135,7 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
     for name in ("add_special_tokens", "echo"):
         if getattr(body, name):
             raise unsupported(name, "found true", "leave it out")
+    _check_template_fields(body, model)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs", "logprobs is not true", "set logprobs")
     wanted = (body.top_logprobs or 0) if body.logprobs else None
@@ -142,6 +144,17 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
     params = _params(body, model, max_tokens=max_tokens, logprobs=wanted, form=form)
     request = _request("messages", common["id"], 0, _chat_ids(body, model, tools), _seeded(params, seed, 0), model)
     return Order("chat", requests=(request,), logprobs=wanted, tools=tools, form_field=form_field, **common)
+
+
+def _check_template_fields(body: ChatBody, model: ServedModel) -> None:
+    """Refuses what is meant for the chat template and would change what it writes; what no template asks for changes nothing."""
+    chat = model.chat or ChatFormat
+    if body.reasoning_effort is not None and chat.reads("reasoning_effort"):
+        raise unsupported("reasoning_effort", f"found {body.reasoning_effort[:80]!r}", "the chat template reads it: leave it out")
+    for name, value in body.chat_template_kwargs.items():
+        if value is not None and chat.reads(name):
+            raise unsupported(f"chat_template_kwargs.{name[:64]}", f"found {str(value)[:80]!r}",
+                              "the chat format is the server's own: leave it out")
 
 
 def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[int]:

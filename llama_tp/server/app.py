@@ -15,7 +15,9 @@ from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
@@ -26,6 +28,7 @@ from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import WHY_NOT, Desk
 from llama_tp.server.gate import Gate, bug, reply_of
+from llama_tp.server.metrics import content_type
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
@@ -95,8 +98,9 @@ def version() -> str:
         return "unknown"
 
 
-def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True) -> Gate:
-    """The whole application behind its gate."""
+def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True,
+              allow_origins: tuple[str, ...] = ()) -> ASGIApp:
+    """The whole application behind its gate, and in front of it, where pages of other origins may ask, what tells browsers so."""
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json is all that tools need
     app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(UserError, _on_user_error)
@@ -109,7 +113,12 @@ def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 
     _add_watching(app, served)
     if with_page:
         app.get("/", include_in_schema=False)(lambda: Response(page(), media_type="text/html", headers=headers()))
-    return Gate(app, served.desk.metrics, keys, max_body_bytes)
+    gate = Gate(app, served.desk.metrics, keys, max_body_bytes)
+    if not allow_origins:
+        return gate
+    # a browser asks first without the key that the request will have; keys are headers, so there are no credentials to allow
+    return CORSMiddleware(gate, allow_origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+                          expose_headers=("x-request-id", "retry-after"))
 
 
 def _add_completions(app: FastAPI, served: Served) -> None:
@@ -182,6 +191,14 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
 def _add_watching(app: FastAPI, served: Served) -> None:
     desk = served.desk
 
+    @app.get("/livez")
+    async def livez() -> Response:
+        """200 as long as this process does its work, also without ranks, which it starts again itself: to end it then would lose
+        the requests that wait."""
+        if desk.dead:
+            raise RequestError(WHY_NOT["dead"], "", "", code="dead", status=503)
+        return json_reply({"status": "ok"})
+
     @app.get("/health")
     async def health() -> Response:
         """200 when requests are taken, else 503."""
@@ -192,6 +209,9 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         raise error
 
     app.head("/health", include_in_schema=False)(health)    # what some load balancers ask with
+    app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)(health)           # Kubernetes' name for it
+    app.api_route("/ping", methods=["GET", "HEAD", "POST"], include_in_schema=False)(health)     # vLLM's, for SageMaker
+    app.head("/livez", include_in_schema=False)(livez)
 
     @app.get("/load")
     async def load() -> Response:
@@ -201,9 +221,10 @@ def _add_watching(app: FastAPI, served: Served) -> None:
                            "waiting": stats.get("n_waiting", 0), "kv_use": stats.get("kv_use", 0.0)})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(desk.metrics.text(desk), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus; in OpenMetrics where the Accept header asks for it."""
+        accept = request.headers.get("accept", "")
+        return Response(desk.metrics.text(desk, accept), headers={"content-type": content_type(accept), "vary": "accept"})
 
     @app.get("/version")
     async def own_version() -> Response:

@@ -40,6 +40,8 @@ class FrontOptions:
     Args:
         command: what starts the ranks.
         name: of the model, as clients say it; aliases, strict_name: as ServedModel's.
+        metrics_prefix: as Metrics' prefix.
+        allow_origins: of web pages that may ask.
         drain_s: for what runs to finish, once asked to end.
         defaults: what requests mean that do not say it.
         chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
@@ -63,6 +65,8 @@ class FrontOptions:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     aliases: tuple[str, ...] = ()
     strict_name: bool = False
+    metrics_prefix: str = "llama_tp"
+    allow_origins: tuple[str, ...] = ()
 
 
 def run(options: FrontOptions) -> None:
@@ -73,6 +77,8 @@ def run(options: FrontOptions) -> None:
     sock = listen(options.host, options.port, backlog)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
+    if not options.keys and "*" in options.allow_origins:
+        note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with sock:
@@ -99,10 +105,10 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name), stale_s=STALE * options.policy.silence_s)
+    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s)
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
                     options.aliases, options.strict_name, options.defaults)
-    app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
+    app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
                                 lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,

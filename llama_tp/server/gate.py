@@ -18,8 +18,8 @@ from llama_tp.protocol.errors import RequestError, error_body, status_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
-OPEN = frozenset(("/", "/health"))                          # need no key; everything else does
-HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
+OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))                          # need no key; everything else does
+HANDLERS = frozenset((*OPEN, "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
 BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
@@ -83,8 +83,8 @@ class Gate:
                 await _tell(bug(request_id), send_on)
         finally:
             handler = scope["path"] if scope["path"] in HANDLERS else "other"
-            self.metrics.http.labels(handler, scope["method"] if scope["method"] in ("GET", "POST") else "other", status).inc()
-            self.metrics.http_s.labels(handler).observe(time.monotonic() - started)
+            method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+            self.metrics.replied(handler, method, status, time.monotonic() - started)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises RequestError for a missing or wrong key, and for a body that says itself that it is too long."""

@@ -46,6 +46,9 @@ Dialog = list[Message]
 _HEADER_ROLE = {"system": "system", "user": "user", "assistant": "assistant", "ipython": "ipython", "tool": "ipython"}
 _MORE_KEYS = {"assistant": {"tool_calls"}, "ipython": {"tool_call_id", "name"}, "tool": {"tool_call_id", "name"}}
 _CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# Variables of the templates that Hugging Face's folders of Llama 3, 3.1 and 3.2 bring, with `strftime_now` a function.
+_TEMPLATES_READ = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "custom_tools", "builtin_tools",
+                             "tools_in_user_message", "date_string", "strftime_now", "documents"))
 
 # Meta's words, on which the models were trained.
 TOOL_PROMPT = ("Answer the user's question by making use of the following functions if needed.\n"
@@ -65,6 +68,12 @@ class ChatFormat:
         self._bos, self._start, self._end, self._eot = (tokenizer.special_id(name) for name in _CONTROL)
         self._eom = tokenizer.specials.get("<|eom_id|>", self._eot)         # Llama 3 has neither of these two
         self._python_tag = [tokenizer.specials["<|python_tag|>"]] if "<|python_tag|>" in tokenizer.specials else []
+
+    @staticmethod
+    def reads(name: str) -> bool:
+        """Whether a value of this name would change what Llama 3's own templates write, beside messages and tools. Here nothing can
+        be set."""
+        return name in _TEMPLATES_READ
 
     def encode_header(self, role: str) -> list[int]:
         """Ids that open a message of `role`."""

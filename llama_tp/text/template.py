@@ -84,6 +84,7 @@ class ChatTemplate:
         self._sources = (source, tool_source)
         self._template = _compiled(source)
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self._words = frozenset(re.findall(r"\w+", f"{source} {tool_source or ''}"))
         self._tokens, self._now = dict(tokens or {}), now
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -102,6 +103,10 @@ class ChatTemplate:
             ids.append(self.tokenizer.special_id(special[0]))
             end = special.end()
         return ids + self.tokenizer.encode(text[end:].replace(_MARK, ""))
+
+    def reads(self, name: str) -> bool:
+        """Whether the template mentions `name`: then a value for it could change what is written."""
+        return name in self._words
 
     def digest(self) -> str:
         """Of all that the ids follow from, beside the dialog, the tokenizer and the time."""

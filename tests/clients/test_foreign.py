@@ -10,19 +10,24 @@ import pytest
 
 from tests.ranks import ROOT
 
-HERE = Path(__file__).parent
-NAMES = sorted(path.stem for path in HERE.glob("*.txt"))
+HERE, ENVIRONMENTS = Path(__file__).parent, ROOT / ".venv" / "clients"
+
+
+def python_of(name: str) -> Path:
+    return ENVIRONMENTS / name / "bin" / "python"
+
+
+NAMES = [pytest.param(name, marks=pytest.mark.skipif(
+    not python_of(name).exists(), reason=f"{name} needs an environment of its own: make test-clients"))
+    for name in sorted(path.stem for path in HERE.glob("*.txt"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_client(name, server, tmp_path):
-    python = ROOT / ".venv" / "clients" / name / "bin" / "python"
-    if not python.exists():
-        pytest.skip(f"{name} needs an environment of its own: make test-clients")
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     # nobody is to be asked but our server, and nothing left in the user's caches
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_DISABLE_TELEMETRY": "1", "HOME": str(tmp_path)}
-    command = [python, HERE / f"use_{name.removesuffix('_old')}.py", server.url]
+    command = [python_of(name), HERE / f"use_{name.removesuffix('_old')}.py", server.url]
     done = subprocess.run(command, cwd=HERE, env=env, timeout=280, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-5000:]
     print(done.stdout)

@@ -27,7 +27,8 @@ def server():
 
 @pytest.fixture(scope="module")
 def locked():
-    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True,
+    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True, metrics_prefix="vllm",
+                    allow_origins=["https://app.example", "http://localhost:3000"],
                     defaults={"file": {"temperature": 0.6, "top_p": 0.9, "max_tokens": 5}, "flags": {"top_p": 0.8}}) as one:
         yield one
 
@@ -219,7 +220,7 @@ def test_openapi_describes_the_bodies(server):
 
 
 @pytest.mark.parametrize("method, path", ROUTES)
-def test_every_route_but_two_needs_a_key(method, path, locked):
+def test_every_route_but_the_open_ones_needs_a_key(method, path, locked):
     head = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     for line in ["", "Authorization: Bearer wrong\r\n", "Authorization: k1\r\n", "Authorization: Bearer \r\n",
                  "Authorization: Basic k1\r\n", "Authorization: Bearer schl\xc3ssel\r\n"]:
@@ -231,7 +232,15 @@ def test_every_route_but_two_needs_a_key(method, path, locked):
 
 def test_the_list_of_routes_is_whole(locked):
     known = {path.replace("{name}", "fake") for path in json.loads(locked.get("/openapi.json", **KEYS)[2])["paths"]}
-    assert known | {"/openapi.json"} == {path for _, path in ROUTES} | {"/health"}
+    assert known | {"/openapi.json"} == {path for _, path in ROUTES} | {"/health", "/livez"}
+
+
+def test_probes_need_no_key_and_take_what_their_senders_send(locked):
+    for path, methods in [("/health", "GET HEAD"), ("/readyz", "GET HEAD"), ("/livez", "GET HEAD"), ("/ping", "GET HEAD POST")]:
+        for method in methods.split():
+            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            reply = raw(locked, head.encode())
+            assert reply.startswith(b"HTTP/1.1 200"), (method, path, reply)
 
 
 @pytest.mark.parametrize("path", ["/v1/../health", "/health/", "/HEALTH", "/%2fhealth", "//health", "/health?x=1", "/?/v1/models"])
@@ -283,11 +292,44 @@ def test_metrics_count(server, client):
     before = [value(name) for name in names]
     client.completions.create(model="fake", prompt=[[9, 5, 6], [9, 5]], n=2, max_tokens=5)
     assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4, 2, 2, 2, 25]
+    page = server.get("/metrics")[2].decode()
+    assert "request_max_num_generation_tokens_sum" in page and "request_inference_time_seconds_count" in page
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+    status, headers, body = server.request("/metrics", None, {"Accept": accept})
+    assert status == 200 and headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert body.endswith(b"# EOF\n") and b"\nllama_tp:generation_tokens_total{" in body
     n_series = len(server.get("/metrics")[2].splitlines())
     for i in range(50):
         server.get(f"/path{i}")
         server.post("/v1/completions", {"prompt": "x", "model": f"model{i}"})
     assert len(server.get("/metrics")[2].splitlines()) < n_series + 40
+
+
+def test_pages_of_other_origins_are_asked_in_where_they_are_allowed(locked, server):
+    """What a browser sends before, and with, a request of a page from elsewhere; it shows the page the answer only if it may."""
+    def asked(one, path: str, origin: str, method: str = "POST", headers: str = "authorization,content-type,x-stainless-os"):
+        lines = [f"OPTIONS {path} HTTP/1.1", "Host: x", f"Origin: {origin}", f"Access-Control-Request-Method: {method}",
+                 f"Access-Control-Request-Headers: {headers}", "Content-Length: 0", "", ""]
+        head, _, _ = raw(one, "\r\n".join(lines).encode()).decode().lower().partition("\r\n\r\n")
+        return int(head.split()[1]), dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
+    for origin in ("https://app.example", "http://localhost:3000"):
+        status, headers = asked(locked, "/v1/chat/completions", origin)             # without the key, which comes later
+        assert status == 200 and headers["access-control-allow-origin"] == origin
+        assert "post" in headers["access-control-allow-methods"] and "authorization" in headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in headers
+    assert asked(locked, "/v1/chat/completions", "https://app.example", "DELETE")[0] == 400
+    for origin in ("https://evil.example", "https://app.example.evil.example", "http://app.example", "null"):
+        status, headers = asked(locked, "/v1/chat/completions", origin)
+        assert status == 400 and "access-control-allow-origin" not in headers
+    body = {"prompt": [9], "max_tokens": 1}
+    for keys, code in ((KEYS, 200), ({}, 401)):             # a refusal is shown to the page, too
+        status, headers, _ = locked.request("/v1/completions", json.dumps(body).encode(), {
+            "Content-Type": "application/json", "Origin": "https://app.example", **keys})
+        assert status == code and headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-request-id" in headers["access-control-expose-headers"] and "x-request-id" in headers
+    assert "access-control-allow-origin" not in locked.get("/health", Origin="https://evil.example")[1]
+    assert asked(server, "/v1/completions", "https://app.example")[0] == 405            # off unless asked for
+    assert "access-control-allow-origin" not in server.get("/health", Origin="https://app.example")[1]
 
 
 def test_streams_go_on_over_a_death_and_later_ones_are_told_to_wait():
@@ -303,6 +345,7 @@ def test_before_and_after_the_ranks(tmp_path):
         server.wait_listening()
         status, headers, body = server.get("/health")
         assert is_openai_error(status, json.loads(body), 503)["code"] == "loading" and headers["retry-after"] == "5"
+        assert [server.get(path)[0] for path in ("/readyz", "/ping", "/livez")] == [503, 503, 200]
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             assert is_openai_error(*server.post(path, {}), 503)["message"].startswith("the model is loading")
         assert server.get("/v1/models")[0] == 503 and server.get("/metrics")[0] == 200
@@ -331,7 +374,7 @@ def test_sigterm_lets_streams_finish_and_takes_no_more():
         chunks = [next(iter(stream))]
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("ending: 1 requests")
-        assert server.get("/health")[0] == 503
+        assert server.get("/health")[0] == 503 and server.get("/livez")[0] == 200
         status, body = server.post("/v1/completions", {"prompt": "x"})
         assert status == 503 and body["error"]["code"] == "engine_unavailable"
         chunks += list(stream)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_tp.spec.errors import UserError
+from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.template import ChatTemplate, open_template
 from tests.text.texts import SPECIAL
 
@@ -114,6 +115,12 @@ def test_the_day_can_be_fixed(ours, folder):
     fixed = open_template(str(folder), ours.tokenizer, datetime.datetime(2024, 7, 26))
     ids = fixed.encode_dialog([{"role": "user", "content": "x"}])
     assert "Today is 26 Jul 2024\n" in ours.tokenizer.decode(ids)
+
+
+def test_what_a_template_reads(tiny):
+    one = ChatTemplate("{{ enable_thinking and messages }}", tiny, "{{ date_string }}")
+    assert one.reads("enable_thinking") and one.reads("date_string") and not one.reads("thinking") and not one.reads("")
+    assert ChatFormat.reads("date_string") and not ChatFormat.reads("enable_thinking")
 
 
 def test_the_digest_tells_templates_apart(tiny):
