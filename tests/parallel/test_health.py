@@ -22,7 +22,7 @@ import torch.distributed as dist
 from llama_tp.parallel.collectives import all_reduce, barrier
 from llama_tp.parallel.ending import kill_here
 from llama_tp.parallel.groups import close, init_ranks, single_rank
-from llama_tp.parallel.health import Watch
+from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
 from tests.ranks import free_port, run, torchrun
@@ -244,6 +244,8 @@ def test_strangers_are_cut_off(job):
             with contextlib.suppress(ConnectionError):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
+    silent = [socket.create_connection((host, port), timeout=5) for _ in range(MAX_STRANGERS + 20)]
+    assert all(each.recv(100) == b"" for each in silent[:20])       # as many as may be: older ones make room for newer ones
     assert disturbed.codes(20) == [0, 0] and disturbed.stderr == "running\n"
 
 
