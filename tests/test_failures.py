@@ -57,7 +57,7 @@ def test_a_stopped_rank_ends_the_job(rank):
         assert f"rank {rank} " in (message := ended(job, 34)) and "stopped answering" in message
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_rank_stopped_while_it_imports_ends_the_job(rank):
     """No connection of its own yet, so that only those who wait for it can tell."""
     with torchrun(2, [*ENDLESS, "--load_timeout", "5"], env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}) as job:

@@ -75,19 +75,20 @@ def test_devices_without_cuda():
 
 
 SLURM_RANK = """
-import json
+import json, os
 from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.groups import close, init_ranks
+from tests.listeners import beyond_loopback, listeners
 ranks = init_ranks("cpu", timeout_s=60)
 print(json.dumps([ranks.rank, ranks.tp, ranks.local_rank, ranks.local_size, ranks.n_nodes,
-                  gather_ints(ranks.rank, ranks)]))
+                  gather_ints(ranks.rank, ranks), len(beyond_loopback(listeners([os.getpid()])))]))
 close(ranks)
 close(ranks)
 """
 
 
 def test_two_tasks_of_slurm_find_each_other():
-    """What srun would start; stdout holds nothing but what the script prints."""
+    """What srun would start; stdout holds nothing but what the script prints, and nobody listens beyond the loopback."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "MASTER_ADDR", "MASTER_PORT")}
     env.update(SLURM_NTASKS="2", SLURM_NNODES="1", SLURM_JOB_NODELIST="localhost", MASTER_PORT=str(free_port()))
     tasks = [subprocess.Popen([sys.executable, "-c", SLURM_RANK], stdout=subprocess.PIPE, cwd=ROOT,
@@ -97,7 +98,7 @@ def test_two_tasks_of_slurm_find_each_other():
     finally:
         for task in tasks:
             task.kill()
-    assert said == [[task, 2, task, 2, 1, [0, 1]] for task in range(2)]
+    assert said == [[task, 2, task, 2, 1, [0, 1], 0] for task in range(2)]
 
 
 def test_a_launch_whose_store_is_gone_is_refused_at_once(monkeypatch):

@@ -25,6 +25,7 @@ from llama_tp.parallel.groups import close, init_ranks, single_rank
 from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
+from tests.listeners import listeners
 from tests.ranks import free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
@@ -353,7 +354,9 @@ def test_two_agents_as_two_nodes(script):
                                             "--master_port", str(port)])
     with node(0) as first, node(1) as second:
         first.wait_for("running")
-        second.pids()
+        [rank] = first.pids()
+        found = {each[1:] for each in listeners([rank])}    # the launcher itself cannot be told where to listen
+        assert ("127.0.0.1", port + 1) in found and not {"0.0.0.0", "::"} & {address for address, _ in found}
         os.kill(second.pids()[0], signal.SIGKILL)
         assert first.wait(30) != 0 and second.wait(30) != 0
         assert not first.left_over(within=1) and not second.left_over(within=1)
