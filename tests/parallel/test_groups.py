@@ -39,7 +39,7 @@ def test_a_plain_process_is_one_rank_without_groups(monkeypatch):
     assert (ranks.rank, ranks.tp, ranks.group, ranks.control) == (0, 1, None, None) and ranks.is_driver
     assert not dist.is_initialized()
     close(ranks)
-    with pytest.raises(UserError, match="model_parallel_size is 2.*1 rank.*torchrun --nproc_per_node 2"):
+    with pytest.raises(UserError, match="model_parallel_size is 2.*1 rank.*llama_tp.launch --nproc_per_node 2"):
         init_ranks("cpu", model_parallel_size=2)
 
 
