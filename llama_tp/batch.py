@@ -44,7 +44,7 @@ def main(
 
     Examples:
         python -m llama_tp.batch --ckpt_dir checkpoints/demo --input in.jsonl --output out.jsonl
-        torchrun --nproc_per_node 8 -m llama_tp.batch --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+        python -m llama_tp.launch --nproc_per_node 8 batch --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
             --input in.jsonl --output out.jsonl
 
     An input line is one of OpenAI's batch ({"custom_id", "method", "url", "body"}, for /v1/chat/completions or
@@ -257,10 +257,10 @@ def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
 def same_command(flags: dict, launch) -> str:
     """The command that goes on from here, as one types it."""
     defaults = {name: each.default for name, each in inspect.signature(main).parameters.items()}
-    words = ["python", "-m"] if launch is None else ["torchrun", "--nproc_per_node", str(launch.local_size), "-m"]
-    if launch is not None and launch.n_nodes > 1:
-        words[1:1] = ["--nnodes", str(launch.n_nodes), "..."]
-    words.append("llama_tp.batch")
+    words = ["python", "-m", "llama_tp.batch"]
+    if launch is not None:
+        nodes = ["--nnodes", str(launch.n_nodes), "..."] if launch.n_nodes > 1 else []
+        words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(launch.local_size), "batch"]
     for name, value in flags.items():
         if value != defaults[name]:
             words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]

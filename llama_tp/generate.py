@@ -28,11 +28,11 @@ def main(
     device: str | None = None, dtype: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
     prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
 ):
-    """Write text with a Llama 3 checkpoint, on one rank or, under torchrun, on several.
+    """Write text with a Llama 3 checkpoint, on one rank or, started by llama_tp.launch, on several.
 
     Examples:
         python -m llama_tp.generate --ckpt_dir checkpoints/demo --prompt "ROMEO:"
-        torchrun --nproc_per_node 8 -m llama_tp.generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+        python -m llama_tp.launch --nproc_per_node 8 generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
             --chat --prompt "Why is the sky blue?"
 
     Model:

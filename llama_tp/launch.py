@@ -1,13 +1,15 @@
 """Command: starts the ranks of another command on this machine, as torchrun does, and is safe to use beside strangers.
 
 It is torchrun, run inside this process, but for three things. On one machine its store and that of the ranks are files in a private
-folder: `torchrun --standalone`, and since 2.12 torchrun without a port, opens two TCP stores on all interfaces, and unpickles
-what anyone writes there. A rank that fails is told of in one line, not in torchrun's 35. And OMP_NUM_THREADS is not warned of.
+folder: `torchrun --standalone`, and in torch 2.13 any torchrun without a port, opens two TCP stores on all interfaces, and
+unpickles what anyone writes there. A rank that fails is told of in one line, not in torchrun's 35. And OMP_NUM_THREADS is not
+warned of.
 
 On several machines torchrun's own store stays: it must be reached from the others, and cannot be told where to listen.
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import signal
@@ -36,26 +38,26 @@ def main() -> None:
     # The agent's log repeats at length what the ranks have said; what it raises is told below.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # torchrun warns if it is not set; the ranks share the cores themselves
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]                                # torchrun's flags by another way, PET_STANDALONE among them
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    code = 0
     with PrivateFolder() as folder:
         os.environ.update({FOLDER: folder.path, TOLD: os.path.join(folder.path, "told")})
-        for name in [name for name in os.environ if name.startswith("PET_")]:
-            del os.environ[name]                            # torchrun's flags, as an environment: they would win over ours
+        flags = [*rendezvous(words, folder.path), "--nproc_per_node", str(words.nproc_per_node),
+                 "--log_dir", os.path.join(folder.path, "log")]
         try:
-            torchrun.run(torchrun.parse_args([*rendezvous(words, folder), "--nproc_per_node", str(words.nproc_per_node),
-                                              "--log_dir", os.path.join(folder.path, "log"), *launch]))
+            torchrun.run(torchrun.parse_args([*flags, *launch]))
         except ChildFailedError as error:
             code = tell(*error.get_first_failure())
         except SignalException as error:
             code = 128 + error.sigval
         except Exception as error:
-            leave(UserError("torchrun cannot start the ranks", f"{type(error).__name__}: {error}".split("\n")[0],
-                            "with several machines, check that all can reach --master_addr, and that --master_port is free there"),
-                  FAILURE)
-        else:
-            code = 0
+            code = FAILURE
+            say(UserError("torchrun cannot start the ranks", f"{type(error).__name__}: {error}".split("\n")[0],
+                          "with several machines, check that all can reach --master_addr, and that --master_port is free there"))
     sys.exit(code)
 
 
@@ -84,6 +86,9 @@ def check(words: argparse.Namespace) -> list[str]:
     if words.nnodes > 1 and words.master_addr is None:
         leave(UserError("several machines need an address to meet at", "--master_addr is not given",
                         "give --master_addr the address of machine 0, as the others see it"), USAGE)
+    if importlib.util.find_spec("torch") is None:
+        leave(UserError("this Python has no torch", f"it is {sys.executable}", "run 'make setup', then: source .venv/bin/activate"),
+              FAILURE)
     if words.module:
         return ["-m", words.command, *words.rest]
     if words.command in RANKS:
@@ -98,15 +103,15 @@ def check(words: argparse.Namespace) -> list[str]:
     leave(UserError(f"{words.command!r} is no command for ranks", f"these are: {', '.join([*RANKS, 'serve'])}", fix), USAGE)
 
 
-def rendezvous(words: argparse.Namespace, folder: PrivateFolder) -> list[str]:
+def rendezvous(words: argparse.Namespace, folder: str) -> list[str]:
     """torchrun's flags for how its agents meet: one agent in a file, several at the master's address."""
     if words.nnodes > 1:
         return ["--nnodes", str(words.nnodes), "--node_rank", str(words.node_rank), "--master_addr", words.master_addr,
                 "--master_port", str(words.master_port)]
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else the agent opens a TCP store for the ranks beside its own
     # One agent has nobody to show that it lives, and a file store only grows: each sign would stay in it.
-    return ["--rdzv_backend", "c10d", "--rdzv_endpoint", os.path.join(folder.path, "agent"), "--rdzv_id",
-            os.path.basename(folder.path), "--rdzv_conf", f"store_type=file,keep_alive_interval={10 ** 8}"]
+    return ["--rdzv_backend", "c10d", "--rdzv_endpoint", os.path.join(folder, "agent"), "--rdzv_id",
+            os.path.basename(folder), "--rdzv_conf", f"store_type=file,keep_alive_interval={10 ** 8}"]
 
 
 def tell(rank: int, failure) -> int:
@@ -132,4 +137,7 @@ def leave(error: UserError, code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:                               # while torch is imported; later torchrun listens to it
+        sys.exit(128 + signal.SIGINT)

@@ -26,6 +26,7 @@ def main(
     metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_connections: int | None = None,
     keep_alive_timeout: float = 5.0, max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16,
     drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
+    tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
     rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", generation_config: str = "auto",
     temperature: float | None = None, top_p: float | None = None, top_k: int | None = None, min_p: float | None = None,
     repetition_penalty: float | None = None, max_gen_len: int | None = None, seed: int = 1, max_seq_len: int | None = None,

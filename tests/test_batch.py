@@ -151,7 +151,7 @@ def test_sigterm_ends_after_a_step_and_names_the_command_that_goes_on(forty, tmp
         assert job.wait() != 0 and not job.left_over(within=job.soon(5))
         [said] = [line for line in job.stderr.splitlines() if line.startswith("batch: stopped")]
     assert "stopped by SIGTERM" in said and f"after {n_lines(target)} of 40 lines" in said
-    assert f"torchrun --nproc_per_node 2 -m llama_tp.batch --ckpt_dir {DEMO[1]} --input {source} --output {target}" in said
+    assert f"python -m llama_tp.launch --nproc_per_node 2 batch --ckpt_dir {DEMO[1]} --input {source} --output {target}" in said
     assert data.startswith(target.read_bytes()) and 5 <= n_lines(target) < 40
     one = subprocess.Popen([sys.executable, *words(source, target)], cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
     so_far = n_lines(target)

@@ -57,6 +57,7 @@ def test_make_targets_that_are_named_exist():
 def commands_in(path: Path) -> list[str]:
     """The words after "-m llama_tp.NAME" of each command line in a document or a docstring."""
     text = path.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    text = re.sub(r"-m llama_tp\.launch(?: --(?:nnodes|nproc_per_node|master_\w+|node_rank) \S+)+ +(?=[a-z])", "-m llama_tp.", text)
     return re.findall(r"-m llama_tp\.(\w+)((?: +--\w[\w-]*(?:[ =](?:\"[^\"]*\"|[^-\s`][^\s`]*))?)+)", text)
 
 

@@ -1,6 +1,7 @@
 """A rank that raises, dies, stops or hangs ends the whole job: soon, with a non-zero code and one clear message."""
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ ENDLESS = ["-m", "llama_tp.generate", "--ckpt_dir", str(DEMO), "--prompt", "ROME
 
 
 def errors(job) -> list[str]:
-    return [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    return [line for line in job.stderr.splitlines() if re.match(r"(\[rank \d+\] )?error: ", line)]
 
 
 def generating(job) -> None:
@@ -50,6 +51,16 @@ def test_a_stopped_rank_ends_the_job(rank):
         generating(job)
         os.kill(job.pids()[rank], signal.SIGSTOP)
         assert f"rank {rank} " in (message := ended(job, 34)) and "stopped answering" in message
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_stopped_while_it_imports_ends_the_job(rank):
+    """No connection of its own yet, so that only those who wait for it can tell."""
+    with torchrun(2, [*ENDLESS, "--load_timeout", "5"], env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}) as job:
+        while len(job.pids()) < 2:
+            time.sleep(0.01)
+        os.kill(job.pids()[rank], signal.SIGSTOP)
+        assert f"rank {rank} has not come within 5 s" in ended(job, 60)
 
 
 def test_a_killed_torchrun_leaves_no_rank_behind():

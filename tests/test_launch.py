@@ -87,6 +87,15 @@ def test_a_wrong_call_is_refused(single_node, words, env, said):
     assert done.returncode == 2 and said in done.stderr and done.stdout == ""
 
 
+def test_make_starts_ranks_the_safe_way():
+    """What is written there, without running it."""
+    for target, words in [("demo", ["launch/single_node.sh generate", "--echo"]), ("chat", ["launch/chat.sh --ckpt_dir"]),
+                          ("bench", ["-m llama_tp.launch --nproc_per_node $n bench"])]:
+        done = subprocess.run(["make", "-n", target], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=20)
+        assert done.returncode == 0 and all(each in done.stdout for each in words)
+        assert "torchrun" not in done.stdout and "2>/dev/null" not in done.stdout
+
+
 # The launcher itself.
 
 def launched(*words, **more):

@@ -91,7 +91,7 @@ def test_of_a_static_torchrun_only_its_own_store_is_open_and_holds_nothing_of_ou
 
 
 @pytest.mark.parametrize("options", [
-    pytest.param([], marks=pytest.mark.skipif(TORCH < (2, 12), reason="a static rendezvous before torch 2.12")),
+    pytest.param([], marks=pytest.mark.skipif(TORCH < (2, 13), reason="a static rendezvous in older torch")),
     pytest.param(["--standalone"], marks=pytest.mark.slow)], ids=["bare", "standalone"])
 def test_torchrun_runs_what_strangers_send_and_is_warned_of(options, waiting, tmp_path):
     """The hole that `llama_tp.launch` does not have: torch's agent unpickles what anybody writes into its store."""

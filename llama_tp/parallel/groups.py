@@ -98,7 +98,7 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     world = launch.world if launch else 1
     if model_parallel_size not in (None, world):
         raise UserError(f"model_parallel_size is {model_parallel_size}", f"{world} rank(s) were started",
-                        f"start it with torchrun --nproc_per_node {model_parallel_size}, or leave the size out")
+                        f"start it with python -m llama_tp.launch --nproc_per_node {model_parallel_size}, or leave the size out")
     if launch is None:
         return single_rank(pick_device(device, 0))
     where = pick_device(device, launch.local_rank)
@@ -159,7 +159,7 @@ def pick_device(wanted: str | torch.device | None, local_rank: int) -> torch.dev
     index = local_rank if device.index is None else device.index
     if index >= n_gpus:
         raise UserError(f"local rank {local_rank} has no GPU", f"this node shows {n_gpus}",
-                        "start one rank a GPU (torchrun --nproc_per_node), or pass --device cpu")
+                        "start one rank a GPU (--nproc_per_node), or pass --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

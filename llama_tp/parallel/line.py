@@ -4,6 +4,7 @@ Refuses to know what the lines mean.
 """
 
 import contextlib
+import errno
 import ipaddress
 import json
 import socket
@@ -45,10 +46,13 @@ def listen(master: str, n_nodes: int, port: int = 0) -> socket.socket:
     loopback here and may mean another address elsewhere (Debian puts a host's own name at 127.0.1.1), it listens on all of them.
     """
     host = "127.0.0.1" if n_nodes == 1 else master
-    with contextlib.suppress(OSError):
+    try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
         if host in ("localhost", address[0]) or not ipaddress.ip_address(address[0]).is_loopback:
             return socket.create_server((address[0], port), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL and not isinstance(error, socket.gaierror):
+            raise                                           # a port that is taken, say
     return socket.create_server(("", port))
 
 

@@ -48,14 +48,14 @@ def read_launch(env: Mapping[str, str]) -> Launch | None:
         text = env.get(name, "" if default is None else str(default))
         if not text.isdigit():
             raise UserError(f"the launcher's environment variable {name} is not a number", repr(text) if text else
-                            "it is not set", "start the ranks with torchrun, or srun, or plain python for one rank")
+                            "it is not set", "start the ranks with llama_tp.launch, torchrun or srun, or plain python for one rank")
         return int(text)
 
     if "RANK" in env:
         world = number("WORLD_SIZE")
         local_size = number("LOCAL_WORLD_SIZE", world)
         if "MASTER_ADDR" not in env:
-            raise UserError("RANK is set but MASTER_ADDR is not", "", "start the ranks with torchrun, or unset RANK")
+            raise UserError("RANK is set but MASTER_ADDR is not", "", "start the ranks with llama_tp.launch, or unset RANK")
         return Launch(number("RANK"), world, number("LOCAL_RANK", number("RANK") % local_size), local_size,
                       -(-world // local_size), env["MASTER_ADDR"], number("MASTER_PORT"))
     if "SLURM_PROCID" in env and number("SLURM_NTASKS", 1) > 1:
@@ -113,7 +113,7 @@ def agent_store(launch: Launch, timeout: timedelta) -> dist.Store:
 
 def runs_code(agent: dist.Store) -> bool:
     """Whether torchrun meets its other agents in a TCP store: it unpickles what it finds there. In a static rendezvous
-    (--master_port, or torch before 2.12) the one store is for both, and the agent has put its plain numbers into it."""
+    (--master_port, or an older torch) the one store is for both, and the agent has put its plain numbers into it."""
     return not agent.check([f"{os.environ['TORCHELASTIC_RUN_ID']}/torchelastic/role_info/0"])
 
 

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_tp.parallel.private_folder import PrivateFolder
+from llama_tp.parallel.private_folder import PrivateFolder, sweep
 from llama_tp.server.desk import Desk
 from llama_tp.server.link import BrokenFrame, ServerEnd
 from llama_tp.spec.errors import UserError
@@ -81,6 +81,7 @@ class Supervisor:
         finally:
             end_all(f"{LINK}={self._path}")
             folder.remove()
+            sweep()                                         # a launcher that had to be killed has left its own
 
     def stop(self) -> None:
         """Lets `run` end the ranks, in good order where they have got so far, and return."""

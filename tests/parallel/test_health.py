@@ -22,9 +22,10 @@ import torch.distributed as dist
 from llama_tp.parallel.collectives import all_reduce, barrier
 from llama_tp.parallel.ending import kill_here
 from llama_tp.parallel.groups import close, init_ranks, single_rank
-from llama_tp.parallel.health import Watch
+from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
+from tests.listeners import listeners
 from tests.ranks import free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
@@ -245,6 +246,8 @@ def test_strangers_are_cut_off(job):
             with contextlib.suppress(ConnectionError):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
+    silent = [socket.create_connection((host, port), timeout=5) for _ in range(MAX_STRANGERS + 20)]
+    assert all(each.recv(100) == b"" for each in silent[:20])       # as many as may be: older ones make room for newer ones
     assert disturbed.codes() == [0, 0] and disturbed.stderr == "running\n"
 
 
@@ -352,7 +355,9 @@ def test_two_agents_as_two_nodes(script):
                                             "--master_port", str(port)])
     with node(0) as first, node(1) as second:
         first.wait_for("running")
-        second.pids()
+        [rank] = first.pids()
+        found = {each[1:] for each in listeners([rank])}    # the launcher itself cannot be told where to listen
+        assert ("127.0.0.1", port + 1) in found and not {"0.0.0.0", "::"} & {address for address, _ in found}
         os.kill(second.pids()[0], signal.SIGKILL)
         assert first.wait(END_S) != 0 and second.wait(END_S) != 0
         assert not first.left_over(within=first.soon(1)) and not second.left_over(within=second.soon(1))

@@ -367,12 +367,13 @@ def test_the_end_of_the_ranks_is_told_in_the_stream():
         assert server.process.wait(PATIENCE_S) == 1
 
 
-def test_sigterm_lets_streams_finish_and_takes_no_more():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_streams_finish_and_takes_no_more(number):
     with pretending("slow") as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
         stream = client.completions.create(model="fake", prompt="O", max_tokens=60, stream=True)
         chunks = [next(iter(stream))]
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(number)
         server.wait_for("ending: 1 requests")
         assert server.get("/health")[0] == 503 and server.get("/livez")[0] == 200
         status, body = server.post("/v1/completions", {"prompt": "x"})
@@ -380,6 +381,28 @@ def test_sigterm_lets_streams_finish_and_takes_no_more():
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
         assert server.process.wait(PATIENCE_S) == 0, server.stderr
+
+
+def test_a_server_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does; a process that is started inherits it
+    try:
+        with pretending("live") as server:
+            server.process.send_signal(signal.SIGHUP)
+            assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 5})[0] == 200
+            assert server.end() == 0 and server.stderr.count("ending: ") == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_killed_server_leaves_goes_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pretending("live") as server:
+        server.process.kill()
+        server.process.wait()
+        [left] = tmp_path.glob("llama_tp-*")
+    with pretending("live") as server:
+        assert not left.exists() and len(list(tmp_path.glob("llama_tp-*"))) == 1
+        assert server.end() == 0 and not list(tmp_path.glob("llama_tp-*"))
 
 
 def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():

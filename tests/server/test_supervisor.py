@@ -186,6 +186,16 @@ def test_a_long_load_while_requests_wait_is_no_hang(tmp_path):
     asyncio.run(main())
 
 
+def test_ranks_that_do_not_come_are_ended(tmp_path):
+    """Stopped before they connect, say: nobody else is there who could notice."""
+    async def main():
+        async with kept(tmp_path, "deaf", policy=Policy(load_s=0.8)) as (_, supervisor, task):
+            with pytest.raises(UserError, match="the ranks have not been ready within 0.8 s of their start"):
+                await asyncio.wait_for(task, 20)
+            assert supervisor.n_starts == 1
+    asyncio.run(main())
+
+
 def test_what_ranks_that_were_hung_up_on_still_say_is_not_heard():
     class Writer:
         close = staticmethod(lambda: None)
