@@ -23,7 +23,8 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 def main(
     *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
     strict_model_name: bool = False, api_key: tuple[str, ...] = (), allow_origins: tuple[str, ...] = (), page: bool = True,
-    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_connections: int | None = None,
+    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_queue_logprobs: int = 16777216,
+    max_connections: int | None = None,
     keep_alive_timeout: float = 5.0, max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16,
     drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
     tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
@@ -54,6 +55,7 @@ def main(
 
     Limits:
         max_queue: most samples that wait for a place in the batch; more get 429
+        max_queue_logprobs: most logprobs (samples x tokens x alternatives) that all requests together may ask for; more get 429
         max_connections: most clients connected at once; 4096, or what the limit of open files allows, unless given
         keep_alive_timeout: seconds that a connection may wait for its next request; more than a proxy in front keeps its own
         max_body_bytes: longest request
@@ -119,6 +121,7 @@ def main(
         return
     check_numbers(
         port=(port, 0, 65535), nproc_per_node=(nproc_per_node, 1, 4096), nnodes=(nnodes, 1, 4096), max_queue=(max_queue, 0, 10**6),
+        max_queue_logprobs=(max_queue_logprobs, 0, 10**9),
         max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
         max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
         drain_timeout=(drain_timeout, 0, 10**6), keep_alive_timeout=(keep_alive_timeout, 0, 10**6),
@@ -156,7 +159,8 @@ def main(
         command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
         name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
         strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
-        max_queue=max_queue, max_body_bytes=max_body_bytes, allow_origins=allow_origins, metrics_prefix=metrics_prefix,
+        max_queue=max_queue, max_queue_logprobs=max_queue_logprobs, max_body_bytes=max_body_bytes,
+        allow_origins=allow_origins, metrics_prefix=metrics_prefix,
         connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
         policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))

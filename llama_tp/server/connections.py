@@ -129,7 +129,10 @@ class Connection(H11Protocol):
         return True
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(RequestError(msg, "", "send HTTP/1.1 with at most 64 KiB of headers", code="invalid_http"))
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(RequestError(msg, "", "send HTTP/1.1 with at most 64 KiB of headers", code="invalid_http"))
+        else:
+            self.transport.close()                          # it has its reply, or the beginning of it
 
     # ------------------------------------------------------------------------------------------------- its limits
 
@@ -139,7 +142,7 @@ class Connection(H11Protocol):
             self.transport.abort()
         elif self._head_since is not None and now - self._head_since > self._limits.header_s:
             self._head_since = None
-            if self.conn.trailing_data[0]:
+            if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
                 self._refuse(RequestError("the headers do not come", f"not all of them in {self._limits.header_s:g} s",
                                           "send them again", code="request_timeout", status=408))
             else:
@@ -202,6 +205,9 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event))
         self.transport.write_eof()
         self._over_since = time.monotonic()
+        if self._is_at_work():
+            self.cycle.disconnected = True                  # for the application, which waits for the rest of the request
+            self.cycle.message_event.set()
         self._take_note()
 
 

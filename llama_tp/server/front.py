@@ -54,6 +54,7 @@ class FrontOptions:
     port: int = 8000
     keys: tuple[str, ...] = ()
     max_queue: int = 1024
+    max_queue_logprobs: int = 1 << 24
     max_body_bytes: int = 8 << 20
     limits: Limits = field(default_factory=Limits)
     connections: ConnectionLimits = field(default_factory=ConnectionLimits)
@@ -105,7 +106,8 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s)
+    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s,
+                max_scores=options.max_queue_logprobs)
     served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
                     options.aliases, options.strict_name, options.defaults)
     app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)

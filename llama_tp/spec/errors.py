@@ -6,8 +6,23 @@ and leave with a non-zero code; the Python API raises it. Anything else that esc
 
 import contextlib
 import os
+from itertools import islice
 
 TOLD = "LLAMA_TP_TOLD"          # in the environment of ranks: a file that says that somebody has told why the job ends
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The first characters of `value`, for `found`. A list of millions is not spelled out for them."""
+    return str(_begun(value, most))[:most]
+
+
+def _begun(value: object, most: int) -> object:
+    """`value` with the first elements only of every list and dict in it."""
+    if isinstance(value, dict):
+        return {key: _begun(each, most) for key, each in islice(value.items(), most)}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_begun(each, most) for each in islice(value, most)])
+    return value[:most] if isinstance(value, str) else value
 
 
 class UserError(Exception):
