@@ -16,12 +16,11 @@ import numpy as np
 
 from llama_tp.engine.request import Request, Sequence
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar_pool import START_S, GrammarPool, Worker, error_of, start_message, tokens_message, wait_for
+from llama_tp.text.grammar_pool import MAX_DEATHS, START_S, GrammarPool, Worker, error_of, start_message, tokens_message, wait_for
 from llama_tp.text.grammar_process import ALL, HEAD
 
 GRACE_S = 0.02          # an honest mask takes less than a thousandth of a second, an honest form some to compile
 N_FORGIVEN = 32         # masks in time, after which one may be late again
-MAX_DEATHS = 5          # of workers over one mask, sooner than the limit of CPU time can have ended them
 
 
 @dataclass(eq=False)

@@ -126,6 +126,7 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
         http.should_exit = True
         ready.cancel()
         ending.cancel()
+        served.close()
         results = await asyncio.gather(ranks, serving, return_exceptions=True)
     for result in results:
         if isinstance(result, Exception):

@@ -30,6 +30,7 @@ QUICK_S = 0.1           # a trial that takes longer makes room for others, and g
 N_QUICK = N_SLOW = 4    # trials at once
 NICE, LOWEST = 5, 19
 MAX_IDLE = 8
+MAX_DEATHS = 5          # of workers over one answer, sooner than a limit can have ended them
 MAX_GOOD = 1024         # forms that are known to be good
 
 
@@ -191,11 +192,15 @@ class GrammarPool:
             if form in self._good:
                 self._good.move_to_end(form)
                 return
-        worker = self.take()
-        try:
+        for _ in range(MAX_DEATHS):
+            worker = self.take()
             with self._quick:
                 worker.send(start_message(form, [(0, [])], is_trial=True))
                 answer = _wait(worker, QUICK_S)
+            if not worker.gone:                             # else somebody has killed it: no limit can be reached so soon
+                break
+            worker.kill()
+        try:
             if answer is None and not worker.gone:
                 answer = self._try_slowly(worker)
             if answer is None:
