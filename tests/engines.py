@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from llama_tp.model.transformer import build
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import table
 from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference
 
 
@@ -73,6 +76,21 @@ class Recorder(Engine):
 def alphabet(n_vocab: int) -> Tokenizer:
     """A tokenizer of n_vocab one-letter tokens and no stop ids."""
     return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, (), lambda text: [ord(c) - 0x100 for c in text])
+
+
+def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
+    """A byte a token, one that ends (256), and others without text: in a file, which the processes for forms can open, too."""
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shown = {byte: chr(byte) for byte in alphabet}
+    shown |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in alphabet)}
+    specials = [{"id": i, "content": f"<|{i}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                 "normalized": False} for i in range(256, n_vocab)]
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": specials, "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
+    return open_tokenizer(None, str(folder))
 
 
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,

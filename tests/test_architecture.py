@@ -40,7 +40,7 @@ EXTRAS = {"tokenizers", "huggingface_hub", "matplotlib", "jinja2", "llguidance",
 LATE = {"torch.nn.attention.varlen"}    # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(spec|text|native|protocol|server)\.\w+|"
-                      r"engine\.(__init__|request|delta|blocks|scheduler|step)|benchmarks\.(__init__|table|plot)")
+                      r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)")
 
 FORBIDDEN_NAMES = {"broadcast_object_list", "scatter_object_list", "all_gather_object", "gather_object",
                    "TYPE_CHECKING"}

@@ -255,6 +255,7 @@ class Sequence:
         self.n_prompt = len(request.prompt_ids)
         self.arrival = -1                               # order of arrival, given by Scheduler.add
         self.limit = 0                                  # most ids it may hold, prompt included; by Scheduler.add
+        self.held = False                               # what it may write next is not known yet (masks): no token is sampled
         self.finish_reason: str | None = None           # None | "stop" | "length" | "abort"
         self.keys: list[bytes] = []                     # of the full blocks of `ids`, see blocks.py; survive preemption
         self.leave()

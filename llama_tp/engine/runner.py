@@ -67,9 +67,9 @@ class Runner:
             self.graphs.release()
 
     @torch.inference_mode()
-    def run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None = None) -> Sampled:
-        """One step. `judge` is given on the driver and None elsewhere; masks: (masked rows, words) int32, which tokens may come
-        (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or
+    def run(self, step: Step, judge: Judge | None, masks: Callable[[], torch.Tensor] | None = None) -> Sampled:
+        """One step. `judge` is given on the driver and None elsewhere; masks: gives, once the model has run, (masked rows, words)
+        int32, which tokens may come (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or
         UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
@@ -89,11 +89,12 @@ class Runner:
         for row, end in zip(step.rows, ends):
             if row.sample:
                 ways.setdefault((row.way, row.masked), []).append((row, end - 1))
+        words = masks() if any(masked for _, masked in ways) else None
         sampled, tokens = [], []
         for (way, masked), some in sorted(ways.items()):
             rows, at = zip(*some)
             sampled += [row.row for row in rows]
-            mask = self._masks_of(rows, step, masks) if masked else None
+            mask = self._masks_of(rows, step, words) if masked else None
             tokens.append(self._sample(way, rows, hidden[self._tensor(at)], judge, mask))
         if not sampled:
             return dict

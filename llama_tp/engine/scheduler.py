@@ -19,6 +19,9 @@ know its last token first (`n_driven`). `in_flight` then holds both steps, and a
 the later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
 position computed again for the driver to choose, whose tokens are chosen until fewer than one in `FEW` was UNDECIDED.
+
+A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last position.
+One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to it that it ends.
 """
 
 from collections import deque
@@ -26,7 +29,7 @@ from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
+from llama_tp.engine.step import FILTERED, GATHERED, LATE, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
 from llama_tp.spec.errors import UserError
 
 FEW = 8                         # computing one position in eight twice costs less than holding up every other sequence's steps
@@ -117,17 +120,15 @@ class Scheduler:
         n_preemptions, rows = self.n_preemptions, []
         for sequence in list(self.running):
             # a sequence that this loop has preempted decodes no more; one at its limit has its last token in flight
-            ready = sequence.decoding and sequence.n_ids < sequence.limit
+            ready = sequence.decoding and not sequence.held and sequence.n_ids < sequence.limit
             if ready and self._has_block(sequence):
                 rows.append(self._row(sequence, 1))
         budget = self.max_step_tokens - len(rows)
         for sequence in self.running:
             if not sequence.decoding and budget:
-                rows.append(self._chunk(sequence, budget))
-                budget -= rows[-1].n
+                budget -= self._chunk(sequence, budget, rows)
         while budget and self.n_preemptions == n_preemptions and self._admit():
-            rows.append(self._chunk(self.running[-1], budget))
-            budget -= rows[-1].n
+            budget -= self._chunk(self.running[-1], budget, rows)
         if not rows:
             return None
         step = Step(self.n_steps, tuple(rows))
@@ -140,7 +141,7 @@ class Scheduler:
 
         Args:
             sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the sequence with "abort",
-                alone; UNDECIDED has the position computed again, for the driver to choose.
+                alone; UNDECIDED has the position computed again, for the driver to choose; LATE, when it is not held.
 
         Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already, and a sequence that
         has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a whole) is finished with "length": that
@@ -156,8 +157,8 @@ class Scheduler:
                 continue
             if row.sample:
                 token = sampled[row.row]
-                if token == UNDECIDED:
-                    self._again(sequence, row.n - 1)
+                if token in (UNDECIDED, LATE):
+                    self._again(sequence, row.n - 1, token == UNDECIDED)
                     continue
                 tokens.append((sequence, token))
                 if token == NOT_FINITE:
@@ -213,8 +214,12 @@ class Scheduler:
                 and any(other.request is sequence.request and other.index == 0 and other.n_computed < other.n_prompt
                         for other in self.running))
 
-    def _chunk(self, sequence: Sequence, budget: int) -> StepRow:
-        return self._row(sequence, min(len(sequence.ids) - sequence.n_planned, self.prefill_chunk, budget))
+    def _chunk(self, sequence: Sequence, budget: int, rows: list[StepRow]) -> int:
+        """Plan some positions of a prompt, into `rows`. -> how many."""
+        n = min(len(sequence.ids) - sequence.held - sequence.n_planned, self.prefill_chunk, budget)
+        if n:
+            rows.append(self._row(sequence, n))
+        return n
 
     def _row(self, sequence: Sequence, n: int) -> StepRow:
         """Plan the next `n` positions of a running sequence, which has the blocks for them."""
@@ -245,13 +250,14 @@ class Scheduler:
             for i in range(first_open, sequence.n_computed // self.blocks.block_size):
                 self.blocks.register(sequence.blocks[i], sequence.keys[i])
 
-    def _again(self, sequence: Sequence, n: int) -> None:
+    def _again(self, sequence: Sequence, n: int, undecided: bool) -> None:
         """Have a sequence's last position computed anew; of the step that did it in vain the n positions before count."""
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
-        sequence.n_undecided += 1
-        self._go(sequence, GATHERED)
+        if undecided:
+            sequence.n_undecided += 1
+            self._go(sequence, GATHERED)
 
     def _go(self, sequence: Sequence, way: int) -> None:
         self.n_driven -= sequence.driven

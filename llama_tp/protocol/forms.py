@@ -10,7 +10,8 @@ from llama_tp.protocol.fields import ChatBody, CompletionBody
 from llama_tp.protocol.reading import read_json
 from llama_tp.protocol.tools import Tools
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar import Form, Grammars, json_object, json_schema, lark, regex, tool_call
+from llama_tp.text.grammar import Form, json_object, json_schema, lark, regex, tool_call
+from llama_tp.text.grammar_pool import Busy, GrammarPool
 
 # The types of a response_format -> the keys that carry the form, one of which may be there: OpenAI's, those of Hugging Face's TGI
 # ("value", and the types json and regex), and "schema" beside json_object, which llama.cpp has brought up.
@@ -40,15 +41,26 @@ def read_form(body: ChatBody | CompletionBody, tools: Tools | None) -> tuple[str
     return next(iter(found.items()), None)
 
 
-def check_form(param: str, form: Form, grammars: Grammars) -> None:
-    """Raises RequestError for a form that cannot be followed. May take half a second: not for an event loop."""
-    _read(param, grammars.start, form)
+def check_form(param: str, form: Form, pool: GrammarPool) -> None:
+    """Raises RequestError for a form that cannot be followed, or whose check would hold up others. May take seconds: not for an event
+    loop."""
+    try:
+        _read(param, pool.try_form, form)
+    except Busy as error:
+        raise too_many_forms(param, error) from None
+
+
+def too_many_forms(param: str, error: UserError) -> RequestError:
+    """429: a form that cannot be looked at now."""
+    refusal = RequestError(error.what, error.found, error.fix, param=param, code="rate_limit_exceeded", status=429)
+    refusal.retry_s = 1
+    return refusal
 
 
 def _read(param: str, read, value: object):
     try:
         return read(value)
-    except RequestError:
+    except (RequestError, Busy):
         raise
     except UserError as error:
         raise invalid(param, error.what, error.found, error.fix) from None

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
-from llama_tp.protocol.forms import check_form
+from llama_tp.protocol.forms import check_form, too_many_forms
 from llama_tp.protocol.order import Limits, Order, ServedModel, no_model, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
@@ -32,9 +32,11 @@ from llama_tp.server.metrics import content_type
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar import Grammars
+from llama_tp.text.grammar import Form
+from llama_tp.text.grammar_pool import N_QUICK, N_SLOW, Busy, GrammarPool
 from llama_tp.text.token_table import Tokenizer
 
+MAX_TRIALS = 64         # forms that are tried, or wait for it: the last of them waits for two seconds if the others are hostile
 SMALL_BYTES = 8192      # a body up to this is read and tokenized on the event loop: a thread would take longer
 
 
@@ -62,6 +64,9 @@ class Served:
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     # few: they and the event loop take turns at the interpreter's lock
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
+    # these wait for other processes, and take no turns
+    form_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(N_QUICK + N_SLOW, "llama_tp forms"))
+    n_trials: int = 0
 
     async def call(self, n_bytes: int, work):
         """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it, or may run a template."""
@@ -71,9 +76,26 @@ class Served:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work)
 
     @functools.cached_property
-    def grammars(self) -> Grammars:
-        """Made with the first form: it reads the whole vocabulary. Raises UserError without llguidance."""
-        return Grammars(self.tokenizer)
+    def forms(self) -> GrammarPool:
+        """Made with the first form: its process reads the whole vocabulary. Raises UserError where forms cannot be followed."""
+        return GrammarPool(self.tokenizer, nice=5)
+
+    async def try_form(self, param: str, form: Form) -> None:
+        """Raises RequestError for a form that cannot be followed; 429 when too many wait for this to be found out."""
+        if self.n_trials >= MAX_TRIALS:
+            raise too_many_forms(param, Busy("too many forms of answers wait to be checked", f"the most is {MAX_TRIALS}",
+                                             "ask again a little later"))
+        pool = self.forms
+        self.n_trials += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.form_threads, lambda: check_form(param, form, pool))
+        finally:
+            self.n_trials -= 1
+
+    def close(self) -> None:
+        """Ends the processes that try forms."""
+        if "forms" in vars(self):
+            self.forms.close()
 
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
@@ -131,7 +153,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
             return prepare(check_body(kind, served.defaults.fill(read_json(data), kind)), model, order_id, seed)
         made = await served.call(len(data), order)
         if made.form_field:
-            await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
+            await served.try_form(made.form_field, made.requests[0].params.form)
         return await answer(made, model, served.desk, request, int(served.clock()), served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))

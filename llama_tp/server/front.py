@@ -139,6 +139,7 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
         http.should_exit = True
         ready.cancel()
         ending.cancel()
+        served.close()
         results = await asyncio.gather(ranks, serving, return_exceptions=True)
         watching.cancel()
     for result in results:

@@ -14,6 +14,7 @@ What a client sends can be slow: llguidance's limits bound a grammar's size and 
 followed. Knows no sampling.
 """
 
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,14 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
     return lark("\n".join([start, f"call: {calls}", *rules]))
 
 
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raises UserError where no form can be followed: without llguidance, or with a tokenizer that cannot end an answer."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise UserError("structured output needs llguidance", "it is not installed", "pip install 'llama_tp[serve]'")
+    if not tokenizer.stop_ids:
+        raise UserError("structured output needs a token that ends an answer", "this tokenizer has none", "check --tokenizer_path")
+
+
 class Grammars:
     """Forms for one tokenizer. Building it reads the whole vocabulary (0.3 s for Llama 3's): keep it.
 
@@ -95,14 +104,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        try:
-            import llguidance
-        except ImportError:
-            raise UserError("structured output needs llguidance", "it is not installed",
-                            "pip install 'llama_tp[serve]'") from None
-        if not tokenizer.stop_ids:
-            raise UserError("structured output needs a token that ends an answer", "this tokenizer has none",
-                            "check --tokenizer_path")
+        check_tokenizer(tokenizer)
+        import llguidance
         self.n_vocab, self.stop_ids = tokenizer.n_vocab, tokenizer.stop_ids
         self._matcher = llguidance.LLMatcher
         self._limits = llguidance.LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)

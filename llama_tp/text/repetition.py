@@ -21,8 +21,8 @@ MAX_DEPTH = 100                 # of rules within rules, beyond which they are n
 _CAP = 10**12                   # sizes beyond are not told apart
 
 _COUNT = re.compile(r"\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}")
-_GROUP = re.compile(r"\(\?(?:P?<[^>]*>|([a-zA-Z-]*)([:)]))")
-_ESCAPE = re.compile(r"\\(?:[pP](?:\{[^}]*\}|.)|[xuU]\{[^}]*\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
+_GROUP = re.compile(r"\(\?(?:P?<[^>]{0,200}>|([a-zA-Z-]*)([:)]))")
+_ESCAPE = re.compile(r"\\(?:[pP](?:\{[^}]{0,100}\}|.)|[xuU]\{[^}]{0,20}\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
 _PLAIN = re.compile(r"[^\\\[\](){}|*+?^$.]+")
 _NESTED = re.compile(r"[\[\]\\]")
 _LARK = re.compile(r"""
@@ -33,28 +33,29 @@ _HEAD = re.compile(r"^[ \t]*[?!]?(\w+)(?:\.-?\d+)?(?:\[[^\]\n]*\])?(?:::?\w*)?[ 
 
 
 class Size(NamedTuple):
-    """nodes: characters and classes, repetitions written out. least: of the shortest text. forced: an upper bound of the longest run
-    of characters that leave no choice."""
+    """nodes: characters and classes, repetitions written out. slack: those of them that may be left out or repeated, and branches
+    beside the first. forced: an upper bound of the longest run of characters that leave no choice."""
 
     nodes: int = 0
-    least: int = 0
+    slack: int = 0
     forced: int = 0
 
     @property
     def work(self) -> int:
-        """In proportion to the time of a look along forced text: its length times what may be left out or repeated on the way."""
-        return self.forced * (self.nodes - self.least)
+        """In proportion to the time of a look along forced text: its length times what is open on the way."""
+        return self.forced * self.slack
 
     def then(self, other: "Size") -> "Size":
         return Size(*(min(a + b, _CAP) for a, b in zip(self, other)))
 
     def times(self, low: int, high: int | None) -> "Size":
         """Repeated `low` to `high` times, None for any number."""
-        nodes = self.nodes * (low + 1 if high is None else high)
-        return Size(*(min(n, _CAP) for n in (nodes, self.least * low, self.forced * max(low, high != 0))))
+        high = low + 1 if high is None else max(low, high)
+        slack = self.slack * low + self.nodes * (high - low)
+        return Size(*(min(n, _CAP) for n in (self.nodes * high, slack, self.forced * max(low, high > 0))))
 
 
-LITERAL, CLASS = Size(1, 1, 1), Size(1, 1, 0)
+LITERAL, CLASS = Size(1, 0, 1), Size(1, 0, 0)
 
 
 class _Expression:
@@ -70,7 +71,7 @@ class _Expression:
 
     def text(self, n: int) -> None:
         """n characters, each an atom."""
-        self.atom(Size(n - 1, n - 1, n - 1))
+        self.atom(Size(n - 1, 0, n - 1))
         self.atom(LITERAL)
 
     def repeat(self, low: int, high: int | None) -> None:
@@ -97,9 +98,9 @@ class _Expression:
 
     def _size(self) -> Size:
         self.alternative()
-        nodes, least, forced = zip(*self._branches)
-        # of many branches a text follows one: a list of choices is not the sum of them
-        return Size(max(nodes) + len(nodes) - 1, min(least), max(forced))
+        nodes, slack, forced = zip(*self._branches)
+        n_more = len(nodes) - 1                             # of many branches a text follows one: choices are not their sum
+        return Size(max(nodes) + n_more, max(slack) + n_more, max(forced))
 
 
 def regex_size(pattern: str) -> Size:
@@ -190,7 +191,7 @@ def _rule_size(body: str, size_of_name) -> Size:
     for kind, text in _lark_tokens(body):
         if kind == "string":
             n = max(len(text) - 2, 0)
-            expression.atom(Size(n, n, n))
+            expression.atom(Size(n, 0, n))
         elif kind == "regex":
             expression.atom(regex_size(text[1:text.rindex("/")]))
         elif kind == "name":
@@ -237,7 +238,7 @@ def check_size(what: str, size: Size) -> None:
     if size.nodes > MAX_NODES:
         found, most = f"written out, its repetitions have {_told(size.nodes)} parts", f"{MAX_NODES:,}"
     elif size.work > MAX_WORK:
-        found = f"{_told(size.forced)} characters in a row may have to come, with {_told(size.nodes - size.least)} that may"
+        found = f"{_told(size.forced)} characters in a row may have to come, with {_told(size.slack)} that may"
         most = f"{MAX_WORK:,} for the product"
     else:
         return

@@ -28,6 +28,7 @@ class Tokenizer:
         self.specials = specials
         self.bos_id = bos_id
         self.stop_ids = tuple(sorted(set(stop_ids)))
+        self.source: tuple[str | None, str] | None = None   # what `open_tokenizer` was given, for other processes to open it again
         self._token_bytes = token_bytes
         self._to_ids, self._to_prompt_ids = to_ids, to_prompt_ids or self._after_bos
 

@@ -9,6 +9,7 @@ from llama_tp.protocol.fields import check_body
 from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Order, ServedModel, prepare
 from llama_tp.text.grammar import Grammars
+from llama_tp.text.grammar_pool import GrammarPool
 from tests.protocol.served import TOKENIZER, USER
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llama_tp[serve]'")
@@ -32,6 +33,13 @@ def completion(**fields) -> Order:
 @pytest.fixture(scope="module")
 def grammars() -> Grammars:
     return Grammars(TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def pool() -> GrammarPool:
+    pool = GrammarPool(TOKENIZER)
+    yield pool
+    pool.close()
 
 
 def fits(order, text: str, grammars: Grammars) -> bool:
@@ -126,9 +134,9 @@ def test_what_is_wrong_is_named(fields, param):
 
 
 @pytest.mark.parametrize("fields", [{"regex": "("}, {"grammar": "start: nothing"}, {"response_format": {
-    "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}}])
-def test_what_cannot_be_followed_is_said_when_it_is_compiled(fields, grammars):
+    "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}}, {"regex": ".*" * 3000}])
+def test_what_cannot_be_followed_is_said_when_it_is_tried(fields, pool):
     order = chat(**fields)
     with pytest.raises(RequestError) as caught:
-        check_form(order.form_field, order.requests[0].params.form, grammars)
-    assert caught.value.param == next(iter(fields)) and json.dumps(caught.value.found)
+        check_form(order.form_field, order.requests[0].params.form, pool)
+    assert caught.value.status == 400 and caught.value.param == next(iter(fields)) and json.dumps(caught.value.found)
