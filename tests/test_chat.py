@@ -31,6 +31,7 @@ from llama_tp.chat import Markdown, Server, finished, reply, session, tail, talk
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import SETTINGS, Answer, Conversation
 from tests.fake_openai import FakeServer
+from tests.ranks import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -359,7 +360,7 @@ class Terminal:
         os.close(slave)
         self.said = ""
 
-    def expect(self, text: str, within_s: float = 60) -> None:
+    def expect(self, text: str, within_s: float = PATIENCE_S) -> None:
         """Reads until `text` was said, and forgets up to there."""
         deadline = time.monotonic() + within_s
         while text not in self.said:
@@ -388,10 +389,10 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program():
             terminal.send("/stats\r")
             terminal.expect("1 answers")
             terminal.send("/quit\r")
-            assert terminal.process.wait(30) == 0
+            assert terminal.process.wait(PATIENCE_S) == 0
         finally:
             terminal.process.kill()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not fake.n_broken and time.monotonic() < deadline:
             time.sleep(0.05)
         assert fake.n_broken == 1                               # the server was told, too

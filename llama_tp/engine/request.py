@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, shown
 from llama_tp.text.grammar import Form
 
 MAX_COUNT = 2**31 - 1           # for token counts and ids: anything larger is a mistake, and int32 tensors hold it
 MAX_SAMPLES = 128               # OpenAI's bound for n
+MAX_STOP_CHARS = 1000           # of a stop string: the end of the text is held against all that they can begin with, at every token
+MAX_STOP_IDS = 1000
 MAX_LOGPROBS = 20               # OpenAI's bound for top_logprobs, vLLM's default
 MIN_TEMPERATURE = 1e-6          # below it, fp32 logits divided by it overflow; 0 means greedy
 
 
 def _refuse(name: str, rule: str, value: object, fix: str = "correct the value") -> UserError:
-    return UserError(f"{name} must be {rule}", f"found {str(value)[:80]!r} ({type(value).__name__})", fix)
+    return UserError(f"{name} must be {rule}", f"found {shown(value)!r} ({type(value).__name__})", fix)
 
 
 def _whole(name: str, value: object, low: int, high: int = MAX_COUNT) -> int:
@@ -58,6 +60,9 @@ def _stop_strings(value: object) -> tuple[str, ...]:
     for one in value:
         if not isinstance(one, str) or not one:
             raise _refuse("stop", "made of strings that are not empty", one)
+        if len(one) > MAX_STOP_CHARS:
+            raise UserError(f"stop must be made of strings of at most {MAX_STOP_CHARS:,} characters", f"found one of {len(one):,}",
+                            "give a shorter one: its beginning")
     return value
 
 
@@ -67,6 +72,13 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
         raise _refuse(name, "a list of token ids", value)
     # plain ints, all but always, skip the slow check: a prompt may hold a million
     return tuple(one if type(one) is int and 0 <= one <= MAX_COUNT else _whole(name, one, 0) for one in value)
+
+
+def _stop_ids(value: object) -> tuple[int, ...]:
+    ids = tuple(dict.fromkeys(_ids("stop_ids", value)))
+    if len(ids) > MAX_STOP_IDS:
+        raise UserError(f"stop_ids must hold at most {MAX_STOP_IDS:,} ids", f"found {len(ids):,}", "give fewer")
+    return ids
 
 
 def _biases(value: object) -> dict[int, float] | None:
@@ -103,10 +115,11 @@ class SamplingParams:
         logit_bias: token id -> -100 to 100, added to the logits.
         seed: int64; None: the engine's seed and the request's index.
         n: samples of the same prompt, 1 to 128.
-        stop: strings that end a completion; one string, or several.
+        stop: strings that end a completion, each of 1,000 characters at most; one string, or several.
         stop_ids: token ids that end a completion, besides the tokenizer's own.
         ignore_eos: the tokenizer's stop ids do not end a completion; those of `stop_ids` still do.
-        logprobs: None is off; k gives the chosen token's logprob and those of the k <= 20 likeliest.
+        logprobs: None is off; k gives the chosen token's logprob and those of the k <= 20 likeliest. They are those of the raw
+            logits, normalised over all rows of the checkpoint's embedding, also those that no token id stands for.
         prompt_logprobs: the same for every token of the prompt but the first.
         form: what the completion must look like (text/grammar.py); not with min_tokens or ignore_eos.
 
@@ -153,7 +166,7 @@ class SamplingParams:
             seed=_optional_whole("seed", self.seed, -2**63, 2**63 - 1),
             n=_whole("n", self.n, 1, MAX_SAMPLES),
             stop=_stop_strings(self.stop),
-            stop_ids=_ids("stop_ids", self.stop_ids),
+            stop_ids=_stop_ids(self.stop_ids),
             ignore_eos=_flag("ignore_eos", self.ignore_eos),
             logprobs=_optional_whole("logprobs", self.logprobs, 0, MAX_LOGPROBS),
             prompt_logprobs=_optional_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
@@ -242,6 +255,7 @@ class Sequence:
         self.n_prompt = len(request.prompt_ids)
         self.arrival = -1                               # order of arrival, given by Scheduler.add
         self.limit = 0                                  # most ids it may hold, prompt included; by Scheduler.add
+        self.held = False                               # what it may write next is not known yet (masks): no token is sampled
         self.finish_reason: str | None = None           # None | "stop" | "length" | "abort"
         self.keys: list[bytes] = []                     # of the full blocks of `ids`, see blocks.py; survive preemption
         self.leave()

@@ -4,12 +4,18 @@ Types only, strictly (no bool for an int, no NaN); what values a sampling field 
 fields with forms of their own (messages, prompt, stop, tools, response_format) are read where they are used.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.refused import known_fields
+from llama_tp.spec.errors import shown
+
+
+# pydantic makes a message for every wrong value, and a body may hold millions: lists fail fast, and of this dict SamplingParams
+# looks at the values
+_Biases = Annotated[dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})]
 
 
 class _Shape(BaseModel):
@@ -35,7 +41,7 @@ class Body(_Shape):
     top_p: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
+    logit_bias: _Biases = {}
     seed: int | None = None
     stop: Any = None                                        # a text or a list of texts
     # ---
@@ -48,6 +54,8 @@ class Body(_Shape):
     return_token_ids: bool = False
     response_format: dict[str, Any] | None = None           # OpenAI's
     structured_outputs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = {}               # for the chat template, and the next: refused where it reads them
+    reasoning_effort: str | None = None                     # OpenAI's
     regex: str | None = None
     grammar: str | None = None
 
@@ -55,12 +63,12 @@ class Body(_Shape):
 class ChatBody(Body):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = Field(fail_fast=True)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None                # wins over max_tokens, its old name
     logprobs: bool = False
     top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = Field(None, fail_fast=True)
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     # ---
@@ -106,5 +114,5 @@ def _refusal(error: ValidationError) -> RequestError:
         return RequestError(f"{path} is missing", "", f"send {path}", param=path, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return RequestError(f"{path} is not known", "", "leave it out", param=path, code="unknown_parameter")
-    found = f"found {str(first['input'])[:80]!r} ({type(first['input']).__name__})"
+    found = f"found {shown(first['input'])!r} ({type(first['input']).__name__})"
     return invalid(path, f"{path} has a wrong value", found, first["msg"][:1].lower() + first["msg"][1:])

@@ -18,6 +18,8 @@ from llama_tp.server.desk import Desk, Ticket
 from llama_tp.spec.errors import UserError
 
 PING_S = 15.0           # of silence, after which a stream shows that it lives: proxies cut what is silent
+UNREAD_BYTES = 16 << 20 # of a stream's deltas that wait for a client who does not read
+PIECE_CHARS = 1 << 16   # of a reply, sent at once; bytes, of one that does not stream. The next is sent when the client has read
 BIG = 2000              # tokens, above which a reply is put together off the event loop
 FEW, PIECE = 64, 1000   # a list shorter than that may hold long ones; a longer one is written in such pieces
 
@@ -36,14 +38,30 @@ class EventStream(StreamingResponse):
             self._at_end()
 
 
-def json_reply(content: object) -> Response:
+class JsonReply(Response):
+    """A text of JSON, sent as fast as the client reads; `at_end` is called when the last byte was sent, and when he has gone."""
+
+    media_type = "application/json"
+    at_end: Callable[[], None] = staticmethod(lambda: None)
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for i in range(0, len(self.body) or 1, PIECE_CHARS):
+                await send({"type": "http.response.body", "body": self.body[i:i + PIECE_CHARS],
+                            "more_body": i + PIECE_CHARS < len(self.body)})
+        finally:
+            self.at_end()
+
+
+def json_reply(content: object) -> JsonReply:
     """A reply in JSON, without NaN, which is none."""
-    return Response(dumps(content), media_type="application/json")
+    return JsonReply(dumps(content))
 
 
-def long_reply(content: object) -> Response:
+def long_reply(content: object) -> JsonReply:
     """The same for long lists, to be made in a thread."""
-    return Response(dumps_in_pieces(content), media_type="application/json")
+    return JsonReply(dumps_in_pieces(content))
 
 
 def dumps(content: object) -> str:
@@ -66,13 +84,17 @@ async def answer(order: Order, model: ServedModel, desk: Desk, request: Request,
     """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply. Raises RequestError before anything
     is sent."""
     chunks = Chunks(order, model, created, fingerprint)
-    ticket = desk.take(list(order.requests))
+    ticket = desk.take(list(order.requests), UNREAD_BYTES if order.stream else None)
     if order.stream:
         return EventStream(_events(chunks, ticket), lambda: desk.drop(ticket))
+    reply = None
     try:
-        return await _unless_gone(_whole(chunks, ticket), request)
+        reply = await _unless_gone(_whole(chunks, ticket), request)
+        reply.at_end = lambda: desk.drop(ticket)            # until then it takes its memory
+        return reply
     finally:
-        desk.drop(ticket)
+        if reply is None:
+            desk.drop(ticket)
 
 
 async def _events(chunks: Chunks, ticket: Ticket) -> AsyncIterator[str]:
@@ -86,7 +108,9 @@ async def _events(chunks: Chunks, ticket: Ticket) -> AsyncIterator[str]:
                     yield ": still waiting\n\n"
             finally:
                 news.cancel()                               # if the client has gone
-            yield _framed([chunk for delta in news.result() for chunk in chunks.take(delta)])
+            text = "".join(map(_framed, await _grown(chunks, news.result())))
+            for i in range(0, len(text), PIECE_CHARS):
+                yield text[i:i + PIECE_CHARS]
         yield _framed(chunks.end())
     except UserError as error:
         yield _framed([error_body(error)])
@@ -97,34 +121,35 @@ def _framed(chunks: list[dict]) -> str:
     return "".join(f"data: {dumps(chunk)}\n\n" for chunk in chunks)
 
 
-async def _whole(chunks: Chunks, ticket: Ticket) -> Response:
+async def _grown(chunks: Chunks, deltas: list) -> list[list[dict]]:
+    """The chunks of each delta."""
+    def grow() -> list[list[dict]]:
+        return [chunks.take(delta) for delta in deltas]
+    if any(len(delta.prompt_logprobs or ()) > BIG for delta in deltas):
+        return await asyncio.to_thread(grow)
+    return grow()
+
+
+async def _whole(chunks: Chunks, ticket: Ticket) -> JsonReply:
     fold = Fold(chunks.order)
-
-    def grow(deltas: list) -> None:
-        for delta in deltas:
-            for chunk in chunks.take(delta):
-                fold.add(chunk)
-
     for chunk in chunks.begin():
         fold.add(chunk)
     while not ticket.is_read:
-        deltas = await ticket.take()
-        if any(len(delta.prompt_logprobs or ()) > BIG for delta in deltas):
-            await asyncio.to_thread(grow, deltas)
-        else:
-            grow(deltas)
+        for chunks_of_one in await _grown(chunks, await ticket.take()):
+            for chunk in chunks_of_one:
+                fold.add(chunk)
     usage = chunks.usage()
     if usage["total_tokens"] > BIG:
         return await asyncio.to_thread(lambda: long_reply(fold.reply(usage)))
     return json_reply(fold.reply(usage))
 
 
-async def _unless_gone(work, request: Request) -> Response:
+async def _unless_gone(work, request: Request) -> JsonReply:
     """The work's result; if the client goes meanwhile, the work is dropped and the reply is for nobody."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=499)
+        return task.result() if task.done() else JsonReply(status_code=499)
     finally:
         for each in (task, gone):
             each.cancel()

@@ -18,9 +18,13 @@ from llama_tp.server.link import ServerEnd
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
+DELTA_BYTES, SCORE_BYTES = 400, 120     # that a delta takes here, and one (token, logprob) of it
+TAKEN_BYTES = 1 << 18   # of deltas, handed out at once
+UNREAD_S = 10.0         # in which a reader takes something, or too much that is unread is his fault
 MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
 
 WHY_NOT = {"loading": "the model is loading", "restarting": "the ranks are being started again",
+           "stalled": "the ranks have not been heard for a while",
            "draining": "the server is shutting down", "dead": "the ranks have ended"}      # nothing new is taken, by state
 
 
@@ -38,9 +42,16 @@ class Full(RequestError):
 
     retry_s = 1
 
-    def __init__(self, n_samples: int, most: int):
-        super().__init__("the server has too much to do", f"{n_samples} samples run or wait, and the limit is {most}",
-                         "ask again a little later", code="rate_limit_exceeded", status=429)
+    def __init__(self, found: str):
+        super().__init__("the server has too much to do", found, "ask again a little later", code="rate_limit_exceeded", status=429)
+
+
+class Behind(RequestError):
+    """What was written has not been read, and there is too much of it."""
+
+    def __init__(self, n_bytes: int):
+        super().__init__("the stream was not read", f"{n_bytes >> 20} MB of it were waiting", "read it faster, or ask for less",
+                         code="stream_not_read", status=408)
 
 
 class Failed(RequestError):
@@ -53,18 +64,18 @@ class Failed(RequestError):
 class Flight:
     """One request from the moment it is taken to its last delta, and what it has written so far."""
 
-    def __init__(self, request: Request, news: asyncio.Queue):
-        self.request = request
+    def __init__(self, request: Request, ticket: "Ticket"):
+        self.request, self.ticket = request, ticket
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
         self.n_output = 0                                   # ids of all samples
         self.arrived = time.monotonic()
+        self.n_longest = 0                                  # ids of the longest sample that has finished
         self.begun_at = 0.0                                 # when a sample of it first had a row
         self.first_at = 0.0                                 # when its first token came
         self.last_at = [0.0] * request.params.n             # when each sample's last one came
         self.n_barren = 0
         self.is_over = False
         self._scores: list | None = []                      # prompt logprobs that have come in; None once handed out
-        self._news = news
 
     @property
     def n_unfinished(self) -> int:
@@ -78,7 +89,7 @@ class Flight:
         """Nothing more will come but this."""
         if not self.is_over:
             self.is_over = True
-            self._news.put_nowait(error)
+            self.ticket.put(error)
 
     def message(self) -> dict:
         """What hands it to the ranks, from where it stands."""
@@ -108,17 +119,25 @@ class Flight:
             self.outputs[index] += ids
         self.n_output += len(ids)
         self.n_barren = 0
-        self._news.put_nowait(Delta(
+        self.ticket.put(Delta(
             self.request.id, index, tuple(ids), delta["text"], tuple(map(_score, delta["logprobs"])), delta["finish_reason"],
             delta["error"], prompt_logprobs))
 
 
 class Ticket:
-    """Requests that were taken together. `take` gives their deltas as they come."""
+    """Requests that were taken together. `take` gives their deltas as they come.
 
-    def __init__(self, requests: list[Request]):
+    Args:
+        n_scores: logprobs that they may have, which count against the desk's `max_scores` until they are dropped.
+        max_unread_bytes: of deltas that nobody takes, before they are given up; None: no limit.
+    """
+
+    def __init__(self, requests: list[Request], n_scores: int = 0, max_unread_bytes: int | None = None):
+        self.flights = [Flight(request, self) for request in requests]
+        self.n_scores, self._max_unread_bytes = n_scores, max_unread_bytes
+        self.n_unread_bytes = 0
+        self._unread_since = 0.0                            # when something was put to nothing, or taken and something left
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self.flights = [Flight(request, self._news) for request in requests]
         self._n_left = sum(request.params.n for request in requests)
         self._error: Exception | None = None
 
@@ -127,20 +146,56 @@ class Ticket:
         """The last delta of the last sample has been taken."""
         return not self._n_left
 
+    @property
+    def is_behind(self) -> bool:
+        """Too much is unread, and not only since a moment ago."""
+        return (self._max_unread_bytes is not None and self.n_unread_bytes > self._max_unread_bytes
+                and time.monotonic() - self._unread_since > UNREAD_S)
+
+    def put(self, item: Delta | Exception) -> None:
+        """For `take`."""
+        if self._news.empty():
+            self._unread_since = time.monotonic()
+        self.n_unread_bytes += _n_bytes(item)
+        self._news.put_nowait(item)
+
+    def clear(self) -> None:
+        """Forgets what has not been taken."""
+        self._news, self.n_unread_bytes = asyncio.Queue(), 0
+
     async def take(self) -> list[Delta]:
-        """What has come since the last call, at least one delta. Raises UserError: the engine refused a request; or Failed, or
-        Unavailable. What came before an error is handed out before it."""
+        """What has come since the last call, at least one delta and no more than TAKEN_BYTES after it. Raises UserError: the engine
+        refused a request; or Failed, Behind, Unavailable. What came before an error is handed out before it."""
         items: list[Delta] = []
-        while not self._error and not (items and self._news.empty()):
+        n_bytes = 0
+        while not self._error and not (items and (self._news.empty() or n_bytes > TAKEN_BYTES)):
             item = await self._news.get()
             if isinstance(item, Exception):
                 self._error = item
             else:
                 self._n_left -= item.finish_reason is not None
                 items.append(item)
+            n_bytes += _n_bytes(item)
+        self.n_unread_bytes -= n_bytes
+        self._unread_since = time.monotonic()
         if not items:
             raise self._error
         return items
+
+
+def _n_bytes(item: Delta | Exception) -> int:
+    if isinstance(item, Exception):
+        return 0
+    scores = (*item.logprobs, *(item.prompt_logprobs or ()))
+    return DELTA_BYTES + SCORE_BYTES * sum(1 + len(one.top) for one in scores if one)
+
+
+def _n_scores(request: Request, max_model_len: int) -> int:
+    """Logprobs that its reply may hold, alternatives included."""
+    params, n_prompt = request.params, len(request.prompt_ids)
+    n_output = max_model_len - n_prompt if params.max_tokens is None else min(params.max_tokens, max_model_len - n_prompt)
+    of_output = 0 if params.logprobs is None else params.n * n_output * (1 + params.logprobs)
+    return of_output + (0 if params.prompt_logprobs is None else n_prompt * (1 + params.prompt_logprobs))
 
 
 def _score(one: list) -> TokenLogprobs:
@@ -153,33 +208,42 @@ class Desk:
     Args:
         max_queue: most samples that wait for a row, beside those that have one.
         metrics: is told what happens.
+        max_scores: most logprobs (samples x tokens x alternatives) that the requests in flight may ask for together.
         restart_s: what a client is told to wait when there are no ranks.
+        stale_s: silence of ranks that owe an answer, from which on nothing new is taken.
 
     `info` is what the ranks said of themselves, None until the first have loaded; `stats` what they said last.
     """
 
-    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5):
-        self.max_queue, self.metrics, self.restart_s = max_queue, metrics, restart_s
+    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5, stale_s: float = float("inf"),
+                 max_scores: int = 1 << 24):
+        self.max_queue, self.max_scores, self.metrics = max_queue, max_scores, metrics
+        self.restart_s, self.stale_s = restart_s, stale_s
         self.info: dict | None = None
         self.stats: dict = {}
         self.draining = False
         self.dead = ""                                      # why there will be no more ranks
         self.heard_at = time.monotonic()                    # the last word of the ranks
+        self._owed_since: float | None = None               # the first message that they have not answered; None: they owe nothing
         self._link: ServerEnd | None = None
         self._flights: dict[str, Flight] = {}               # in order of arrival
+        self._n_scores = 0                                  # of all tickets that have not been dropped
         self._changed = asyncio.Event()
 
     @property
     def state(self) -> str:
-        """"ready", or why nothing new is taken: "loading", "restarting", "draining", "dead"."""
+        """"ready", or why nothing new is taken: "loading", "restarting", "stalled", "draining", "dead"."""
         if self.dead or self.draining:
             return "dead" if self.dead else "draining"
-        return "ready" if self._link else "restarting" if self.info else "loading"
+        if not self._link:
+            return "restarting" if self.info else "loading"
+        return "ready" if self.silent_s <= self.stale_s else "stalled"
 
     @property
     def silent_s(self) -> float:
-        """How long ranks that have loaded and have work have said nothing."""
-        return time.monotonic() - self.heard_at if self._link and self._flights else 0.0
+        """How long ranks that have loaded have owed an answer and said nothing. They answer every message, an abort too, so that
+        clients who come and go change nothing about it: only a word of the ranks does."""
+        return time.monotonic() - self._owed_since if self._link and self._owed_since else 0.0
 
     @property
     def n_flights(self) -> int:
@@ -198,32 +262,46 @@ class Desk:
             raise Unavailable(WHY_NOT[self.state], None if self.dead else self.restart_s)
         return self.info
 
-    def take(self, requests: list[Request]) -> Ticket:
-        """Takes all of them, or raises Unavailable, Full or another RequestError and takes none."""
-        most = self.ready()["max_rows"] + self.max_queue
+    def take(self, requests: list[Request], max_unread_bytes: int | None = None) -> Ticket:
+        """Takes all of them, or raises Unavailable, Full or another RequestError and takes none. Every ticket must be dropped."""
+        info = self.ready()
+        most = info["max_rows"] + self.max_queue
         n_new = sum(request.params.n for request in requests)
         if n_new > most:
             raise RequestError("one call asks for more samples than the server queues", f"found {n_new}, and the limit is {most}",
                                "send several calls, or raise --max_queue")
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
-            raise Full(self.n_samples, most)
-        if not self._flights:
-            self.heard_at = time.monotonic()                # they had nothing to say until now
-        ticket = Ticket(requests)
+            raise Full(f"{self.n_samples} samples run or wait, and the limit is {most}")
+        ticket = Ticket(requests, self._admit_scores(requests, info), max_unread_bytes)
+        self._n_scores += ticket.n_scores
         for flight in ticket.flights:
             self._flights[flight.request.id] = flight
-            self._link.send(flight.message())
+            self._send(flight.message())
         return ticket
 
+    def _admit_scores(self, requests: list[Request], info: dict) -> int:
+        """How many logprobs they may have. Raises Full or RequestError."""
+        n_new = sum(_n_scores(request, info.get("max_model_len", 0)) for request in requests)
+        if n_new > self.max_scores:
+            raise RequestError("one call asks for more logprobs than the server holds", f"found {n_new:,} (samples x tokens x "
+                               f"alternatives), and the limit is {self.max_scores:,}",
+                               "ask for fewer of them, set max_tokens, or raise --max_queue_logprobs")
+        if n_new and self._n_scores + n_new > self.max_scores:
+            self.metrics.rejected("logprobs")
+            raise Full(f"{self._n_scores:,} of {self.max_scores:,} logprobs are taken, and this asks for {n_new:,}")
+        return n_new
+
     def drop(self, ticket: Ticket) -> None:
-        """The reader has gone, or has read it all; what still runs is aborted."""
+        """The reader has gone, or has read it all; what still runs is aborted. Safe to call twice."""
+        self._n_scores -= ticket.n_scores
+        ticket.n_scores = 0
         for flight in ticket.flights:
             if self._flights.pop(flight.request.id, None):
                 flight.is_over = True
                 self.metrics.finished(flight, "abort")
                 if self._link:
-                    self._link.send({"do": "abort", "id": flight.request.id})
+                    self._send({"do": "abort", "id": flight.request.id})
         self._changed.set()
 
     async def wait_until_empty(self) -> None:
@@ -241,10 +319,10 @@ class Desk:
 
     def attach(self, link: ServerEnd, info: dict) -> None:
         """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
-        self.info, self._link, self.stats = info, link, {}
+        self.info, self._link, self.stats, self._owed_since = info, link, {}, None
         self.heard_at = time.monotonic()
         for flight in self._flights.values():
-            link.send(flight.message())
+            self._send(flight.message())
 
     def detach(self) -> None:
         """The ranks are gone. Flights wait for the next ones, except those that may have run in several and gained nothing."""
@@ -269,6 +347,10 @@ class Desk:
     def hear(self, message: dict) -> None:
         """A message of the ranks."""
         self.heard_at = now = time.monotonic()
+        self._take_in(message, now)
+        self._owed_since = now if self._flights else None
+
+    def _take_in(self, message: dict, now: float) -> None:
         if message["is"] == "scores":
             if flight := self._flights.get(message["id"]):
                 flight.hear_scores(message["scores"])
@@ -288,8 +370,23 @@ class Desk:
                 if flight.is_over:
                     self._flights.pop(flight.request.id)
                     self._changed.set()
+                elif flight.ticket.is_behind:
+                    self._give_up_on(flight.ticket)
         self.metrics.counted(self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"]))
         self.stats = message["stats"]
+
+    def _give_up_on(self, ticket: Ticket) -> None:
+        """Nobody reads it: it ends, and what is unread goes."""
+        error = Behind(ticket.n_unread_bytes)
+        ticket.clear()
+        for flight in ticket.flights:
+            if self._flights.get(flight.request.id) is flight:
+                self._send({"do": "abort", "id": flight.request.id})
+                self._fail(flight, error)
+
+    def _send(self, message: dict) -> None:
+        self._owed_since = self._owed_since or time.monotonic()
+        self._link.send(message)
 
     def _fail(self, flight: Flight, error: Exception) -> None:
         self._flights.pop(flight.request.id, None)

@@ -1,32 +1,35 @@
 """From flags to a running server, and its end: the ranks' supervisor and the HTTP server side by side on one event loop.
 
-SIGTERM or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
+SIGTERM, SIGHUP or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
 signal ends it at once.
 """
 
 import asyncio
 import contextlib
+import functools
+import logging
 import resource
 import signal
 import socket
 import sys
 from dataclasses import dataclass, field
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from llama_tp.protocol.errors import RequestError
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
+from llama_tp.server.connections import Connection, ConnectionLimits, Connections, LogLimit, backlog_of, most_connections
 from llama_tp.server.desk import Desk, Unavailable
-from llama_tp.server.gate import reply_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
+SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
+STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
 
 
@@ -36,8 +39,11 @@ class FrontOptions:
 
     Args:
         command: what starts the ranks.
-        name: of the model, as clients say it.
+        name: of the model, as clients say it; aliases, strict_name: as ServedModel's.
+        metrics_prefix: as Metrics' prefix.
+        allow_origins: of web pages that may ask.
         drain_s: for what runs to finish, once asked to end.
+        defaults: what requests mean that do not say it.
         chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
     """
 
@@ -48,47 +54,47 @@ class FrontOptions:
     port: int = 8000
     keys: tuple[str, ...] = ()
     max_queue: int = 1024
+    max_queue_logprobs: int = 1 << 24
     max_body_bytes: int = 8 << 20
     limits: Limits = field(default_factory=Limits)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     policy: Policy = field(default_factory=Policy)
     drain_s: float = 20.0
     seed: int = 1
     with_page: bool = True
     chat: object | None = None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    aliases: tuple[str, ...] = ()
+    strict_name: bool = False
+    metrics_prefix: str = "llama_tp"
+    allow_origins: tuple[str, ...] = ()
 
 
 def run(options: FrontOptions) -> None:
     """Serves until a signal ends it. Raises UserError: the port is taken, or the ranks cannot be kept running."""
-    sock = listen(options.host, options.port)
+    n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]     # each client is an open file; 1,024, as often set, are few
+    n_files = n_files if n_files != resource.RLIM_INFINITY else 1 << 20
+    most, backlog = most_connections(options.connections.max_connections, n_files), backlog_of(n_files)
+    sock = listen(options.host, options.port, backlog)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
+    if not options.keys and "*" in options.allow_origins:
+        note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]    # each client is an open file; 1,024, as often set, are few
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with sock:
-        asyncio.run(_run(options, sock))
+        asyncio.run(_run(options, sock, Connections(options.connections, most), backlog))
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, backlog: int) -> socket.socket:
     """A listening socket, taken before anything heavy. Raises UserError."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        sock = socket.create_server((host, port), family=family, backlog=backlog)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)        # of each connection
+        return sock
     except (OSError, OverflowError) as error:
         raise UserError(f"the server cannot listen at {host}:{port}", str(error), "choose another --port or --host") from None
-
-
-class _Protocol(H11Protocol):
-    """HTTP/1.1 that tells in OpenAI's shape of what it cannot read, which never comes to the gate."""
-
-    def send_400_response(self, msg: str) -> None:
-        status, headers, body = reply_of(RequestError(msg, "", "send HTTP/1.1 with at most 64 KiB of headers",
-                                                      code="invalid_http"))
-        headers |= {"content-length": str(len(body)), "connection": "close"}
-        for event in (h11.Response(status_code=status, headers=list(headers.items()), reason="Bad Request"),
-                      h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
-        self.transport.close()
 
 
 class _Http(uvicorn.Server):
@@ -99,24 +105,31 @@ class _Http(uvicorn.Server):
         yield
 
 
-async def _run(options: FrontOptions, sock: socket.socket) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name))
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
-    app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
+async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
+    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s,
+                max_scores=options.max_queue_logprobs)
+    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
+                    options.aliases, options.strict_name, options.defaults)
+    app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
-    http = _Http(uvicorn.Config(app, http=_Protocol, log_level="warning", access_log=False, lifespan="off", ws="none",
-                                server_header=False, timeout_graceful_shutdown=LAST_BYTES_S))
+    http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
+                                lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,
+                                timeout_keep_alive=options.connections.keep_alive_s, backlog=backlog))
+    for name in ("asyncio", "uvicorn.error"):
+        logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]:      # nohup wants no SIGHUP
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    note(f"listening on http://{host}:{port} (model {options.name!r}); /health is 503 until the model has loaded")
+    names = " and ".join(map(repr, (options.name, *options.aliases)))
+    note(f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has loaded")
     ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
+    watching = asyncio.create_task(connections.watch(http.server_state.connections))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
     try:
-        await asyncio.wait([ranks, ending, serving], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([ranks, ending, serving, watching], return_when=asyncio.FIRST_COMPLETED)
         if ending.done():
             await _drain(options, desk, asked, ranks)
         else:
@@ -126,7 +139,9 @@ async def _run(options: FrontOptions, sock: socket.socket) -> None:
         http.should_exit = True
         ready.cancel()
         ending.cancel()
+        served.close()
         results = await asyncio.gather(ranks, serving, return_exceptions=True)
+        watching.cancel()
     for result in results:
         if isinstance(result, Exception):
             raise result
@@ -137,7 +152,7 @@ async def _say_ready(desk: Desk) -> None:
         await asyncio.sleep(0.05)
     info = desk.info
     note(f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and {desk.max_queue} waiting, context of "
-         f"{info['max_model_len']} tokens (context_window={info['max_model_len']}, is_chat_model=True for LlamaIndex)")
+         f"{info['max_model_len']} tokens")
 
 
 async def _drain(options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task) -> None:

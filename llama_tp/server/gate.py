@@ -18,11 +18,14 @@ from llama_tp.protocol.errors import RequestError, error_body, status_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
-OPEN = frozenset(("/", "/health"))                          # need no key; everything else does
-HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
+OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))                          # need no key; everything else does
+HANDLERS = frozenset((*OPEN, "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
 BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
+BODY_RATE = 8192        # bytes a second, on average, that its sender must reach after the first BODY_S
+SMALL_BYTES = 1 << 16   # bodies up to this always find room
+BODIES = 32             # of the greatest length: so many bytes all bodies may have at once, until they are answered
 LINGER_BYTES, LINGER_S = 64 << 20, 2.0      # of a body that nobody wants: closing on unread bytes would take the reply with it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
@@ -52,6 +55,7 @@ class Gate:
 
     def __init__(self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20):
         self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
+        self.n_body_bytes = 0                               # of all bodies that are being read or worked at, but for small ones
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -61,11 +65,12 @@ class Gate:
         headers = dict(scope["headers"])
         request_id = NOT_IN_AN_ID.sub("", headers.get(b"x-request-id", b"").decode("latin-1"))[:128] or uuid.uuid4().hex
         started, status = time.monotonic(), 0
-        body = _Body(receive, self.max_body_bytes, headers)
+        body = _Body(receive, self, headers)
 
         async def send_on(message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                body.release()
                 await body.read_out()
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SAFE]
@@ -82,9 +87,10 @@ class Gate:
             if not status:
                 await _tell(bug(request_id), send_on)
         finally:
+            body.release()
             handler = scope["path"] if scope["path"] in HANDLERS else "other"
-            self.metrics.http.labels(handler, scope["method"] if scope["method"] in ("GET", "POST") else "other", status).inc()
-            self.metrics.http_s.labels(handler).observe(time.monotonic() - started)
+            method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+            self.metrics.replied(handler, method, status, time.monotonic() - started)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises RequestError for a missing or wrong key, and for a body that says itself that it is too long."""
@@ -101,15 +107,17 @@ class Gate:
 
 
 class _Body:
-    """What a client sends, in bounds of size and silence.
+    """What a client sends, in bounds of size, silence and slowness.
 
     Args:
+        gate: has the bounds, and counts the bytes of all bodies.
         headers: tell whether there is one, and whether the client sends it without asking first (Expect).
     """
 
-    def __init__(self, receive, max_bytes: int, headers: dict[bytes, bytes]):
-        self._receive, self._max_bytes = receive, max_bytes
-        self._n_bytes, self._ended = 0, False
+    def __init__(self, receive, gate: Gate, headers: dict[bytes, bytes]):
+        self._receive, self._gate = receive, gate
+        self._n_bytes, self._n_counted, self._ended = 0, 0, False
+        self._begun = time.monotonic()
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         self._comes = has_body and b"expect" not in headers
 
@@ -117,17 +125,33 @@ class _Body:
         """The next piece; after the last, news of the client's going. Raises RequestError out of bounds."""
         if self._ended:
             return await self._receive()
+        slow_in_s = self._begun + BODY_S + self._n_bytes / BODY_RATE - time.monotonic()
         try:
-            message = await asyncio.wait_for(self._receive(), BODY_S)
+            message = await asyncio.wait_for(self._receive(), max(0.0, min(BODY_S, slow_in_s)))
         except asyncio.TimeoutError:
             self._ended = True
-            raise RequestError("the body does not come", f"nothing in {BODY_S:g} s", "send it again", code="request_timeout",
-                               status=408) from None
+            raise RequestError("the body does not come", f"{self._n_bytes:,} bytes in {time.monotonic() - self._begun:.0f} s",
+                               "send it again", code="request_timeout", status=408) from None
         self._ended = not message.get("more_body", False)
-        self._n_bytes += len(message.get("body", b""))
-        if self._n_bytes > self._max_bytes:
-            raise _too_long(self._max_bytes)
+        self._count(len(message.get("body", b"")))
         return message
+
+    def _count(self, n_bytes: int) -> None:
+        self._n_bytes += n_bytes
+        most = self._gate.max_body_bytes
+        if self._n_bytes > most:
+            raise _too_long(most)
+        if self._n_bytes > SMALL_BYTES:
+            self._gate.n_body_bytes += self._n_bytes - self._n_counted
+            self._n_counted = self._n_bytes
+            if self._gate.n_body_bytes > BODIES * most:
+                self._gate.metrics.rejected("body_bytes")
+                raise _Crowded(f"bodies of {BODIES * most:,} bytes at once are the most")
+
+    def release(self) -> None:
+        """Its bytes are counted no more. Safe to call twice."""
+        self._gate.n_body_bytes -= self._n_counted
+        self._n_counted = 0
 
     async def read_out(self) -> None:
         """Throws away what is left of it, before a reply that does not need it."""
@@ -139,6 +163,16 @@ class _Body:
                 return
             self._ended = not message.get("more_body", False)
             n_bytes += len(message.get("body", b""))
+
+
+class _Crowded(RequestError):
+    """There is no room for a large body."""
+
+    retry_s = 1
+
+    def __init__(self, found: str):
+        super().__init__("the server reads too many large bodies", found, "ask again a little later", code="rate_limit_exceeded",
+                         status=429)
 
 
 def _too_long(most: int) -> RequestError:

@@ -20,7 +20,9 @@ class HfTokenizer(Tokenizer):
         data: content of tokenizer.json; where: its name for messages.
         tokenizer_config, generation_config, config: the JSON files of these names, {} where there is none.
 
-    bos_id is what tokenizer.json itself puts first; else the configs' bos token, unless they say it is not added.
+    What stands around a prompt (BOS, nothing, an EOS) is decided by the post-processor of tokenizer.json alone. transformers 5 does
+    not look at add_bos_token or the class where there is such a file, whatever it saved there before.
+    bos_id is what the post-processor puts first; else the bos token that the configs name, which begins empty prompts only.
     stop_ids are generation_config's eos_token_id, else config's, else tokenizer_config's eos_token.
     The space that sentencepiece puts before a text's first word stays in decoded text: a completion needs it.
 
@@ -41,16 +43,28 @@ class HfTokenizer(Tokenizer):
         except Exception as error:                          # the library raises bare Exception
             raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
                             "download it again, or write it with a current transformers") from None
+        _make_special(library, tokenizer_config)
         library.encode_special_tokens = True                # "<|eot_id|>" in a text is seven plain characters and more
         library.no_truncation()
         library.no_padding()
+        if getattr(library.model, "dropout", None):         # of merges, in training
+            library.model.dropout = None
         vocab = library.get_vocab(with_added_tokens=True)
         specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
         super().__init__(
             _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
             _bos_id(library, specials, tokenizer_config, generation_config, config),
             _stop_ids(library, tokenizer_config, generation_config, config),
-            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids)
+            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids,
+            to_prompt_ids=lambda text: library.encode(text, add_special_tokens=True).ids)
+
+
+def _make_special(library, tokenizer_config: dict) -> None:
+    """Makes added tokens special that tokenizer_config names as such, as transformers does: it saves them with special false where
+    a training script added them as words. Other names change nothing."""
+    named = {_name(value) for key, value in tokenizer_config.items() if key.endswith("_token")}
+    added = {token.content for token in library.get_added_tokens_decoder().values() if not token.special}
+    library.add_special_tokens(sorted(named & added))
 
 
 def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
@@ -94,13 +108,9 @@ def _sentencepiece(token: str) -> bytes:
 
 def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict,
             config: dict) -> int | None:
-    plain, whole = library.encode("a", add_special_tokens=False).ids, library.encode("a", add_special_tokens=True).ids
-    if whole[:len(plain)] != plain:                         # tokenizer.json's own template puts something first
+    plain, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    if whole[:len(plain)] != plain:
         return whole[0]
-    # GPT-2's class (SmolLM and others) names a bos token and never adds it.
-    by_default = not str(tokenizer_config.get("tokenizer_class", "")).startswith("GPT2")
-    if not tokenizer_config.get("add_bos_token", by_default):
-        return None
     candidates = (_named_id(library, tokenizer_config.get("bos_token")), generation_config.get("bos_token_id"),
                   config.get("bos_token_id"))
     # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer can be the one.
@@ -118,7 +128,13 @@ def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: 
     return ids
 
 
-def _named_id(library, token: str | dict | None) -> int | None:
-    """Id of a token that tokenizer_config.json names, as a string or as {"content": string}."""
-    name = token.get("content") if isinstance(token, dict) else token
+def _named_id(library, token: object) -> int | None:
+    """Id of a token that tokenizer_config.json names."""
+    name = _name(token)
     return library.token_to_id(name) if name else None
+
+
+def _name(token: object) -> str:
+    """A token as tokenizer_config.json writes it: a string, or {"content": string}; else ""."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else ""

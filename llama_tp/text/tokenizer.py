@@ -23,6 +23,12 @@ def open_tokenizer(path: str | None, ckpt_dir: str) -> Tokenizer:
     Stop ids and the beginning of a prompt come from the small JSON files beside it or in `ckpt_dir`. Raises UserError,
     naming file and fix, for a missing, cut, foreign (sentencepiece) or undownloaded (LFS pointer, web page) file.
     """
+    tokenizer = _open(path, ckpt_dir)
+    tokenizer.source = (path, ckpt_dir)
+    return tokenizer
+
+
+def _open(path: str | None, ckpt_dir: str) -> Tokenizer:
     place = Path(path or ckpt_dir)
     if place.is_file():
         candidates = [place]
@@ -93,7 +99,7 @@ def _settings(name: str, folders: list[Path]) -> dict:
         if (folder / name).is_file():
             try:
                 found = json.loads(_read(folder / name).decode("utf-8-sig"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{folder / name} is not JSON", str(error),
                                 "correct the file or download it again") from None
             if not isinstance(found, dict):

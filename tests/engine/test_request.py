@@ -42,6 +42,7 @@ def test_real_numbers_refuse(name, value):
     {"repetition_penalty": 0}, {"presence_penalty": 2.01}, {"frequency_penalty": -2.01}, {"n": 0}, {"n": 129},
     {"logprobs": 21}, {"prompt_logprobs": -1}, {"seed": 2**63}, {"ignore_eos": 1}, {"ignore_eos": None},
     {"stop": ""}, {"stop": ["a", ""]}, {"stop": [1]}, {"stop": 5}, {"stop": b"x"}, {"stop": {"a": 1}},
+    {"stop": ["a", "b" * 1001]}, {"stop_ids": list(range(1001))},
     {"stop_ids": [-1]}, {"stop_ids": [True]}, {"stop_ids": "1"}, {"stop_ids": 3}, {"stop_ids": [2**31]},
     {"logit_bias": [1]}, {"logit_bias": {"5": 1.0}}, {"logit_bias": {-1: 1.0}}, {"logit_bias": {1: math.nan}},
     {"logit_bias": {1: 100.5}}, {"logit_bias": {True: 1.0}}, {"min_tokens": 5, "max_tokens": 4},
@@ -70,6 +71,7 @@ def test_values_are_normalised():
     assert params.logit_bias == {3: 1.0}
     assert SamplingParams(stop=None, stop_ids=None, logit_bias={}) == SamplingParams()
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=["a" * 1000], stop_ids=[5, 5, 6] * 1000).stop_ids == (5, 6)
 
 
 def test_numpy_numbers_become_plain_ones():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +11,9 @@ from llama_tp.protocol.errors import MAX_CHARS, RequestError, error_body
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.order import prepare
-from llama_tp.protocol.reading import read_json
+from llama_tp.protocol.reading import MAX_PARTS, read_json
 from llama_tp.protocol.refused import HARMLESS, REFUSED
+from llama_tp.text.chat_format import ChatFormat
 from tests.protocol.served import MODEL, USER, chat, completion
 
 BASE = {"chat": {"messages": USER}, "completion": {"prompt": "x"}}
@@ -39,6 +42,39 @@ def test_fields_that_would_change_the_output_are_refused_by_name(kind, name):
     said = refused(kind, **{name: {"odd": 1}})
     assert said["param"] == name and said["message"].startswith(f"{name} is not supported")
     assert said["code"] == "unsupported_parameter" and said["type"] == "invalid_request_error"
+
+
+class Template:
+    """An HF folder's template that reads two variables."""
+
+    encode_dialog = ChatFormat(MODEL.tokenizer).encode_dialog
+
+    @staticmethod
+    def reads(name: str) -> bool:
+        return name in ("enable_thinking", "reasoning_effort")
+
+
+def asked(order) -> list[tuple]:
+    """All that its answers depend on."""
+    return [(request.prompt_ids, request.params) for request in order.requests]
+
+
+def test_what_is_meant_for_a_chat_template_is_taken_where_none_reads_it():
+    harmless = {"chat_template_kwargs": {"enable_thinking": False, "thinking": {"any": [1]}, "": 1}, "reasoning_effort": "high"}
+    assert asked(chat(**harmless)) == asked(chat()) and asked(completion(**harmless)) == asked(completion())
+    for name in ("date_string", "tools_in_user_message", "builtin_tools", "messages", "bos_token"):
+        assert asked(chat(chat_template_kwargs={name: None})) == asked(chat())
+        said = refused("chat", chat_template_kwargs={"other": 1, name: "x"})
+        assert said["param"] == f"chat_template_kwargs.{name}" and said["code"] == "unsupported_parameter"
+    own = replace(MODEL, chat=Template())
+    for fields, param in [({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
+                          ({"reasoning_effort": "low"}, "reasoning_effort")]:
+        with pytest.raises(RequestError) as caught:
+            prepare(check_body("chat", BASE["chat"] | fields), own, "id")
+        assert caught.value.param == param
+    prepare(check_body("chat", BASE["chat"] | {"chat_template_kwargs": {"date_string": "x"}}), own, "id")
+    assert refused("chat", reasoning_effort=5)["param"] == "reasoning_effort"
+    assert refused("chat", chat_template_kwargs=[1])["param"] == "chat_template_kwargs"
 
 
 def test_a_switch_is_no_number_where_fields_are_refused():
@@ -179,6 +215,35 @@ def test_what_is_no_json_object_is_refused(data, said):
     with pytest.raises(RequestError, match=said) as caught:
         read_json(data)
     assert error_body(caught.value)["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("kind, unit", [("completion", '{"prompt":[%s]}'), ("chat", '{"messages":[%s]}'),
+                                        ("completion", '{"prompt":"x","logit_bias":{%s}}')])
+def test_millions_of_parts_are_refused_before_they_are_made(kind, unit):
+    """Everybody waits while json makes them, and longer for pydantic's word about each."""
+    one = '"%d":"x"' if "bias" in unit else "[]"
+    text = unit % ",".join(one % i if "%" in one else one for i in range(MAX_PARTS + 1))
+    with pytest.raises(RequestError, match="too many lists, objects and fields") as caught:
+        read_json(text.encode())
+    assert caught.value.status == 400 and caught.value.code == "too_many_parts"
+
+
+def test_what_stands_in_texts_is_no_part():
+    text = '{"a": 1}[\\"' * MAX_PARTS
+    assert read_json(json.dumps({"prompt": text, "b": ["\\", "{" * MAX_PARTS, "\""]}).encode())["prompt"] == text
+
+
+@pytest.mark.parametrize("kind, fields", [
+    ("chat", {"messages": [1] * 500_000}), ("chat", {"tools": [1] * 500_000}), ("chat", {"n": [1] * 500_000}),
+    ("completion", {"logit_bias": {str(i): "x" for i in range(200_000)}}), ("completion", {"stop": [[1] * 500_000]})])
+def test_a_refusal_takes_no_longer_than_reading(kind, fields):
+    """36 s and 4 GB went into the messages about four million wrong messages, of which the first was shown."""
+    data = json.dumps(BASE[kind] | fields).encode()
+    started = time.process_time()
+    read_json(data)
+    read = time.process_time()
+    assert len(refused(kind, **fields)["message"]) < 300
+    assert time.process_time() - read < 5 * (read - started) + 0.2
 
 
 def test_what_is_nested_just_within_pythons_limit_is_refused_too():

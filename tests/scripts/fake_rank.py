@@ -39,7 +39,8 @@ class Row:
         stops = self.prompt[0] == 0 and len(self.ids) == 4
         self.ids += [] if stops else [new]
         reason = "stop" if stops else "length" if len(self.ids) == (self.params["max_tokens"] or 500) else None
-        logprobs = [] if stops or self.params["logprobs"] is None else [[new, -0.5, [[new, -0.5]]]]
+        k = self.params["logprobs"]
+        logprobs = [] if stops or k is None else [[new, -0.5, [[new, -0.5], *([97 + i, -1.5] for i in range(1, k))]]]
         self.runs = reason is None
         return {"id": self.id, "index": self.index, "ids": [] if stops else [new], "text": "" if stops else chr(new),
                 "logprobs": logprobs, "finish_reason": reason, "error": None}

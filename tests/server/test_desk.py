@@ -1,10 +1,15 @@
 """The books of what is in flight, and an answer's stream, without ranks."""
 
 import asyncio
+import itertools
+import tracemalloc
+
+import pytest
 
 from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.protocol.errors import RequestError
 from llama_tp.server import answer
-from llama_tp.server.desk import MAX_BARREN, Desk
+from llama_tp.server.desk import MAX_BARREN, Desk, Full, Unavailable
 from llama_tp.server.metrics import Metrics
 
 STATS = {"prefix_hit_tokens": 0, "prefill_tokens": 0, "n_preemptions": 0, "n_steps": 0}
@@ -41,16 +46,126 @@ def test_only_requests_that_may_have_run_are_given_up_for_the_ends_of_the_ranks(
     asyncio.run(main())
 
 
+STEP = {"is": "step", "deltas": [], "refused": {}, "begun": [], "step_s": 1.0, "stats": STATS}
+
+
+def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
+    """Clients that come and go every second, before ranks that hang: the silence grows from the first message on."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def main():
+        desk = Desk(100, Metrics("m"), stale_s=60)
+        desk.attach(Link(), {"max_rows": 4})
+        now[0] += 1000
+        assert desk.silent_s == 0.0, "nothing was asked of them"
+        for _ in range(30):
+            ticket = desk.take([request("a")])
+            now[0] += 1
+            desk.drop(ticket)
+        assert desk.silent_s == 30.0 and desk.state == "ready", "the last one has gone: the abort of it is owed an answer, too"
+        desk.hear(STEP)
+        now[0] += 1000
+        assert desk.silent_s == 0.0 and desk.state == "ready", "they have answered, and have no work"
+        desk.take([request("b")])
+        now[0] += 59
+        desk.hear(STEP)
+        now[0] += 59
+        assert desk.silent_s == 59.0 and desk.state == "ready"
+        now[0] += 2
+        assert desk.state == "stalled"
+        with pytest.raises(Unavailable, match="the ranks have not been heard"):
+            desk.take([request("c")])
+        desk.hear(STEP)
+        assert desk.state == "ready" and desk.silent_s == 0.0
+    asyncio.run(main())
+
+
+def gained(name: str, n_scores: int) -> dict:
+    scores = [[5, -0.5, [[i, -0.5 * i] for i in range(20)]] for _ in range(n_scores)]
+    return STEP | {"deltas": [{"id": name, "index": 0, "ids": [5], "text": "x", "logprobs": scores, "error": None,
+                               "finish_reason": None}]}
+
+
+def test_a_stream_that_nobody_reads_is_given_up_and_keeps_nothing(monkeypatch):
+    """2,000 tokens with 20 logprobs are 5 MB; the other stream is read, and gains as much."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def main():
+        desk, link = Desk(100, Metrics("m")), Link()
+        desk.attach(link, {"max_rows": 4})
+        unread, read = (desk.take([request(name)], max_unread_bytes=1 << 20) for name in "ab")
+        tracemalloc.start()
+        n_read = 0
+        for _ in range(2000):
+            now[0] += 0.1
+            desk.hear(gained("a", 1))
+            desk.hear(gained("b", 1))
+            n_read += len(await read.take())
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert n_read == 2000 and not read.flights[0].is_over
+        assert held < 1 << 20
+        assert unread.flights[0].is_over and {"do": "abort", "id": "a"} in link.sent and desk.n_flights == 1
+        with pytest.raises(RequestError, match="the stream was not read"):
+            while True:
+                await unread.take()
+    asyncio.run(main())
+
+
+def test_much_at_once_is_no_backlog(monkeypatch):
+    """The logprobs of a long prompt come in one piece; whoever waits for them has not had the time to read them."""
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+    async def main():
+        desk = Desk(100, Metrics("m"))
+        desk.attach(Link(), {"max_rows": 4})
+        ticket = desk.take([request("a")], max_unread_bytes=1 << 20)
+        now[0] += 1000
+        for _ in range(3):
+            desk.hear(gained("a", 1000))
+        assert len(await ticket.take()) < 3, "in pieces, so that they are not all written at once"
+        while ticket.n_unread_bytes:
+            await ticket.take()
+        assert not ticket.flights[0].is_over
+    asyncio.run(main())
+
+
+def test_logprobs_are_admitted_by_their_number():
+    """n x tokens x (top + 1), of the prompt too; what has been asked for counts until its reply has been sent."""
+    async def main():
+        desk = Desk(100, Metrics("m"), max_scores=1000)
+        desk.attach(Link(), {"max_rows": 4, "max_model_len": 102})
+        wish = dict(n=2, max_tokens=20, logprobs=4)
+        tickets = [desk.take([request(str(i), **wish)]) for i in range(5)]
+        with pytest.raises(Full) as caught:
+            desk.take([request("5", max_tokens=1, logprobs=0)])
+        assert caught.value.status == 429 and "1,000 of 1,000 logprobs" in str(caught.value)
+        desk.take([request("6")])
+        for error in (dict(logprobs=10), dict(n=2, max_tokens=500, logprobs=5), dict(max_tokens=1, prompt_logprobs=20, n=1)):
+            ids = [1] * (2 if "logprobs" in error else 50)
+            with pytest.raises(RequestError) as caught:
+                desk.take([Request("7", ids, SamplingParams(seed=1, **error))])
+            assert caught.value.status == 400 and "more logprobs than the server holds" in str(caught.value)
+        for ticket in tickets:
+            desk.drop(ticket)
+            desk.drop(ticket)
+        assert desk.take([request("8", **wish), request("9", max_tokens=399, logprobs=1)])
+    asyncio.run(main())
+
+
 def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
     """4 s in the queue, 2 s for the prompt in steps of one second, 3 s of writing."""
     async def main():
-        desk, clock = Desk(100, Metrics("m")), iter([])
+        desk, clock = Desk(100, Metrics("m")), None
         desk.attach(Link(), {"max_rows": 1})
         monkeypatch.setattr("time.monotonic", lambda: next(clock))
-        clock = iter([100.0] * 3)
+        clock = itertools.repeat(100.0)
         desk.take([request("a")])
         for at, begun, reason in ((103, [], None), (105, ["a"], None), (106, [], "token"), (109, ["a"], "stop")):
-            clock = iter([at])
+            clock = itertools.repeat(float(at))
             new = {"id": "a", "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None}
             desk.hear({"is": "step", "deltas": [new | {"finish_reason": reason if reason == "stop" else None}] if reason else [],
                        "refused": {}, "begun": begun, "step_s": 1.0, "stats": STATS})

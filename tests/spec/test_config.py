@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llama_tp.spec.config import ModelConfig, RopeScaling, as_params, check_launch, ffn_width, from_hf, from_params
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes
+from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes
 from llama_tp.spec.weights import table
 
 # Meta's own params.json of each size; what the model card and the HF config say of them stands in the tests.
@@ -26,6 +26,11 @@ META = {
     "3.2-3B": dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.0, multiple_of=256,
                    norm_eps=1e-5, rope_theta=500000.0, use_scaled_rope=True),
 }
+
+
+@pytest.mark.parametrize("n, text", [(8_030_261_248, "8.03 B"), (3_726_848, "3.73 M"), (12_345, "12.35 K"), (999, "999"), (0, "0")])
+def test_parameters_are_counted_in_the_unit_that_fits(n, text):
+    assert counted(n) == text
 
 
 @pytest.mark.parametrize("name, ffn, n_params, kv_bytes, factor", [

@@ -186,7 +186,7 @@ def test_damaged(damage, says, tiny_lines, tmp_path):
 
 
 def test_damaged_settings(tiny_dir, tmp_path):
-    for content, says in (("{", "is not JSON"), ("[]", "must hold a JSON object")):
+    for content, says in (("{", "is not JSON"), ("[" * 100_000, "is not JSON"), ("[]", "must hold a JSON object")):
         (tmp_path / "params.json").write_text(content)
         with pytest.raises(UserError, match=f"params.json {says}"):
             open_tokenizer(str(tiny_dir), str(tmp_path))
