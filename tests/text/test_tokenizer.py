@@ -195,7 +195,8 @@ def test_damaged_settings(tiny_dir, tmp_path):
 
 @pytest.mark.parametrize("place", ["", "tokenizer.model"])
 @pytest.mark.parametrize("make, says", [
-    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"), (lambda path: path.symlink_to("gone"), "points to gone"),
+    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"),
+    (lambda path: path.symlink_to("gone"), "points to gone"),
     (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large")])
 def test_no_regular_file_or_one_too_large(make, says, place, tmp_path):
     make(tmp_path / "tokenizer.model")
