@@ -106,12 +106,14 @@ def main(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,
         seed=seed, rope_factor=rope_factor, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache,
         step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet, chat_template=chat_template))
+    errors = []
     try:
         if engine.is_driver:
             present = JsonLines(echo) if json else Text(echo)
             encoder = chat_encoder(engine, ckpt_dir, chat_template) if chat else None
             for sample in generate(engine, texts, params, encoder, system):
                 present(sample)
+                errors += [sample.error] if sample.error else []
             engine.dismiss()
         else:
             engine.follow()
@@ -121,6 +123,8 @@ def main(
     except UserError as error:
         engine.watch.fail(error)
     engine.close()
+    if errors:
+        raise UserError(f"{len(errors)} of {len(texts) * n_samples} samples could not be completed", errors[0])
 
 
 def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
@@ -194,8 +198,6 @@ class Text:
         sys.stdout.write(sample.text[self.written:] + ("\n" if sample.finish_reason else ""))
         sys.stdout.flush()
         self.written = len(sample.text)
-        if sample.error:
-            print(f"error: {sample.error}", file=sys.stderr)
 
 
 class JsonLines:

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_tp.generate import biases_of, prompts_of
 from llama_tp.spec.errors import UserError
@@ -157,6 +159,36 @@ def test_bad_words_end_in_one_line_and_no_text(words, said):
     done = generate(*demo, *words, "--quiet", code=1)
     assert done.stdout == "" and done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.fixture(scope="module")
+def not_finite(tmp_path_factory):
+    """The demo with NaN in the last norm, which every logit goes through."""
+    folder = tmp_path_factory.mktemp("nan") / "demo"
+    shutil.copytree(ROOT / "checkpoints/demo", folder)
+    for shard in folder.glob("*.pth"):
+        tensors = torch.load(shard, weights_only=True)
+        tensors["norm.weight"].fill_(float("nan"))
+        torch.save(tensors, shard)
+    return ["--ckpt_dir", str(folder), "--max_seq_len", "64", "--prompt", "ROMEO:", "--n_samples", "2"]
+
+
+def test_logits_that_are_not_finite_end_in_one_error_and_code_1(not_finite):
+    done = generate(*not_finite, "--quiet", code=1)
+    assert done.stdout == "\n\n" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: 2 of 2 samples could not be completed - the model's logits are not finite")
+    done = generate(*not_finite, "--json", "--quiet", code=1)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["finish_reason"], line["tokens"]) for line in found] == [("abort", [])] * 2 and len(done.stderr.splitlines()) == 1
+    assert all("not finite" in line["error"] for line in found)
+
+
+def test_two_ranks_end_in_the_same_error(not_finite):
+    with torchrun(2, ["-m", "llama_tp.generate", *not_finite, "--json", "--quiet"]) as job:
+        assert job.wait(100) == 1
+        assert [line for line in job.stderr.splitlines() if line.startswith("error: ")] == [
+            line for line in job.stderr.splitlines() if "samples could not be completed" in line] != []
+        assert len(job.stdout.splitlines()) == 2 and not job.left_over(within=10)
 
 
 def test_prompts_come_from_one_place(tmp_path):

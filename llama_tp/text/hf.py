@@ -10,6 +10,8 @@ import re
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
+MOST_GAPS = 1 << 20             # ids without a token
+MOST_GROWTH = 4096              # Llama's normalizers put one character in front and replace one by one: 4
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -40,7 +42,12 @@ class HfTokenizer(Tokenizer):
             library = tokenizers.Tokenizer.from_str(text)
             # As the library read it: Python's JSON takes half a second for the whole file of a Llama 3.
             decoder = json.loads(library.decoder.__getstate__()) if library.decoder else None
-        except Exception as error:                          # the library raises bare Exception
+            _check_growth(json.loads(library.normalizer.__getstate__()) if library.normalizer else {})
+            for adds in (False, True):                      # some files are found to be broken only here
+                library.encode("a", add_special_tokens=adds)
+        except BaseException as error:                      # the library raises bare Exception
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
                             "download it again, or write it with a current transformers") from None
         _make_special(library, tokenizer_config)
@@ -51,12 +58,40 @@ class HfTokenizer(Tokenizer):
             library.model.dropout = None
         vocab = library.get_vocab(with_added_tokens=True)
         specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
+        if not vocab or max(vocab.values()) - len(vocab) > MOST_GAPS:
+            raise UserError(f"{where}: its ids leave too many gaps", f"{len(vocab):,} tokens, the highest id is "
+                            f"{max(vocab.values(), default=-1):,}", "download it again")
         super().__init__(
             _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
             _bos_id(library, specials, tokenizer_config, generation_config, config),
             _stop_ids(library, tokenizer_config, generation_config, config),
-            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids,
-            to_prompt_ids=lambda text: library.encode(text, add_special_tokens=True).ids)
+            to_ids=lambda text: _ids(library, text, False), to_prompt_ids=lambda text: _ids(library, text, True))
+
+
+def _ids(library, text: str, adds_specials: bool) -> list[int]:
+    try:
+        return library.encode(text, add_special_tokens=adds_specials).ids
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise UserError("the tokenizer breaks down over this text", f"{error}"[:200], "check its tokenizer.json") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code has panicked: pyo3's exception for it is no Exception, and no module has it."""
+    return type(error).__name__ == "PanicException"
+
+
+def _check_growth(normalizer: dict) -> None:
+    """Raises ValueError for a normalizer that makes a text MOST_GROWTH times as long: few replacements of "a" by a thousand take
+    all memory, and the library then ends the process."""
+    growth, steps = 1, [normalizer]
+    while steps:
+        step = steps.pop()
+        steps += step.get("normalizers", [])
+        growth *= 1 + len(step.get("content") or step.get("prepend") or "")
+        if growth > MOST_GROWTH:
+            raise ValueError(f"its normalizer makes texts more than {MOST_GROWTH:,} times as long")
 
 
 def _make_special(library, tokenizer_config: dict) -> None:

@@ -14,13 +14,15 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import read_json
+from llama_tp.spec.regular_file import read_file
 from llama_tp.text.chat_format import check_dialog
 from llama_tp.text.token_table import Tokenizer, well_formed
 
@@ -41,10 +43,7 @@ def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
     """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template: chat_template.jinja
     and additional_chat_templates/tool_use.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is
     broken, or if jinja2 is missing; needs no tokenizer, and is quick."""
-    try:
-        config, sources = _read(Path(ckpt_dir))
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:       # no text, no JSON, not in this shape
-        raise UserError(f"the chat template of {ckpt_dir} cannot be read", str(error), "download its JSON files again") from None
+    config, sources = _read(ckpt_dir)
     source, tool_source = sources.get("default"), sources.get("tool_use")
     if not isinstance(source, str) or not isinstance(tool_source, str | None):
         raise UserError(f"{ckpt_dir} has no chat template",
@@ -55,16 +54,25 @@ def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
     return source, tool_source, {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
-def _read(folder: Path) -> tuple[dict, dict]:
+def _read(folder: str) -> tuple[dict, dict]:
     """A folder's tokenizer_config.json, and its templates by name."""
-    config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text("utf-8-sig")) if config_file.is_file() else {}
+    where = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(where) if os.path.lexists(where) else {}
     named = config.get("chat_template")
     if isinstance(named, list):
-        named = {one["name"]: one["template"] for one in named if "name" in one and "template" in one}
-    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates" / "tool_use.jinja"}
-    found = {name: file.read_text("utf-8") for name, file in files.items() if file.is_file()}
+        named = {one["name"]: one["template"] for one in named if isinstance(one, dict) and isinstance(one.get("name"), str)
+                 and "template" in one}
+    paths = {"default": os.path.join(folder, "chat_template.jinja"),
+             "tool_use": os.path.join(folder, "additional_chat_templates", "tool_use.jinja")}
+    found = {name: _source(path) for name, path in paths.items() if os.path.lexists(path)}
     return config, found or (named if isinstance(named, dict) else {"default": named})
+
+
+def _source(path: str) -> str:
+    try:
+        return read_file(path, 4 * MAX_TEMPLATE).decode("utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read", str(error), "download it again, or use --chat_template meta") from None
 
 
 class ChatTemplate:

@@ -114,6 +114,46 @@ def folder_with(tmp_path, tiny_hf_dir, change=lambda raw: None, **files):
     return open_tokenizer(None, str(tmp_path))
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda raw: raw["model"]["vocab"].update(zz=4294967295), "gaps - .* highest id is 4,294,967,295"),
+    (lambda raw: raw["model"]["vocab"].update(zz=100_000_000), "gaps"),
+    (lambda raw: raw["model"]["vocab"].update(zz=10**400), "range"),
+    (lambda raw: raw.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "////"}), "charsmap"),      # a panic in Rust
+    (lambda raw: raw.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}), "index"),
+    (lambda raw: raw.update(normalizer={"type": "Prepend", "prepend": "x" * 10**7}), "4,096 times as long"),
+    (lambda raw: raw.update(normalizer={"type": "Sequence", "normalizers": 4 * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}]}), "4,096 times as long"),
+    (lambda raw: raw.update(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                                            "pair": [], "special_tokens": {}}), "key"),
+])
+def test_hostile_files_end_in_one_error(change, says, tiny_hf_dir, tmp_path):
+    with pytest.raises(UserError, match=says) as caught:
+        folder_with(tmp_path, tiny_hf_dir, change)
+    assert "tokenizer.json" in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_file_without_tokens(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="the library that reads tokenizer.json; `make setup` installs it")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="0 tokens"):
+        open_tokenizer(None, str(tmp_path))
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"tokenizer_config": {"bos_token": 5}}, "tokenizer_config.json: bos_token"),
+    ({"tokenizer_config": {"eos_token": {"content": ["x"]}}}, "tokenizer_config.json: eos_token: content"),
+    ({"tokenizer_config": {"eos_token": ["x"]}}, "eos_token"),
+    ({"config": {"bos_token_id": "x"}}, "config.json: bos_token_id must be a token id"),
+    *[({"generation_config": {"eos_token_id": value}}, "generation_config.json: eos_token_id must be a token id")
+      for value in (True, 1.0, 10**400, -2, [[1]], ["x"], list(range(2000)), {"a": 1})],
+])
+def test_settings_are_checked(files, says, tiny_hf_dir, tmp_path):
+    with pytest.raises(UserError, match=says):
+        folder_with(tmp_path, tiny_hf_dir, **files)
+
+
 def without_template(raw):
     raw["post_processor"] = None
 

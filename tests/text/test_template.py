@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -162,6 +163,17 @@ def test_where_a_template_is_found(tiny, tmp_path):
         open_template(str(tmp_path), tiny)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("make, says", [
+    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"),
+    (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large")])
+def test_what_is_no_small_file_is_refused(make, says, name, tiny, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} .*{says}"):
+        open_template(str(tmp_path), tiny)
+
+
 @pytest.mark.parametrize("config", [
     "[", "[]", "3", '{"chat_template": {"default": "a", "tool_use": 3}}', '{"chat_template": [{"name": [], "template": "a"}]}',
     '{"chat_template": ' + "[" * 100_000 + "]" * 100_000 + "}", "\ufeff{}"])
@@ -173,7 +185,7 @@ def test_a_broken_config_is_refused(config, beside, tiny, tmp_path):
     try:
         ids = open_template(str(tmp_path), tiny).encode_dialog([])
     except UserError as error:
-        assert "cannot be read" in error.what or "has no chat template" in error.what and not beside
+        assert "JSON" in error.what or "has no chat template" in error.what and not beside
     else:
         assert beside and ids == tiny.encode("file")
 
