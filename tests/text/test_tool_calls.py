@@ -287,11 +287,16 @@ def test_not_parallel_means_one_call():
 
 
 @pytest.mark.parametrize("text", [
-    "{" * 300_000, "[" * 300_000, "<function=" * 30_000, '{"name": "f", "parameters": ' + '{"x":' * 60_000, "[f(x=" + "(" * 300_000,
-    '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000,
-    '{"name": "f", "parameters": {}};' * 10_000,
-    "brave_search.call(query=" + '"' * 300_000, 'brave_search.call(query="<function=f>{}</function>' * 6_000])
-def test_time_is_linear_in_the_text(text):
-    started = time.monotonic()
-    parse(text, OFFERED)
-    assert time.monotonic() - started < 15              # about 1 s; anything quadratic takes hours
+    "{" * 40_000, "[" * 40_000, "<function=" * 4_000, '{"name": "f", "parameters": ' + '{"x":' * 6_000, "[f(x=" + "(" * 40_000,
+    '"' * 40_000, '{"a": "' + "\\" * 40_000, '{"name": "f", "id": "' + "a" * 40_000, "[f(x='" + "\\'" * 20_000, "<" * 40_000,
+    '{"name": "f", "parameters": {}};' * 1_200, "[f(x=" + "1," * 20_000, "[" + "f()," * 10_000,
+    "brave_search.call(query=" + '"' * 40_000, 'brave_search.call(query="<function=f>{}</function>' * 800])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_time_is_linear_in_the_text(text, streamed):
+    """Of 16 times the text: 16 times the work; were it quadratic, 256 times. Processor time, which other work does not lengthen."""
+    def seconds(text: str) -> float:
+        started = time.process_time()
+        fold(fed(text, range(len(text)) if streamed else [], OFFERED, None))
+        return time.process_time() - started
+    few = min(seconds(text[:len(text) // 16]) for _ in range(3))
+    assert seconds(text) < 64 * few + 0.5
