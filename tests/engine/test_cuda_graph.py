@@ -23,7 +23,7 @@ from llama_tp.model.kernels import FlashKernels, TorchKernels
 from llama_tp.parallel.groups import Ranks, single_rank
 from llama_tp.spec.weights import table
 from tests import reference
-from tests.engines import Again, engine
+from tests.engines import Again, Counting, engine
 from tests.flash import Varlen
 from tests.ranks import run as in_ranks
 from tests.shapes import SHRUNK
@@ -47,33 +47,6 @@ def run(one, n_new: int, **params) -> dict[str, list[int]]:
 def test_sizes_leave_few_rows_in_vain_and_keep_the_floor():
     assert sizes(1, 1) == [1] and sizes(5, 1) == [1, 2, 4, 5] and sizes(32, 1) == [1, 2, 4, 8, 16, 24, 32]
     assert sizes(4, 16) == [16] and sizes(32, 16) == [16, 24, 32]
-
-
-class Counting(Again):
-    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
-
-    def __init__(self, fails_at: str = "", after: int = 0):
-        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
-
-    def fail(self, at: str):
-        if at == self.fails_at and self.n_captured == self.after:
-            raise RuntimeError(f"no {at}\nand many lines more")
-
-    def warm_up(self, body):
-        super().warm_up(body)
-        self.fail("warm-up")
-
-    def capture(self, body):
-        self.fail("capture")
-        self.n_captured += 1
-
-        def replay():
-            self.n_replayed += 1
-            Again.warm_up(self, body)
-        return replay
-
-    def release(self):
-        self.released = True
 
 
 def test_all_is_captured_while_loading_and_nothing_in_traffic():
