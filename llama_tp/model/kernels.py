@@ -146,6 +146,7 @@ class NativeKernels:
 
     name = "C++"
     block_size = 16
+    lacks = None
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.library, ending = library, DTYPES[dtype]

@@ -118,6 +118,18 @@ def test_a_capture_that_fails_is_told_and_the_step_runs_as_any(fails_at):
     assert failing(single_rank(), fails_at, 0) == (f"RuntimeError: no {fails_at}", 0, expected)
 
 
+def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
+    model = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner).runner.model
+    model.ranks = Ranks(0, 1, torch.device("cuda"))
+    for name, fake in (("fuse", lambda model: None), ("CudaRecord", object),
+                       ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture"))):
+        monkeypatch.setattr(build, name, fake)
+    cache, tokenizer = SimpleNamespace(n_blocks=4, block_size=16), SimpleNamespace(n_vocab=260)
+    assert build.assemble(model, cache, 2, 512, tokenizer, None, False, 1).n_ahead == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert "decodes cannot be captured" in line and line.endswith("RuntimeError: no capture")
+
+
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_all_and_told_once():
     expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 4)
     assert in_ranks(2, failing, "capture", 1) == [(None, 0, expected), ("RuntimeError: no capture", 0, None)]
