@@ -63,6 +63,33 @@ class Again:
         pass
 
 
+class Counting(Again):
+    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
+
+    def __init__(self, fails_at: str = "", after: int = 0):
+        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
+
+    def fail(self, at: str):
+        if at == self.fails_at and self.n_captured == self.after:
+            raise RuntimeError(f"no {at}\nand many lines more")
+
+    def warm_up(self, body):
+        super().warm_up(body)
+        self.fail("warm-up")
+
+    def capture(self, body):
+        self.fail("capture")
+        self.n_captured += 1
+
+        def replay():
+            self.n_replayed += 1
+            Again.warm_up(self, body)
+        return replay
+
+    def release(self):
+        self.released = True
+
+
 class Recorder(Engine):
     """An engine that keeps the logits each token was chosen from: {(request id, sample, position): (V,)}."""
 
