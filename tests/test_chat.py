@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -32,7 +33,7 @@ try:
 except ImportError:
     pyte = None
 
-from llama_tp.chat import Markdown, Server, finished, reply, session, tail, talk
+from llama_tp.chat import Markdown, Server, drawn, finished, reply, session, tail, talk
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import SETTINGS, Answer, Conversation
 from tests.fake_openai import FakeServer
@@ -300,6 +301,12 @@ def test_markdown_is_drawn_once(screen):
     assert "http://x.y" in last and "**" not in shown(screen) and "```" not in shown(screen).split("more")[-1]
 
 
+def test_each_line_of_a_text_stays_a_line(screen):
+    screen.print(drawn("Two lines\nof *verse*\n\n- one\n  two\n- three\n\n```\nx\n```"))
+    lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in shown(screen).splitlines()]
+    assert [line for line in lines if line] == ["Two lines", "of verse", "\u2022 one", "two", "\u2022 three", "x"]
+
+
 # Keys.
 
 
@@ -448,6 +455,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program():
             terminal.expect(">")
             terminal.send("tell me\r")
             terminal.expect("word3")
+            assert not termios.tcgetattr(terminal.master)[3] & termios.ECHO         # it would disturb the drawing
             terminal.send("\x03")
             terminal.expect("stopped; ")
             terminal.expect(">")
