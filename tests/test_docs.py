@@ -71,9 +71,9 @@ def test_command_lines_are_accepted():
 
 def samples() -> list[tuple[str, list[str], str]]:
     """(where, flags of generate, what it printed) of each block that begins with "    $ ... generate"."""
-    found = []
+    found, block = [], re.compile(r"^    \$ \S+ (?:-m llama_tp\.)?generate (.+)\n((?: {4}.*\n|\n)+)", re.MULTILINE)
     for path in DOCS:
-        for words, text in re.findall(r"^    \$ \S+ (?:-m llama_tp\.)?generate (.+)\n((?: {4}.*\n|\n)+)", path.read_text(), re.MULTILINE):
+        for words, text in block.findall(path.read_text()):
             found.append((str(path.relative_to(ROOT)), shlex.split(words), textwrap.dedent(text).strip()))
     return found
 
