@@ -5,14 +5,12 @@ says anything the request models' own defaults hold, which are OpenAI's.
 """
 
 import os
-import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from llama_tp.engine.request import SamplingParams
-from llama_tp.protocol.errors import RequestError
-from llama_tp.protocol.reading import read_json
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import read_json
 
 FILE = "generation_config.json"
 # The file's keys -> fields of a request.
@@ -74,7 +72,10 @@ def generation_config_of(folder: str, generation_config: str) -> dict[str, float
     path = os.path.join(path, FILE) if os.path.isdir(path) else path
     if generation_config == "auto" and not os.path.lexists(path):
         return {}
-    raw = _object(path)
+    try:
+        raw = read_json(path, MAX_BYTES)
+    except UserError as error:
+        raise UserError(error.what, error.found, FIX) from None
     found = {name: raw[key] for key, name in KEYS.items() if raw.get(key) is not None}
     keys = {name: key for key, name in KEYS.items()}
     _check(found, lambda name: f"{path}: {keys[name]}", FIX)
@@ -88,21 +89,3 @@ def _check(values: Mapping[str, float], spelt: Callable[[str], str], fix: str) -
             SamplingParams(**{name: value})
         except UserError as error:
             raise UserError(error.what.replace(name, spelt(name), 1), error.found, fix) from None
-
-
-def _object(path: str) -> dict:
-    """The object in a JSON file, which may be anybody's: looked at before it is opened. Raises UserError."""
-    try:
-        info = os.stat(path)
-        if not stat.S_ISREG(info.st_mode):
-            raise UserError(f"{path} must be a regular file", "found a folder, pipe, socket or device", FIX)
-        if info.st_size > MAX_BYTES:
-            raise UserError(f"{path} is too long", f"found {info.st_size:,} bytes, the most is {MAX_BYTES:,}", FIX)
-        with open(path, "rb") as f:
-            data = f.read(MAX_BYTES)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read", error.strerror or str(error), FIX) from None
-    try:
-        return read_json(data, path)
-    except RequestError as error:
-        raise UserError(error.what, error.found, FIX) from None
