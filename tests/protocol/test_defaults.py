@@ -74,7 +74,8 @@ def test_where_the_file_is_looked_for(tmp_path):
 
 @pytest.mark.parametrize("content, says", [
     ("", "is empty"), ("{", "is not valid JSON"), ("[1]", "must hold a JSON object"),
-    ('{"temperature": NaN}', "temperature must be"), ('{"top_p": 1e400}', "top_p must be"), ('{"top_p": 1' + "0" * 5000 + "}", "is not valid JSON"),
+    ('{"temperature": NaN}', "temperature must be"), ('{"top_p": 1e400}', "top_p must be"),
+    ('{"top_p": 1' + "0" * 5000 + "}", "is not valid JSON"),
     ("[" * 10**5, "is not valid JSON"), ('{"top_p": 1, "top_p": 0.5}', "'top_p' stands there twice"),
     ({"temperature": "0.6"}, "temperature must be a number"), ({"temperature": -1}, "temperature must be"),
     ({"temperature": True}, "temperature must be"), ({"top_p": [0.9]}, "top_p must be"), ({"top_p": 0}, "top_p must be"),
