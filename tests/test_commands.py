@@ -267,7 +267,8 @@ def test_a_bad_flag_is_refused_before_torch_is_imported(name):
     assert "fire" in imported and "torch" not in imported
 
 
-@pytest.mark.parametrize("words", ["generate --prompt x", "batch --input README.md --output {}/out", "serve --port 0", "bench latency"])
+@pytest.mark.parametrize("words", ["generate --prompt x", "batch --input README.md --output {}/out", "serve --port 0",
+                                   "bench latency"])
 def test_a_config_that_cannot_be_read_is_refused_before_torch_is_imported(words, tmp_path):
     """A FIFO, which nobody may wait for; test_config has what else it may be."""
     os.mkfifo(tmp_path / "params.json")
