@@ -159,11 +159,10 @@ def served(source, tokenizer, chat, flags: dict, max_seq_len: int) -> ServedMode
 
 def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict) -> dict:
     """What must stay the same for a file to be gone on with: all that an answer depends on, and no tp."""
-    names = [name for name in os.listdir(source.folder) if name.endswith((".safetensors", ".pth")) and not name.startswith(".")]
     template = {} if model.chat is None else {"chat template": model.chat.digest()}
     config = {"generation config": dict(defaults.file)} if defaults.file else {}
-    return {"model": sampled_digest(source.folder, names, source.digest()), "tokenizer": tokenizer_digest(model), **template,
-            **config,
+    return {"model": sampled_digest(source.folder, source.weight_files(), source.digest()), "tokenizer": tokenizer_digest(model),
+            **template, **config,
             "parameters": {name: flags[name] for name in PARAMETERS} | {"model_name": model.name, "max_seq_len": model.max_seq_len}}
 
 

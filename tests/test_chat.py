@@ -171,6 +171,9 @@ def test_what_is_no_saved_conversation_changes_nothing(text, tmp_path):
     conversation = talked("one", "1")
     before = conversation.body()
     assert "no saved conversation" in conversation.take(f"/load {tmp_path / 'c.json'}").text
+    os.mkfifo(tmp_path / "fifo")
+    for strange in (tmp_path / "fifo", "/dev/zero"):            # not waited for, nor read for ever
+        assert "no saved conversation" in conversation.take(f"/load {strange}").text
     assert conversation.body() == before
 
 

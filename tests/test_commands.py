@@ -265,3 +265,16 @@ def test_a_bad_flag_is_refused_before_torch_is_imported(name):
     assert done.returncode == 2 and "error: unknown flag --temperaturr" in done.stderr
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert "fire" in imported and "torch" not in imported
+
+
+@pytest.mark.parametrize("words", ["generate --prompt x", "batch --input README.md --output {}/out", "serve --port 0",
+                                   "bench latency"])
+def test_a_config_that_cannot_be_read_is_refused_before_torch_is_imported(words, tmp_path):
+    """A FIFO, which nobody may wait for; test_config has what else it may be."""
+    os.mkfifo(tmp_path / "params.json")
+    name, *words = words.format(tmp_path).split()
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", f"llama_tp.{name}", *words, "--ckpt_dir", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = [line for line in done.stderr.splitlines() if "import time:" not in line]
+    assert done.returncode == 1 and len(said) == 1 and said[0].startswith(f"error: {tmp_path}/params.json must be a regular file")
+    assert "torch" not in {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}

@@ -86,7 +86,8 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
     elif load.what == "throughput":
         rows, result = throughput.throughput(engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows)
     else:
-        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")]
+        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")
+                 and path.is_file()]
         rows, result = startup.startup(engine, files, *ages_s)
     tables = [rows]
     engine.dismiss()

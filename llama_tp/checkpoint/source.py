@@ -156,6 +156,10 @@ class Source:
             total += (bottom - top) * (right - left) * self.pieces(weight)[0].stored.dtype.itemsize
         return total
 
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold the weights; others may lie beside them."""
+        return sorted(map(os.path.basename, self._files.sizes))
+
     def check_unchanged(self) -> None:
         """Raises UserError if a file changed while it was being read."""
         self._files.check_unchanged()

@@ -18,6 +18,7 @@ from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.journal import Journal, differences, read_job, write_job
 from llama_tp.protocol.order import ServedModel
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import open_regular
 
 ANEW = "to begin anew, remove the output and its .job file, or name another --output"
 SAMPLES, SAMPLE_BYTES = 64, 4096        # of each weight file: fine-tuned models differ in their numbers alone
@@ -184,7 +185,7 @@ def sampled_digest(folder: str, names: list[str], state: bytes) -> str:
     for name in sorted(names):
         path = os.path.join(folder, name)
         size = os.path.getsize(path)
-        with open(path, "rb") as f:
+        with open(open_regular(path), "rb") as f:
             for i in range(SAMPLES):
                 f.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(f.read(SAMPLE_BYTES))

@@ -182,7 +182,7 @@ def _theta(config: Fields, default: float) -> float:
 
 
 def _factor(config: Fields, key: str, default=REQUIRED) -> float:
-    return config.number(key, default, least=2**-20, most=2**20)
+    return config.number(key, default, least=1e-6, most=1e6)
 
 
 def _meta_scaling(params: Fields, dim: int) -> tuple[RopeScaling | None, tuple[str, ...]]:
@@ -263,10 +263,11 @@ def with_rope_factor(config: ModelConfig, factor: float | None) -> ModelConfig:
     """The config with the user's RoPE factor in place of the file's (None: unchanged)."""
     if factor is None:
         return config
+    factor = _factor(Fields({"--rope_factor": factor}, "the launch"), "--rope_factor")
     if config.rope_scaling is None:
         raise UserError("--rope_factor has nothing to change", "this checkpoint does not scale its RoPE",
                         "leave the flag out")
-    return replace(config, rope_scaling=replace(config.rope_scaling, factor=float(factor)))
+    return replace(config, rope_scaling=replace(config.rope_scaling, factor=factor))
 
 
 def as_params(config: ModelConfig) -> dict:

@@ -16,7 +16,7 @@ from llama_tp.spec.regular_file import AGAIN, read_file
 
 MAX_JSON = 16 << 20             # bytes; the largest known, tokenizer_config.json with 10^4 added tokens, has 2 MB
 REQUIRED = object()             # the default of a key that has none
-_FIX = "correct the file or download it again"
+_FIX = "correct it or download it again"
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
 

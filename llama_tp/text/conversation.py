@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import read_file
 
 HELP = """\
 /set              show the settings
@@ -24,6 +25,7 @@ Ctrl-C stops an answer. // sends a leading /."""
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int, "stop": str,
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float}
 ROLES = ("system", "user", "assistant")
+MAX_SAVED = 64 << 20            # bytes of a saved conversation
 
 
 class Outcome(NamedTuple):
@@ -172,8 +174,7 @@ class Conversation:
         """Goes on with what /save wrote, or with a bare list of messages; a question at its end is for /retry. UserError, and no
         change, for anything else."""
         try:
-            with open(os.path.expanduser(path), encoding="utf-8") as f:
-                found = json.load(f)
+            found = json.loads(read_file(os.path.expanduser(path), MAX_SAVED).decode("utf-8"))
             found = {"messages": found} if isinstance(found, list) else found
             messages = [{"role": one["role"], "content": one["content"]} for one in found["messages"]]
             settings = {name: _setting(name, value) for name, value in found.get("settings", {}).items()}
@@ -182,7 +183,7 @@ class Conversation:
                 raise ValueError("a message is not a role and a text")
             if system is not None and not isinstance(system, str):
                 raise ValueError("the system message is no text")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is no saved conversation", f"{type(error).__name__}: {error}"[:200],
                             "name a file that /save wrote") from None
         self.unanswered = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None

@@ -6,10 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_tp.benchmarks.ceiling import Ceiling
+from llama_tp.benchmarks.latency import latency
 from llama_tp.benchmarks.table import markdown
+from llama_tp.benchmarks.throughput import throughput
+from llama_tp.parallel.groups import single_rank
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.weights import table
+from tests import reference
+from tests.engines import engine
 from tests.ranks import torchrun
+from tests.shapes import SHRUNK
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ["--ckpt_dir", "checkpoints/demo", "--device", "cpu", "--n_runs", "1", "--input_len", "16", "--output_len", "8"]
@@ -49,6 +58,15 @@ def test_startup_compares_with_reading():
     result = last_line(bench("startup", *DEMO).stdout)
     assert result["load_s"] > 0 and result["read_s"] > 0
     assert result["process_to_first_token_s"] >= result["import_s"] + result["load_s"] + result["first_token_s"]
+
+
+def test_a_model_whose_logits_are_not_finite_is_not_measured():
+    config, limits = SHRUNK["8b"], Ceiling(1e9, 1e9, 1, 1, 2, 1, 1)
+    weights = reference.random_weights(table(config))
+    weights["norm.weight"] = torch.full_like(weights["norm.weight"], float("nan"))
+    for measure in (lambda one: latency(one, limits, [2], 8, 4, 1), lambda one: throughput(one, limits, 2, 8, 4, 0.0, 2)):
+        with pytest.raises(UserError, match="cannot be measured - .*not finite"):
+            measure(engine(single_rank(), config, weights=dict(weights)))
 
 
 def test_two_ranks_measure_together():

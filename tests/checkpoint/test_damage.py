@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import open_checkpoint
+from llama_tp.protocol.batch_job import sampled_digest
 from llama_tp.spec.errors import UserError
 from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
@@ -407,6 +408,16 @@ def test_the_sentinel_works(tmp_path, monkeypatch):
     torch.save({"norm.weight": Touch()}, tmp_path / P1)
     torch.load(tmp_path / P1, weights_only=False)
     assert (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.usefixtures("soon")
+def test_what_lies_beside_the_weights_is_not_opened(sound, tmp_path):
+    shutil.copytree(sound["hf"], tmp_path / "ckpt")
+    for name in ("training_args.pth", "other.safetensors", "optimizer.pth"):
+        os.mkfifo(tmp_path / "ckpt" / name)
+    source = open_checkpoint(tmp_path / "ckpt")
+    assert source.weight_files() == [ONE, TWO] and len(run(source)) == 21
+    assert sampled_digest(source.folder, source.weight_files(), b"") == sampled_digest(str(sound["hf"]), [TWO, ONE], b"")
 
 
 @pytest.mark.parametrize("names", [(), ("pytorch_model.bin", "config.json"), ("model.gguf",),

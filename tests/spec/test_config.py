@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.config import ModelConfig, RopeScaling, as_params, check_launch, ffn_width, from_hf, from_params
+from llama_tp.spec.config import (
+    ModelConfig, RopeScaling, as_params, check_launch, ffn_width, from_hf, from_params, with_rope_factor)
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes
 from llama_tp.spec.weights import table
@@ -150,6 +151,14 @@ def test_other_values_are_checked_and_shown_in_short(read, base, key, value):
 def test_what_no_llama_can_have(read, base, change, says):
     with pytest.raises(UserError, match=says):
         read({**base, **change})
+
+
+def test_a_rope_factor_by_flag_is_checked_too():
+    config = from_params(META["3.1-70B"])
+    assert with_rope_factor(config, 32).rope_scaling == RopeScaling(32.0) and with_rope_factor(config, None) == config
+    for factor in (0.0, -1.0, float("nan"), 1e300, "x", True):
+        with pytest.raises(UserError, match="--rope_factor must be a number from 1e-06 to 1e[+]06 - found"):
+            with_rope_factor(config, factor)
 
 
 def test_null_and_unknown_keys_are_harmless():
