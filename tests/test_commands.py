@@ -20,7 +20,8 @@ COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run
 
 
 def main(*, ckpt_dir: str, prompt: str = "", max_gen_len: int | None = None, temperature: float = 0.6,
-         echo: bool = False, stream: bool = True, load: str | None = None, stop: tuple[str, ...] = (), device: Literal["cpu", "cuda"] = "cpu"):
+         echo: bool = False, stream: bool = True, load: str | None = None, stop: tuple[str, ...] = (),
+         device: Literal["cpu", "cuda"] = "cpu"):
     """Writes text.
 
     Example:
