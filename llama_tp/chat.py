@@ -242,12 +242,11 @@ def reply(conversation: Conversation, server: Server, console: "rich.console.Con
 def silent_keys() -> Iterator[None]:
     """Keeps the terminal from echoing keys: rich counts the lines that it goes back, and an echo (of ^C, too) would add one.
     What is typed meanwhile waits for the next prompt."""
-    try:
-        terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(terminal)
-    except (AttributeError, ValueError, OSError, *([termios.error] if termios else [])):
-        yield                                           # no terminal
+    if not (termios and sys.stdin.isatty()):
+        yield
         return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
     silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]     # Ctrl-C is not to empty the output
     termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
