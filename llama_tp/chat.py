@@ -272,17 +272,19 @@ class CtrlC:
     def _press(self, *_) -> None:
         self.pressed = True
         if self.waiting:
-            self.waiting = False                        # once: a second Ctrl-C is not to interrupt the closing of the stream
+            self.waiting = False                        # a second Ctrl-C does not interrupt the closing of the stream
             raise KeyboardInterrupt
 
     def until_pressed(self, pieces: Iterator[str]) -> Iterator[str]:
         """The pieces; KeyboardInterrupt once Ctrl-C has been pressed."""
         while True:
-            self.waiting = True
-            if self.pressed:
-                raise KeyboardInterrupt
-            text = next(pieces, None)
-            self.waiting = False
+            try:
+                self.waiting = True
+                if self.pressed:
+                    raise KeyboardInterrupt
+                text = next(pieces, None)
+            finally:
+                self.waiting = False
             if text is None:
                 return
             yield text
