@@ -242,12 +242,11 @@ def reply(conversation: Conversation, server: Server, console: "rich.console.Con
 def silent_keys() -> Iterator[None]:
     """Keeps the terminal from echoing keys: rich counts the lines that it goes back, and an echo (of ^C, too) would add one.
     What is typed meanwhile waits for the next prompt."""
-    try:
-        terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(terminal)
-    except (AttributeError, ValueError, OSError, *([termios.error] if termios else [])):
-        yield                                           # no terminal
+    if not (termios and sys.stdin.isatty()):
+        yield
         return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
     silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]     # Ctrl-C is not to empty the output
     termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
@@ -273,17 +272,19 @@ class CtrlC:
     def _press(self, *_) -> None:
         self.pressed = True
         if self.waiting:
-            self.waiting = False                        # once: a second Ctrl-C is not to interrupt the closing of the stream
+            self.waiting = False                        # a second Ctrl-C does not interrupt the closing of the stream
             raise KeyboardInterrupt
 
     def until_pressed(self, pieces: Iterator[str]) -> Iterator[str]:
         """The pieces; KeyboardInterrupt once Ctrl-C has been pressed."""
         while True:
-            self.waiting = True
-            if self.pressed:
-                raise KeyboardInterrupt
-            text = next(pieces, None)
-            self.waiting = False
+            try:
+                self.waiting = True
+                if self.pressed:
+                    raise KeyboardInterrupt
+                text = next(pieces, None)
+            finally:
+                self.waiting = False
             if text is None:
                 return
             yield text

@@ -252,6 +252,22 @@ def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):
     assert "connection to the server broke" in shown(screen)
 
 
+@pytest.mark.parametrize("ending", ["whole", "error"])
+def test_ctrl_c_never_cuts_a_drawing_in_two(ending):
+    """However often it is pressed while something is drawn, the notes below the answer included."""
+    class Pressing(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+    console = rich.console.Console(file=Pressing(), force_terminal=True, color_system=None)
+    with FakeServer(pieces=["one "] * 2, ending=ending) as fake:
+        conversation = Conversation(model="m")
+        conversation.take("hello?")
+        reply(conversation, Server(fake.url, None), console, markdown=False)
+    assert shown(console).startswith("one \nstopped; ") and conversation.messages[-1]["content"] == "one "
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("url, key, says", [
     ("http://", None, "--url is not the address"), ("http://[::1", None, "--url is not the address"),
     ("http://host", "k\u00e9y", "API key"), ("http://host", "a\nb", "API key")])
