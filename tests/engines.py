@@ -120,7 +120,8 @@ def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
     specials = [{"id": i, "content": f"<|{i}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
                  "normalized": False} for i in range(256, n_vocab)]
     (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "added_tokens": specials, "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
+        "version": "1.0", "added_tokens": specials,
+        "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}))
     (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
