@@ -111,6 +111,7 @@ def launched(*words, **more):
     (["--nproc_per_node", "two", "generate"], "invalid int value: 'two'"),
     (["--standalone", "generate"], "--standalone"),
     (["--nnodes", "2", "generate"], "--master_addr is not given"),
+    (["--nnodes", "2", "--node_rank", "2", "generate"], "--node_rank is out of range - found 2 of 2"),
 ])
 def test_a_launch_that_cannot_be_is_one_line(words, said):
     done = launched(*words)

@@ -35,11 +35,14 @@ class PrivateFolder:
                 self._lock = hold(os.path.join(self.path, LOCK))
             except OSError:                                 # a file system without locks: then no sweep takes it either
                 break
+        self._pid = os.getpid()
         atexit.register(self.remove)
 
     def remove(self) -> None:
-        """Removes it with all that it holds; safe to call twice."""
+        """Removes it with all that it holds; safe to call twice, and in a forked child, whose it is not."""
         atexit.unregister(self.remove)
+        if os.getpid() != self._pid:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)

@@ -59,6 +59,17 @@ def test_a_folder_that_is_held_or_not_ours_is_left_alone(place):
         process.stdin.close()
 
 
+def test_a_forked_child_leaves_its_parents_folder(place):
+    folder = PrivateFolder()
+    if not (child := os.fork()):
+        folder.remove()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.path.exists(folder.path) and is_held(folder.path)
+    folder.remove()
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.parametrize("make, found", [
     (lambda path: None, "No such file"), (lambda path: path.touch(), "mode -"), (lambda path: path.mkdir(mode=0o755), "drwxr-xr-x"),
     (lambda path: path.symlink_to(path.parent), "mode l")])
