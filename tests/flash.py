@@ -9,8 +9,8 @@ class Varlen:
     """torch.nn.attention.varlen.varlen_attn with paged keys, as FlashAttention 2 computes it: a sequence and a head at a time.
 
     It refuses what torch does (the messages are those in libtorch_cuda.so):
-    * torch/nn/attention/varlen.py, `varlen_attn` (2.13: lines 302-315): numbers of heads;
-    * aten/src/ATen/native/transformers/cuda/attention.cu, `_flash_attention_forward_impl` (2.13: line 522): one of cu_seq_q and
+    * torch/nn/attention/varlen.py, `varlen_attn` (2.13: lines 293-306): numbers of heads;
+    * aten/src/ATen/native/transformers/cuda/attention.cu, `_flash_attention_forward_impl` (near line 520): one of cu_seq_q and
       cu_seq_k alone; in 2.12 any num_splits;
     * flash-attention's csrc/flash_attn/flash_api.cpp, `mha_varlen_fwd`: dtypes, shapes, pages; splits asked for beyond one. It
       reshapes the queries of decodes to (B, K, G, E) if heads are grouped and the window is (-1, -1): exactly B rows, then.

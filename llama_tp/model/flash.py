@@ -1,17 +1,18 @@
 """torch's paged FlashAttention (torch.nn.attention.varlen.varlen_attn): what a torch offers, and the calls of it that are right.
 
-Read in torch's sources and in the strings of libtorch_cuda.so:
+Read in varlen.py of 2.11.0, 2.12.1, 2.13.0 and 2.14.1, in the strings of libtorch_cuda.so of the first two, and in pytorch #179760,
+which exposed num_splits, and #194167, which is what came of it:
 
 | torch | paged keys | num_splits | steps that are not grouped |
 |---|---|---|---|
 | 2.11 | none: no enable_gqa, seqused_k, block_table, num_splits | | |
 | 2.12 | yes | refused ("num_splits requires FA3") | one pass |
-| 2.13, 2.14 | yes | taken | one pass with num_splits 1; with None silently wrong for small batches > 1 (pytorch #194167) |
+| 2.13, 2.14 | yes | taken | one pass with num_splits 1; with None silently wrong for small batches > 1 |
 
 All of them refuse keys without cu_seq_k ("both set or both not set"), although seqused_k says the same. *Grouped* are decodes whose
 query heads share KV heads: with one row a sequence, window (-1, -1) and no row more, FlashAttention lays the heads of a group side
-by side and may split the context rightly, at its own choice. Signatures tell 2.11 from the others and nothing else: what is left is
-tried, on the device, and compared. Never run on a GPU so far.
+by side and may split the context rightly, at its own choice. enable_gqa, always given, keeps 2.14 from choosing cuDNN. Signatures
+tell 2.11 from the others and nothing else: what is left is tried, on the device, and compared. Never run on a GPU so far.
 """
 
 import inspect

@@ -173,7 +173,7 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        """A capture that was invalidated raises in capture_end, and the stream stays (torch/cuda/graphs.py:478, 2.13)."""
+        """A capture that was invalidated raises in capture_end, and the stream stays (torch/cuda/graphs.py:477, 2.13)."""
         assert pool == "pool" and capture_error_mode == "thread_local"
         before, self.now = self.now, stream
         try:
