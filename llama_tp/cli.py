@@ -193,8 +193,8 @@ def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
 
 
 def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]) -> UserError:
-    if (meant := _meant(word)) in flags and meant not in values:
-        fix = f"did you mean --{meant} {word}?"
+    if likely := [name for name in _likely_flags(word) if name in flags and name not in values]:
+        fix = f"did you mean --{likely[0]} {word}?"
     elif "prompt" in flags and "prompt" not in values:
         fix = f'did you mean --prompt "{word}"?'
     elif previous is not None and previous.kind is str:
@@ -205,11 +205,13 @@ def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str,
     return UserError("a word without a flag", f"found {word!r}", fix)
 
 
-def _meant(word: str) -> str:
-    """The flag that a word without one looks like: a checkpoint is a folder or a name on the hub, a server an address."""
+def _likely_flags(word: str) -> tuple[str, ...]:
+    """Names of flags, of any command, whose value looks like `word`: folder or name on the hub, file, address."""
+    if os.path.isfile(word):
+        return "input", "prompts_file", "load"
     if os.path.isdir(word) or re.fullmatch(r"[\w.-]+/[\w.-]+", word):
-        return "ckpt_dir"
-    return "url" if word.startswith(("http://", "https://")) else ""
+        return ("ckpt_dir",)
+    return ("url",) if word.startswith(("http://", "https://")) else ()
 
 
 def check_numbers(**ranges: tuple[float | None, float, float]) -> None:

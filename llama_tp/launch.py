@@ -83,6 +83,8 @@ def check(words: argparse.Namespace) -> list[str]:
     for name, least in (("nproc_per_node", 1), ("nnodes", 1), ("node_rank", 0)):
         if getattr(words, name) < least:
             leave(UserError(f"--{name} is out of range", f"found {getattr(words, name)}", f"give {least} or more"), USAGE)
+    if words.node_rank >= words.nnodes:
+        leave(UserError("--node_rank is out of range", f"found {words.node_rank} of {words.nnodes}", "they count from 0"), USAGE)
     if words.nnodes > 1 and words.master_addr is None:
         leave(UserError("several machines need an address to meet at", "--master_addr is not given",
                         "give --master_addr the address of machine 0, as the others see it"), USAGE)

@@ -1,7 +1,6 @@
 """Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
 
 import contextlib
-import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -48,19 +47,54 @@ class OnDevice(TorchDispatchMode):
 
 
 class Again:
-    """A Record that captures nothing: what would be captured runs once, as for a real one, and then as often as asked."""
+    """A Record that captures nothing: what would be captured runs as often as asked, the first time guarded. Of the warm-ups only
+    the first, and largest, is done, since 32 of them are a second for every engine; `Counting` does all."""
 
-    guard = OnDevice
+    guard, warm = OnDevice, False
 
     def warm_up(self, body):
-        with self.guard():
+        if not self.warm:
             body()
+        self.warm = True
 
     def capture(self, body):
-        return functools.partial(self.warm_up, body)
+        guards = [self.guard()]
+
+        def replay():
+            with guards.pop() if guards else contextlib.nullcontext():
+                body()
+        return replay
 
     def release(self):
         pass
+
+
+class Counting(Again):
+    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
+
+    def __init__(self, fails_at: str = "", after: int = 0):
+        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
+
+    def fail(self, at: str):
+        if at == self.fails_at and self.n_captured == self.after:
+            raise RuntimeError(f"no {at}\nand many lines more")
+
+    def warm_up(self, body):
+        body()
+        self.fail("warm-up")
+
+    def capture(self, body):
+        self.fail("capture")
+        self.n_captured += 1
+        again = super().capture(body)
+
+        def replay():
+            self.n_replayed += 1
+            again()
+        return replay
+
+    def release(self):
+        self.released = True
 
 
 class Recorder(Engine):
@@ -86,7 +120,8 @@ def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
     specials = [{"id": i, "content": f"<|{i}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
                  "normalized": False} for i in range(256, n_vocab)]
     (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "added_tokens": specials, "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
+        "version": "1.0", "added_tokens": specials,
+        "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}))
     (folder / "generation_config.json").write_text('{"eos_token_id": 256}')

@@ -20,7 +20,8 @@ COMMANDS = sorted(p.stem for p in (ROOT / "llama_tp").glob("*.py") if "\n    run
 
 
 def main(*, ckpt_dir: str, prompt: str = "", max_gen_len: int | None = None, temperature: float = 0.6,
-         echo: bool = False, stream: bool = True, stop: tuple[str, ...] = (), device: Literal["cpu", "cuda"] = "cpu"):
+         echo: bool = False, stream: bool = True, load: str | None = None, stop: tuple[str, ...] = (),
+         device: Literal["cpu", "cuda"] = "cpu"):
     """Writes text.
 
     Example:
@@ -107,6 +108,7 @@ def test_repeated_flags_add_up():
     ([str(ROOT / "checkpoints/demo")], ["did you mean --ckpt_dir", "checkpoints/demo?"]),
     (["meta-llama/Llama-3.1-8B", "Once"], ["did you mean --ckpt_dir meta-llama/Llama-3.1-8B?"]),
     (["--ckpt_dir", "D", str(ROOT)], ["did you mean --prompt"]),
+    (["--ckpt_dir", "D", "--prompt", "x", __file__], ["did you mean --load ", "test_commands.py?"]),
     (["--prompt", "Once", "upon", "a", "time"], ["'upon'", '--prompt "Once upon ..."']),
     (["--ckpt_dir", "D", "--prompt", "x", "--echo", "true", "y"], ["a word without a flag", "'y'"]),
     (["--ckpt_dir", "D", "--", "--trace"], ["a word without a flag", "'--'"]),

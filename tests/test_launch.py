@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llama_tp import launch
+from tests.listeners import beyond_loopback, listeners, tree
 from tests.test_chat import Terminal
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
@@ -111,6 +112,7 @@ def launched(*words, **more):
     (["--nproc_per_node", "two", "generate"], "invalid int value: 'two'"),
     (["--standalone", "generate"], "--standalone"),
     (["--nnodes", "2", "generate"], "--master_addr is not given"),
+    (["--nnodes", "2", "--node_rank", "2", "generate"], "--node_rank is out of range - found 2 of 2"),
 ])
 def test_a_launch_that_cannot_be_is_one_line(words, said):
     done = launched(*words)
@@ -168,6 +170,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_server():
         terminal.expect("answers")
         with socket.create_connection(("127.0.0.1", port), timeout=10):
             pass
+        found = listeners(tree(terminal.process.pid))
+        assert port in {each[2] for each in found} and not beyond_loopback(found)
         terminal.send("/quit\r")
         terminal.process.wait(40)
         with pytest.raises(OSError):                            # it has ended with its client

@@ -322,7 +322,7 @@ def test_names_and_origins_that_nobody_could_send():
 @pytest.mark.parametrize("words, env, says", [
     (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
     (["--max_gen_len", "-1"], {}, "--max_gen_len must be"), (["--served_model_name", "a", "a"], {}, "--served_model_name needs"),
-    (["--generation_config", "README.md"], {}, "README.md is not JSON"),
+    (["--generation_config", "README.md"], {}, "README.md is not valid JSON"),
     (["--allow_origins", "https://a.example/"], {}, "--allow_origins needs origins"),
     (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
     (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])

@@ -78,6 +78,8 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
          + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
          + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
          f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")
+    if model.kernels.lacks:
+        show(f"no paged FlashAttention here: {model.kernels.lacks}")
     show(limits.card())
     if load.what == "latency":
         rows, result = latency.latency(engine, limits, list(load.batches), load.n_prompt, load.n_new, load.n_runs)

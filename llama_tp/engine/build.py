@@ -103,9 +103,11 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
         load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
+    if ranks.device.type == "cuda":
+        say("compiling, and capturing decodes as CUDA graphs: at most a minute or two", ranks, options.quiet)
     engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
-    if engine.runner.graphs:
+    if engine.runner.graphs and engine.runner.graphs.captured:
         mode += f", {len(engine.runner.graphs.captured)} captured decodes"
     say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {counted(config.n_params)} parameters, "
         f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,

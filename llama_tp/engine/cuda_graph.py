@@ -187,7 +187,7 @@ class CudaRecord:
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):            # torch's own block does not leave the stream of a capture that was invalidated
+        with torch.cuda.stream(self.stream):            # torch's own block stays on it when a capture was invalidated
             # thread_local: NCCL's watchdog looks at its events meanwhile, which the default would count as an error
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
                 body()

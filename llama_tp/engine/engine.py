@@ -184,7 +184,8 @@ class Engine:
         for sequence, _ in failures:
             self.scheduler.finish(sequence, "abort")
         self._masks.ask()
-        return [self._finished(sequence, error=str(error), refused=(error.what, error.found, error.fix)) for sequence, error in failures]
+        return [self._finished(sequence, error=str(error), refused=(error.what, error.found, error.fix))
+                for sequence, error in failures]
 
     def _launch(self, step: Step) -> float:
         """Driver: has all ranks run a step. -> seconds that the model took, on CPU; on CUDA, to be set going."""

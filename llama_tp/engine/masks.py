@@ -1,9 +1,10 @@
 """Which tokens each sample of a request with a form may write next, as workers in other processes find out (text/grammar_pool).
 
-A mask is asked for as soon as a token is known and taken when the next is to be sampled, a whole pass of the model later. `wait` waits
-`GRACE_S` for one that is late. After that its row is left out of the steps (`Sequence.held`) until it has come, and one that has been late
-is not waited for again until it has come in time for a while. A request whose mask does not come at all, or whose form cannot be kept, is
-among the `failures`. A worker that somebody kills is replaced: the new one is told what the samples have written.
+A mask is asked for as soon as a token is known and taken when the next is to be sampled, a whole pass of the model later. `wait`
+waits `GRACE_S` for one that is late. After that its row is left out of the steps (`Sequence.held`) until it has come, and one that
+has been late is not waited for again until it has come in time for a while. A request whose mask does not come at all, or whose
+form cannot be kept, is among the `failures`. A worker that somebody kills is replaced: the new one is told what the samples have
+written.
 
 Driver only. Knows no tensors and no sampling.
 """
@@ -154,7 +155,8 @@ class Masks:
 
     def _start(self, one: _Followed) -> None:
         one.worker, one.was_there, one.unsent, one.masks = self.pool.take(), False, [], {}
-        one.worker.send(start_message(one.request.params.form, [(index, sequence.output_ids) for index, sequence in one.samples.items()]))
+        outputs = [(index, sequence.output_ids) for index, sequence in one.samples.items()]
+        one.worker.send(start_message(one.request.params.form, outputs))
         one.n_unanswered, one.asked_at = len(one.samples), time.monotonic()
 
     def _take(self, ones: list[_Followed], seconds: float) -> None:

@@ -69,8 +69,8 @@ class Runner:
     @torch.inference_mode()
     def run(self, step: Step, judge: Judge | None, masks: Callable[[], torch.Tensor] | None = None) -> Sampled:
         """One step. `judge` is given on the driver and None elsewhere; masks: gives, once the model has run, (masked rows, words)
-        int32, which tokens may come (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or
-        UNDECIDED, when called, waiting for the device if need be."""
+        int32, which tokens may come (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or
+        NOT_FINITE or UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
             if row.blocks:

@@ -20,9 +20,9 @@ the later one, whose row is computed in vain. Ranks run steps in the order they 
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
 position computed again for the driver to choose, whose tokens are chosen until fewer than one in `FEW` was UNDECIDED.
 
-A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last position.
-One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to it that it ends.
-"""
+A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last
+position. One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to
+it that it ends. """
 
 from collections import deque
 from collections.abc import Mapping

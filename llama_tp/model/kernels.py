@@ -21,7 +21,7 @@ from llama_tp.native.library import load
 
 WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
 AMPERE = (8, 0)                 # FlashAttention needs a GPU of this generation or a later one
-GATHER_LIMIT = 1 << 17          # positions whose keys and values a captured step may gather in a layer: 0.5 GB of an 8B model's
+GATHER_LIMIT = 1 << 16          # positions whose keys and values a captured step may gather in a layer: 256 MiB of an 8B model's
 WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
 
 
@@ -146,6 +146,7 @@ class NativeKernels:
 
     name = "C++"
     block_size = 16
+    lacks = None
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.library, ending = library, DTYPES[dtype]

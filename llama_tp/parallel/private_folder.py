@@ -1,7 +1,7 @@
 """Folders for sockets and stores that only this user can enter, and that go when the process that made them has ended.
 
-Each holds a locked file. The kernel drops the lock when its process ends in whatever way, so `sweep` knows what to remove: what
-a `kill -9` has left behind goes at the next start. No torch.
+Each is locked by its process. The kernel drops the lock when that ends in whatever way, so `sweep` knows what to remove: what a
+`kill -9` has left behind goes at the next start. (systemd, which clears /tmp of what is old, heeds such locks too.) No torch.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from pathlib import Path
 from llama_tp.spec.errors import UserError
 
 PREFIX = "llama_tp-"
-LOCK = "lock"           # the file in a folder by which its process is known to live
+MARK = "locked"         # a file in each folder whose lock says whether it is needed
 
 
 class PrivateFolder:
@@ -28,18 +28,17 @@ class PrivateFolder:
 
     def __init__(self) -> None:
         sweep()
-        self._lock = None
-        while self._lock is None:                           # a sweep elsewhere may take a folder whose lock is not held yet
-            self.path = tempfile.mkdtemp(prefix=PREFIX)
-            try:
-                self._lock = hold(os.path.join(self.path, LOCK))
-            except OSError:                                 # a file system without locks: then no sweep takes it either
-                break
+        self.path, self._lock, self._pid = tempfile.mkdtemp(prefix=PREFIX), None, os.getpid()
+        with contextlib.suppress(OSError):                  # a file system without locks: then no sweep may take it
+            self._lock = hold(self.path)
+            Path(self.path, MARK).touch()
         atexit.register(self.remove)
 
     def remove(self) -> None:
-        """Removes it with all that it holds; safe to call twice."""
+        """Removes it with all that it holds; safe to call twice, and in a forked child, whose it is not."""
         atexit.unregister(self.remove)
+        if os.getpid() != self._pid:
+            return
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -69,7 +68,7 @@ def check(path: str) -> None:
 def is_held(path: str) -> bool:
     """Whether the process that made the folder still lives."""
     try:
-        lock = hold(os.path.join(path, LOCK))
+        lock = hold(path)
     except OSError:                                         # no locks here: nobody can tell
         return True
     if lock is not None:
@@ -78,9 +77,9 @@ def is_held(path: str) -> bool:
 
 
 def hold(path: str) -> int | None:
-    """Locks a file, which is made if need be. -> The descriptor that holds the lock, or None if another process has it or has
-    removed the file meanwhile. Raises OSError where there is no such place, or no lock."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """Locks a folder or a file. -> The descriptor that holds the lock, or None if another process has it, or has removed what was
+    there. Raises OSError where nothing is there, or no lock."""
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file), os.lstat(path)):
@@ -94,14 +93,15 @@ def hold(path: str) -> int | None:
     return None
 
 
-def sweep(folder: str | None = None) -> None:
-    """Removes what processes that have ended left in the folder for temporary files: our folders, as nobody holds their lock."""
-    for path in Path(folder or tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
-        with contextlib.suppress(OSError, UserError):       # who else's it may be, or whoever else sweeps it
-            check(str(path.parent))
-            lock = hold(str(path))
+def sweep() -> None:
+    """Removes the folders that processes have left which have ended: nobody holds their lock."""
+    for mark in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{MARK}"):
+        path = str(mark.parent)
+        with contextlib.suppress(OSError, UserError):       # whose it may be, or who else sweeps it
+            check(path)
+            lock = hold(path)
             if lock is not None:
-                shutil.rmtree(path.parent, ignore_errors=True)
+                shutil.rmtree(path, ignore_errors=True)
                 os.close(lock)
 
 

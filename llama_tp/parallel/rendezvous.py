@@ -156,7 +156,8 @@ def roll_call(store: dist.Store, launch: Launch, timeout_s: float) -> None:
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
-        raise absent(missing, launch, timedelta(seconds=timeout_s)) from error
+        if missing:                                         # or the last has come at this very moment
+            raise absent(missing, launch, timedelta(seconds=timeout_s)) from error
 
 
 def absent(missing: list[int], launch: Launch, timeout: timedelta) -> UserError:

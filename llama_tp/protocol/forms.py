@@ -42,8 +42,8 @@ def read_form(body: ChatBody | CompletionBody, tools: Tools | None) -> tuple[str
 
 
 def check_form(param: str, form: Form, pool: GrammarPool) -> None:
-    """Raises RequestError for a form that cannot be followed, or whose check would hold up others. May take seconds: not for an event
-    loop."""
+    """Raises RequestError for a form that cannot be followed, or whose check would hold up others. May take seconds: not for an
+    event loop."""
     try:
         _read(param, pool.try_form, form)
     except Busy as error:

@@ -15,6 +15,7 @@ from llama_tp.protocol.errors import error_body
 from llama_tp.protocol.order import Order, ServedModel
 from llama_tp.protocol.reply import Chunks, Fold
 from llama_tp.server.desk import Desk, Ticket
+from llama_tp.server.gate import bug, carried, log_bug
 from llama_tp.spec.errors import UserError
 
 PING_S = 15.0           # of silence, after which a stream shows that it lives: proxies cut what is silent
@@ -86,7 +87,7 @@ async def answer(order: Order, model: ServedModel, desk: Desk, request: Request,
     chunks = Chunks(order, model, created, fingerprint)
     ticket = desk.take(list(order.requests), UNREAD_BYTES if order.stream else None)
     if order.stream:
-        return EventStream(_events(chunks, ticket), lambda: desk.drop(ticket))
+        return EventStream(_events(chunks, ticket, request.scope["request_id"]), lambda: desk.drop(ticket))
     reply = None
     try:
         reply = await _unless_gone(_whole(chunks, ticket), request)
@@ -97,7 +98,7 @@ async def answer(order: Order, model: ServedModel, desk: Desk, request: Request,
             desk.drop(ticket)
 
 
-async def _events(chunks: Chunks, ticket: Ticket) -> AsyncIterator[str]:
+async def _events(chunks: Chunks, ticket: Ticket, request_id: str = "") -> AsyncIterator[str]:
     """The stream as text. An error in its middle is an event of its own: it cannot be a status any more."""
     try:
         yield _framed(chunks.begin())
@@ -114,6 +115,9 @@ async def _events(chunks: Chunks, ticket: Ticket) -> AsyncIterator[str]:
         yield _framed(chunks.end())
     except UserError as error:
         yield _framed([error_body(error)])
+    except Exception:
+        log_bug(request_id)
+        yield _framed([error_body(bug(request_id))])
     yield "data: [DONE]\n\n"
 
 
@@ -126,8 +130,8 @@ async def _grown(chunks: Chunks, deltas: list) -> list[list[dict]]:
     def grow() -> list[list[dict]]:
         return [chunks.take(delta) for delta in deltas]
     if any(len(delta.prompt_logprobs or ()) > BIG for delta in deltas):
-        return await asyncio.to_thread(grow)
-    return grow()
+        return await asyncio.to_thread(carried(grow))
+    return carried(grow)()
 
 
 async def _whole(chunks: Chunks, ticket: Ticket) -> JsonReply:
@@ -140,8 +144,8 @@ async def _whole(chunks: Chunks, ticket: Ticket) -> JsonReply:
                 fold.add(chunk)
     usage = chunks.usage()
     if usage["total_tokens"] > BIG:
-        return await asyncio.to_thread(lambda: long_reply(fold.reply(usage)))
-    return json_reply(fold.reply(usage))
+        return await asyncio.to_thread(carried(lambda: long_reply(fold.reply(usage))))
+    return carried(lambda: json_reply(fold.reply(usage)))()
 
 
 async def _unless_gone(work, request: Request) -> JsonReply:

@@ -27,7 +27,7 @@ from llama_tp.protocol.order import Limits, Order, ServedModel, no_model, prepar
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import WHY_NOT, Desk
-from llama_tp.server.gate import Gate, bug, reply_of
+from llama_tp.server.gate import Gate, bug, carried, reply_of
 from llama_tp.server.metrics import content_type
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
@@ -73,7 +73,7 @@ class Served:
         return work() if n_bytes <= SMALL_BYTES and self.chat is None else await self.in_thread(work)
 
     async def in_thread(self, work):
-        return await asyncio.get_running_loop().run_in_executor(self.threads, work)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, carried(work))
 
     @functools.cached_property
     def forms(self) -> GrammarPool:
@@ -88,7 +88,7 @@ class Served:
         pool = self.forms
         self.n_trials += 1
         try:
-            await asyncio.get_running_loop().run_in_executor(self.form_threads, lambda: check_form(param, form, pool))
+            await asyncio.get_running_loop().run_in_executor(self.form_threads, carried(lambda: check_form(param, form, pool)))
         finally:
             self.n_trials -= 1
 

@@ -275,9 +275,13 @@ class Desk:
             raise Full(f"{self.n_samples} samples run or wait, and the limit is {most}")
         ticket = Ticket(requests, self._admit_scores(requests, info), max_unread_bytes)
         self._n_scores += ticket.n_scores
-        for flight in ticket.flights:
-            self._flights[flight.request.id] = flight
-            self._send(flight.message())
+        try:
+            for flight in ticket.flights:
+                self._send(flight.message())
+                self._flights[flight.request.id] = flight
+        except BaseException:
+            self.drop(ticket)
+            raise
         return ticket
 
     def _admit_scores(self, requests: list[Request], info: dict) -> int:

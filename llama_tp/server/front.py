@@ -6,6 +6,7 @@ signal ends it at once.
 
 import asyncio
 import contextlib
+import ctypes
 import functools
 import logging
 import resource
@@ -30,6 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SWITCH_S = 0.001                # a thread that tokenizes gives way to the event loop after this; Python's 5 ms add up
 SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
 STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
+M_MMAP_THRESHOLD = -3           # of glibc's mallopt
 LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
 
 
@@ -81,9 +83,17 @@ def run(options: FrontOptions) -> None:
     if not options.keys and "*" in options.allow_origins:
         note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
+    give_memory_back()
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     with sock:
         asyncio.run(_run(options, sock, Connections(options.connections, most), backlog))
+
+
+def give_memory_back() -> None:
+    """Has large blocks go back to the system when they are freed: those above 128 KiB, where glibc begins. It raises that with
+    every one that is freed, up to 32 MiB, and keeps what is smaller: 200 bodies of 8 MB left 800 MB behind."""
+    with contextlib.suppress(OSError, AttributeError):      # another allocator
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:
@@ -115,7 +125,7 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
     http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
                                 lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,
                                 timeout_keep_alive=options.connections.keep_alive_s, backlog=backlog))
-    for name in ("asyncio", "uvicorn.error"):
+    for name in ("asyncio", "uvicorn.error", "llama_tp.server"):
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()

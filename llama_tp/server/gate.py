@@ -7,6 +7,7 @@ Host header twists (it looks at the path alone), not a websocket.
 import asyncio
 import hashlib
 import json
+import logging
 import re
 import secrets
 import sys
@@ -18,6 +19,7 @@ from llama_tp.protocol.errors import RequestError, error_body, status_of
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
+LOG = logging.getLogger("llama_tp.server")
 OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))                          # need no key; everything else does
 HANDLERS = frozenset((*OPEN, "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
@@ -26,7 +28,8 @@ BODY_S = 60.0           # of silence in the middle of a body, after which its se
 BODY_RATE = 8192        # bytes a second, on average, that its sender must reach after the first BODY_S
 SMALL_BYTES = 1 << 16   # bodies up to this always find room
 BODIES = 32             # of the greatest length: so many bytes all bodies may have at once, until they are answered
-LINGER_BYTES, LINGER_S = 64 << 20, 2.0      # of a body that nobody wants: closing on unread bytes would take the reply with it
+LINGER_BYTES, LINGER_S = 64 << 20, 10.0     # of a body that nobody wants: closing on unread bytes would take the reply with it
+SILENT_S = 2.0          # in the middle of it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -44,6 +47,27 @@ def reply_of(error: UserError) -> tuple[int, dict[str, str], bytes]:
 def bug(request_id: str) -> RequestError:
     """What a client is told of an exception of ours: nothing but where to look."""
     return RequestError("the server has failed", f"request {request_id}", "its log says more", code="internal_error", status=500)
+
+
+def carried(work):
+    """`work`, with whatever it raises turned into what a future can carry to the one who waits, and an event loop survives.
+
+    A StopIteration never arrives (the request would hang for ever), SystemExit would end the server, and a panic in a library
+    written in Rust, which is no Exception, would get past every handler.
+    """
+    def run(*args):
+        try:
+            return work(*args)
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, StopIteration):
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    return run
+
+
+def log_bug(request_id: str) -> None:
+    """The exception that is being handled, with its traceback; not more of them than a log can take."""
+    LOG.error("server: request %s failed\n%s", request_id, traceback.format_exc())
 
 
 class Gate:
@@ -81,9 +105,12 @@ class Gate:
             self._check(scope["path"], headers)
             await self.app(scope, body.receive, send_on)
         except UserError as error:
-            await _tell(error, send_on)
-        except Exception:
-            print(f"server: request {request_id} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            if not status:
+                await _tell(error, send_on)
+        except BaseException:
+            if _is_cancelled():
+                raise
+            log_bug(request_id)
             if not status:
                 await _tell(bug(request_id), send_on)
         finally:
@@ -104,6 +131,14 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
             raise _too_long(self.max_body_bytes)
+
+
+def _is_cancelled() -> bool:
+    """The task is being ended from outside, which is no failure of what it did."""
+    task = asyncio.current_task()
+    if hasattr(task, "cancelling"):                         # Python 3.11
+        return task.cancelling() > 0
+    return task is None or isinstance(sys.exc_info()[1], asyncio.CancelledError)
 
 
 class _Body:
@@ -158,7 +193,7 @@ class _Body:
         deadline, n_bytes = time.monotonic() + LINGER_S, 0
         while self._comes and not self._ended and n_bytes < LINGER_BYTES:
             try:
-                message = await asyncio.wait_for(self._receive(), max(deadline - time.monotonic(), 0))
+                message = await asyncio.wait_for(self._receive(), max(min(SILENT_S, deadline - time.monotonic()), 0))
             except asyncio.TimeoutError:
                 return
             self._ended = not message.get("more_body", False)

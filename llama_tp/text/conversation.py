@@ -153,22 +153,26 @@ class Conversation:
     def _save(self, rest: str) -> Outcome:
         if not rest:
             return Outcome("/save needs a file")
+        asked = [] if self.unanswered is None else [{"role": "user", "content": self.unanswered}]
+        messages = self.messages + asked
         try:
             with open(os.path.expanduser(rest), "w", encoding="utf-8") as f:
-                json.dump({"system": self.system, "settings": self.settings, "messages": self.messages}, f,
-                          ensure_ascii=False, indent=1)
+                json.dump({"system": self.system, "settings": self.settings, "messages": messages}, f, ensure_ascii=False, indent=1)
         except OSError as error:
             return Outcome(f"cannot write {rest}: {error.strerror}")
-        return Outcome(f"saved {len(self.messages)} messages")
+        return Outcome(f"saved {_counted(len(messages))}")
 
     def _load(self, rest: str) -> Outcome:
         if not rest:
             return Outcome("/load needs a file")
         self.load(rest)
-        return Outcome(f"loaded {len(self.messages)} messages")
+        if self.unanswered is None:
+            return Outcome(f"loaded {_counted(len(self.messages))}")
+        return Outcome(f"loaded {_counted(len(self.messages) + 1)}; /retry asks the last question")
 
     def load(self, path: str) -> None:
-        """Goes on with what /save wrote, or with a bare list of messages. UserError, and no change, for anything else."""
+        """Goes on with what /save wrote, or with a bare list of messages; a question at its end is for /retry. UserError, and no
+        change, for anything else."""
         try:
             found = json.loads(read_file(os.path.expanduser(path), MAX_SAVED).decode("utf-8"))
             found = {"messages": found} if isinstance(found, list) else found
@@ -182,8 +186,12 @@ class Conversation:
         except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is no saved conversation", f"{type(error).__name__}: {error}"[:200],
                             "name a file that /save wrote") from None
-        self.messages, self.settings, self.unanswered = messages, settings, None
-        self.system = system or self.system
+        self.unanswered = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
+        self.messages, self.settings, self.system = messages, settings, system or self.system
+
+
+def _counted(n: int) -> str:
+    return f"{n} message{'s' if n != 1 else ''}"
 
 
 def _setting(name: str, value: object) -> float | int | str:

@@ -5,14 +5,14 @@ can travel; `Grammars` belongs to a tokenizer and turns forms into a `Constraint
 may come if bit i % 32 of word i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
 complete, other special tokens never. Where the form leaves one text only, the mask asks for the tokenizer's own spelling of it.
 
-JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let a model that is pushed off its way
-write them for ever. Llama's own JSON has the blank, as json.dumps writes it; xgrammar's fixed format has it too, llguidance's has none.
-Either forces tokens on a model that has learnt the other, so both may come, and a text has at most one blank for each , and :.
+JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let a model that is pushed off its
+way write them for ever. Llama's own JSON has the blank, as json.dumps writes it; xgrammar's fixed format has it too, llguidance's
+has none. Either forces tokens on a model that has learnt the other, so both may come, and a text has at most one blank for each ,
+and :.
 
 What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What repeats too much is refused here
-(`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents are not
-followed. Knows no sampling.
-"""
+(`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents
+are not followed. Knows no sampling. """
 
 import importlib.util
 import json
@@ -48,7 +48,7 @@ def json_object() -> Form:
 
 def json_schema(schema: object) -> Form:
     """JSON that a schema allows: response_format json_schema. UserError unless `schema` is an object of bearable size."""
-    if isinstance(schema, Mapping):                         # x-guidance would be the client's options of llguidance, blanks included
+    if isinstance(schema, Mapping):                         # x-guidance: the client's own options of llguidance, blanks included
         schema = {key: value for key, value in schema.items() if key != "x-guidance"}
     source = _source("the JSON schema", _json(schema))
     check_schema(schema)
@@ -63,7 +63,8 @@ def regex(pattern: object) -> Form:
 
 
 def lark(grammar: object) -> Form:
-    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is compact unless it says otherwise."""
+    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is compact unless it says
+    otherwise."""
     return Form("lark", checked_lark(_source("the grammar", grammar), _COMPACT))
 
 

@@ -1,8 +1,7 @@
 """Workers for forms (grammar_process), as their parent sees them: started, handed out, tried with a form, killed.
 
-One form has one worker, so that a form that takes long delays nobody else. A worker that has served an honest form serves the next one.
-One more than is needed stands by. Nothing here waits but `try_form`; knows no requests.
-"""
+One form has one worker, so that a form that takes long delays nobody else. A worker that has served an honest form serves the next
+one. One more than is needed stands by. Nothing here waits but `try_form`; knows no requests. """
 
 import contextlib
 import json
@@ -107,8 +106,8 @@ class GrammarPool:
     def __init__(self, tokenizer: Tokenizer, nice: int = 0, cpu_s: float = CPU_S):
         check_tokenizer(tokenizer)
         if tokenizer.source is None:
-            raise UserError("structured output needs a tokenizer that other processes can open", "this one was not read from a file",
-                            "open it with llama_tp.text.tokenizer.open_tokenizer")
+            raise UserError("structured output needs a tokenizer that other processes can open",
+                            "this one was not read from a file", "open it with llama_tp.text.tokenizer.open_tokenizer")
         self._source, self._nice, self.cpu_s, self.answer_s = tokenizer.source, nice, cpu_s, ANSWER_CPU_S * cpu_s
         self._server: subprocess.Popen | None = None
         self._control: socket.socket | None = None
@@ -186,8 +185,8 @@ class GrammarPool:
             self._stop()
 
     def try_form(self, form: Form) -> None:
-        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot be followed, or that takes too much
-        time or memory; Busy. Waits for up to some seconds, and may be called by many threads."""
+        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot be followed, or that takes too
+        much time or memory; Busy. Waits for up to some seconds, and may be called by many threads."""
         with self._lock:
             if form in self._good:
                 self._good.move_to_end(form)

@@ -1,18 +1,17 @@
 """The processes in which forms are compiled and followed: python -m llama_tp.text.grammar_process, with a socket as stdin.
 
-llguidance has no limit of time that holds, and what runs in it cannot be stopped. So it runs in processes that can be killed. The first
-is a fork server: it reads the tokenizer once (0.3 to 0.9 s), never sees a form, and forks a worker in 1 to 5 ms whenever it is sent the
-end of a socket. A worker follows one form at a time, all samples of a request, with limits of CPU time and memory that the kernel
-enforces. It has one thread, no torch, and dies with the fork server, which dies with its parent.
+llguidance has no limit of time that holds, and what runs in it cannot be stopped. So it runs in processes that can be killed. The
+first is a fork server: it reads the tokenizer once (0.3 to 0.9 s), never sees a form, and forks a worker in 1 to 5 ms whenever it
+is sent the end of a socket. A worker follows one form at a time, all samples of a request, with limits of CPU time and memory that
+the kernel enforces. It has one thread, no torch, and dies with the fork server, which dies with its parent.
 
 Frames on a worker's socket are 4 bytes of length and a body. To the worker, JSON:
 
     {"form": [kind, source], "outputs": [[sample, [ids]], ...], "try": bool}    a form, and what its samples have written so far
     {"tokens": [[sample, token], ...]}                                          what they have written since
 
-From the worker, a letter and a rest: h and its process id, once; then for each sample of a message one of m, the sample and its mask,
-or e and JSON, [sample, what, found, fix]. The sample is -1 where all of them have failed.
-"""
+From the worker, a letter and a rest: h and its process id, once; then for each sample of a message one of m, the sample and its
+mask, or e and JSON, [sample, what, found, fix]. The sample is -1 where all of them have failed. """
 
 import contextlib
 import ctypes
@@ -106,8 +105,8 @@ class Worker:
         return HEAD.pack(b"m", sample) + words.tobytes()
 
     def _try(self, constraint: Constraint, words: np.ndarray) -> None:
-        """Follows the form for one more token, some of those that it allows: llguidance finds out late that a form is beyond its own
-        limits, and the mask before has then promised what it does not keep."""
+        """Follows the form for one more token, some of those that it allows: llguidance finds out late that a form is beyond its
+        own limits, and the mask before has then promised what it does not keep."""
         ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
         ids = ids[self._n_bytes[ids] > 0]                   # no stop ids: these end it
         for token in {ids[0], ids[-1], ids[self._n_bytes[ids].argmax()]} if len(ids) else ():
@@ -121,7 +120,8 @@ def _error(sample: int, error: UserError) -> bytes:
 
 
 def work(sock: socket.socket, grammars: Grammars, n_bytes: np.ndarray, cpu_s: float) -> None:
-    """Serves one socket to its end. SIGPROF, which nobody handles, ends the process at the limit of CPU time: also inside llguidance."""
+    """Serves one socket to its end. SIGPROF, which nobody handles, ends the process at the limit of CPU time: also inside
+    llguidance."""
     worker, frames = Worker(grammars, n_bytes), Frames(sock)
     sock.sendall(frame(b"h" + str(os.getpid()).encode()))
     while (bodies := frames.read()) is not None:
@@ -146,8 +146,8 @@ def become_worker() -> None:
 
 
 def main() -> None:
-    """The fork server. The first message on stdin, JSON, is [tokenizer's path or null, folder, limit of CPU seconds]; each further one
-    brings a socket, and says how nice its worker is to be."""
+    """The fork server. The first message on stdin, JSON, is [tokenizer's path or null, folder, limit of CPU seconds]; each further
+    one brings a socket, and says how nice its worker is to be."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)           # workers that have ended need no burial
     control = socket.socket(fileno=os.dup(0))

@@ -1,12 +1,11 @@
 """How large a regex or a grammar becomes once its counted repetitions are written out: known from its text, in linear time.
 
-llguidance looks ahead along text that is forced. `(a?){30000}a{30000}`, 19 bytes, kept it busy for minutes over one mask. The time was
-measured with Llama 3's vocabulary: about 0.1 s for a million of `Size.work`, and for a{1000000}, a node a character, 1.4 s and 340 MB.
-Repetitions in a JSON schema (maxLength, minItems) force nothing, cost nothing up to 10**9, and are not limited.
+llguidance looks ahead along text that is forced. `(a?){30000}a{30000}`, 19 bytes, kept it busy for minutes over one mask. The time
+was measured with Llama 3's vocabulary: about 0.1 s for a million of `Size.work`, and for a{1000000}, a node a character, 1.4 s and
+340 MB. Repetitions in a JSON schema (maxLength, minItems) force nothing, cost nothing up to 10**9, and are not limited.
 
-The scanners follow the syntax of Rust's regex crate and of llguidance's Lark. Where they are fooled (by verbose mode, say), or where
-other things cost time, the limits of the process that compiles the form (grammar_process) hold.
-"""
+The scanners follow the syntax of Rust's regex crate and of llguidance's Lark. Where they are fooled (by verbose mode, say), or
+where other things cost time, the limits of the process that compiles the form (grammar_process) hold. """
 
 import json
 import re
@@ -22,7 +21,8 @@ _CAP = 10**12                   # sizes beyond are not told apart
 
 _COUNT = re.compile(r"\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}")
 _GROUP = re.compile(r"\(\?(?:P?<[^>]{0,200}>|([a-zA-Z-]*)([:)]))")
-_ESCAPE = re.compile(r"\\(?:[pP](?:\{[^}]{0,100}\}|.)|[xuU]\{[^}]{0,20}\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:[pP](?:\{[^}]{0,100}\}|.)|[xuU]\{[^}]{0,20}\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|.)",
+                     re.DOTALL)
 _PLAIN = re.compile(r"[^\\\[\](){}|*+?^$.]+")
 _NESTED = re.compile(r"[\[\]\\]")
 _LARK = re.compile(r"""
@@ -270,8 +270,8 @@ def check_schema(schema: object) -> None:
 
 
 def checked_lark(grammar: str, json_options: Mapping) -> str:
-    """The grammar, whose %json parts get these options of llguidance where they have none. Raises UserError for one that repeats too
-    much, in itself or in a part."""
+    """The grammar, whose %json parts get these options of llguidance where they have none. Raises UserError for one that repeats
+    too much, in itself or in a part."""
     check_size("the grammar", lark_size(grammar))
     pieces = []
     for kind, text in _lark_tokens(grammar):

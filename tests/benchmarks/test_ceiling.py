@@ -9,8 +9,8 @@ from llama_tp.benchmarks import ceiling, latency, session
 from llama_tp.benchmarks.ceiling import Ceiling, CudaProbe, HostProbe, matrix_rate, probe_of, read_rate
 from llama_tp.engine.runner import Runner
 from llama_tp.parallel.groups import single_rank
-from tests.engine.test_cuda_graph import CONFIG, WEIGHTS, Counting
-from tests.engines import engine
+from tests.engines import Counting, engine
+from tests.shapes import SHRUNK
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 GIB = 1 << 30
@@ -86,7 +86,7 @@ def test_this_machine_is_measured_the_same_way():
 
 
 def test_no_batch_size_is_captured_inside_a_timing():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting, max_rows=3)
+    one = engine(single_rank(), SHRUNK["8b"], runner=Runner, graphs=True, record=Counting, max_rows=3)
     record = one.runner.graphs.record
     captured = record.n_captured
     limits = Ceiling(1e9, 1e12, 10**9, 10**6, 10**9, 5 * 10**8, 1)

@@ -9,8 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 URL = sys.argv[1]
 MESSAGES = [{"role": "user", "content": "Who are you?"}]
-SCHEMA = {"type": "object", "properties": {"town": {"enum": ["Verona", "Mantua"]}, "guests": {"type": "integer", "maximum": 99}},
-          "required": ["town", "guests"], "additionalProperties": False}
+SCHEMA = {"type": "object", "required": ["town", "guests"], "additionalProperties": False, "properties": {
+    "town": {"enum": ["Verona", "Mantua"]}, "guests": {"type": "integer", "minimum": 1, "maximum": 99}}}
 UNTYPED = {"properties": {"rain": {"type": "boolean"}}, "required": ["rain"], "additionalProperties": False}
 TOOL = {"type": "function", "function": {"name": "curtain", "description": "Lets the curtain fall.", "parameters": {
     "type": "object", "properties": {}, "additionalProperties": False}}}

@@ -23,7 +23,7 @@ from llama_tp.model.kernels import FlashKernels, TorchKernels
 from llama_tp.parallel.groups import Ranks, single_rank
 from llama_tp.spec.weights import table
 from tests import reference
-from tests.engines import Again, engine
+from tests.engines import Again, Counting, engine
 from tests.flash import Varlen
 from tests.ranks import run as in_ranks
 from tests.shapes import SHRUNK
@@ -47,33 +47,6 @@ def run(one, n_new: int, **params) -> dict[str, list[int]]:
 def test_sizes_leave_few_rows_in_vain_and_keep_the_floor():
     assert sizes(1, 1) == [1] and sizes(5, 1) == [1, 2, 4, 5] and sizes(32, 1) == [1, 2, 4, 8, 16, 24, 32]
     assert sizes(4, 16) == [16] and sizes(32, 16) == [16, 24, 32]
-
-
-class Counting(Again):
-    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
-
-    def __init__(self, fails_at: str = "", after: int = 0):
-        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
-
-    def fail(self, at: str):
-        if at == self.fails_at and self.n_captured == self.after:
-            raise RuntimeError(f"no {at}\nand many lines more")
-
-    def warm_up(self, body):
-        super().warm_up(body)
-        self.fail("warm-up")
-
-    def capture(self, body):
-        self.fail("capture")
-        self.n_captured += 1
-
-        def replay():
-            self.n_replayed += 1
-            Again.warm_up(self, body)
-        return replay
-
-    def release(self):
-        self.released = True
 
 
 def test_all_is_captured_while_loading_and_nothing_in_traffic():
@@ -143,6 +116,18 @@ def failing(ranks, fails_at: str, failing_rank: int):
 def test_a_capture_that_fails_is_told_and_the_step_runs_as_any(fails_at):
     expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 4)
     assert failing(single_rank(), fails_at, 0) == (f"RuntimeError: no {fails_at}", 0, expected)
+
+
+def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
+    model = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner).runner.model
+    model.ranks = Ranks(0, 1, torch.device("cuda"))
+    for name, fake in (("fuse", lambda model: None), ("CudaRecord", object),
+                       ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture"))):
+        monkeypatch.setattr(build, name, fake)
+    cache, tokenizer = SimpleNamespace(n_blocks=4, block_size=16), SimpleNamespace(n_vocab=260)
+    assert build.assemble(model, cache, 2, 512, tokenizer, None, False, 1).n_ahead == 1
+    [line] = capfd.readouterr().err.splitlines()
+    assert "decodes cannot be captured" in line and line.endswith("RuntimeError: no capture")
 
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_all_and_told_once():

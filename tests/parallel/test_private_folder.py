@@ -1,5 +1,6 @@
 """Private folders: nobody else's, gone with their process, and what a kill -9 leaves goes at the next start."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -47,16 +48,27 @@ def test_a_folder_that_is_held_or_not_ours_is_left_alone(place):
     with process:
         (place / "llama_tp-old").mkdir()                    # of a version without locks: it may be in use
         (place / "other").mkdir(mode=0o700)
-        (place / "other" / "lock").touch()
+        (place / "other" / "locked").touch()
         (place / "llama_tp-link").symlink_to(place / "other")
         (place / "llama_tp-open").mkdir()
         (place / "llama_tp-open").chmod(0o755)
-        (place / "llama_tp-open" / "lock").touch()
+        (place / "llama_tp-open" / "locked").touch()
         with PrivateFolder() as mine:
             sweep()
             assert {os.path.basename(each) for each in (path, mine.path)} | {
                 "llama_tp-old", "other", "llama_tp-link", "llama_tp-open"} == set(os.listdir(place))
         process.stdin.close()
+
+
+def test_a_forked_child_leaves_its_parents_folder(place):
+    folder = PrivateFolder()
+    if not (child := os.fork()):
+        folder.remove()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.path.exists(folder.path) and is_held(folder.path)
+    folder.remove()
+    assert list(place.iterdir()) == []
 
 
 @pytest.mark.parametrize("make, found", [
@@ -75,20 +87,24 @@ def test_another_users_folder_is_refused(place, monkeypatch):
         check(str(place / "x"))
 
 
-def test_a_folder_swept_away_before_it_is_held_is_made_anew(place, monkeypatch):
-    """The moment between making and locking it."""
-    hold, made = private_folder.hold, []
-
-    def swept_first(path):
-        made.append(path)
-        return None if len(made) == 1 else hold(path)
-    monkeypatch.setattr(private_folder, "hold", swept_first)
-    with PrivateFolder() as folder:
-        assert len(made) == 2 and is_held(folder.path)
+def test_without_locks_a_folder_is_never_swept(place, monkeypatch):
+    """A file system that has none, as some of the network have."""
+    def none(file, how):
+        raise OSError(errno.ENOLCK, "no locks")
+    monkeypatch.setattr(private_folder.fcntl, "flock", none)
+    folder = PrivateFolder()
+    assert is_held(folder.path)
+    monkeypatch.undo()
+    monkeypatch.setenv("TMPDIR", str(place))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    sweep()
+    assert os.path.exists(folder.path)
+    folder.remove()
 
 
 def test_files_of_ended_processes_are_swept(place):
     (place / "x-1").touch()
+    (place / "x-2").touch()
     held = private_folder.hold(str(place / "x-2"))
     private_folder.sweep_files(str(place), "x-")
     assert os.listdir(place) == ["x-2"]

@@ -33,7 +33,8 @@ def server():
 
 @pytest.mark.parametrize("fields, param", [
     ({"regex": STOPPER}, "regex"), ({"regex": "(a?){3000}a{3000}"}, "regex"), ({"regex": "a{1000000}"}, "regex"),
-    (schema({"type": "string", "pattern": STOPPER}), "response_format"), ({"structured_outputs": {"regex": STOPPER}}, "structured_outputs"),
+    (schema({"type": "string", "pattern": STOPPER}), "response_format"),
+    ({"structured_outputs": {"regex": STOPPER}}, "structured_outputs"),
     (schema({"patternProperties": {STOPPER: {}}}), "response_format"), ({"grammar": f"start: /{STOPPER}/"}, "grammar"),
     ({"grammar": 'start: ("a"?){30000} "a"{30000}'}, "grammar"), ({"regex": ".*" * 3000}, "regex"), ({"regex": ""}, "regex"),
 ])

@@ -91,7 +91,8 @@ def test_json_is_allowed_as_models_write_it(value, grammars, tiny):
         assert constraint.complete
 
 
-CALL = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "x-guidance": {"whitespace_flexible": True}}}}]
+CALL = [{"type": "function", "function": {"name": "f", "parameters": {
+    "type": "object", "x-guidance": {"whitespace_flexible": True}}}}]
 
 
 @pytest.mark.parametrize("form, head, tail", [
@@ -107,7 +108,8 @@ def test_json_is_compact_wherever_it_stands(form, head, tail, grammars, tiny):
         except UserError:
             return False
     assert all(takes(text) for text in ("{}", '{"a":1,"b":[1,2]}', '{"a": 1, "b": [1, 2]}', '{"a": [{"b": []}, "c : , d  "]}'))
-    assert not any(takes(text) for text in ("{ }", '{"a":  1}', '{"a" : 1}', '{"a": 1 }', '{"a":\n1}', '{"a": [1,  2]}', '{"a": [ ]}', "{} "))
+    assert not any(takes(text) for text in (
+        "{ }", '{"a":  1}', '{"a" : 1}', '{"a": 1 }', '{"a":\n1}', '{"a": [1,  2]}', '{"a": [ ]}', "{} "))
 
 
 def test_a_random_mind_ends_compact_json_with_few_blanks(grammars, tiny):

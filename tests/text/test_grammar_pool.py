@@ -30,7 +30,8 @@ def pool(tiny):
 
 
 @pytest.mark.parametrize("form, says", [
-    (SLOW, "takes too much to follow.*0.5 s of computing or 256 MB"), (HUNGRY, "takes too much"), (SLOW_TO_COMPILE, "takes too much"),
+    (SLOW, "takes too much to follow.*0.5 s of computing or 256 MB"), (HUNGRY, "takes too much"),
+    (SLOW_TO_COMPILE, "takes too much"),
     (Form("regex", "("), "not understood.*unclosed group"), (regex(".*" * 300), "too many expressions"),
     (Form("lark", 'start: "a" x{60000}\nx: "b"'), "Too many items"),         # found out one token later
 ])
@@ -58,7 +59,8 @@ def test_a_form_that_is_good_is_tried_once(pool):
 
 
 def test_honest_forms_get_past_hostile_ones(pool):
-    """Twenty hostile forms at once: all are refused, some because others are looked at, and an honest one is through before them."""
+    """Twenty hostile forms at once: all are refused, some because others are looked at, and an honest one is through before
+    them."""
     pool.try_form(regex("a"))
     with ThreadPoolExecutor(24) as threads:
         ends: list[tuple[str, str]] = []

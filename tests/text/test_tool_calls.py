@@ -287,15 +287,16 @@ def test_not_parallel_means_one_call():
 
 
 @pytest.mark.parametrize("text", [
-    "{" * 300_000, "[" * 300_000, "<function=" * 30_000, '{"name": "f", "parameters": ' + '{"x":' * 60_000, "[f(x=" + "(" * 300_000,
-    '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000,
-    '{"name": "f", "parameters": {}};' * 10_000,
-    "brave_search.call(query=" + '"' * 300_000, 'brave_search.call(query="<function=f>{}</function>' * 6_000])
-def test_time_is_linear_in_the_text(text):
-    """Eight times the text costs about eight times as much; anything quadratic, 64 times."""
-    def cost(text: str) -> float:
-        started = time.thread_time()
-        parse(text, OFFERED)
-        return time.thread_time() - started
-    part = min(cost(text[:len(text) // 8]) for _ in range(3))
-    assert cost(text) < 50 * part
+    "{" * 40_000, "[" * 40_000, "<function=" * 4_000, '{"name": "f", "parameters": ' + '{"x":' * 6_000, "[f(x=" + "(" * 40_000,
+    '"' * 40_000, '{"a": "' + "\\" * 40_000, '{"name": "f", "id": "' + "a" * 40_000, "[f(x='" + "\\'" * 20_000, "<" * 40_000,
+    '{"name": "f", "parameters": {}};' * 1_200, "[f(x=" + "1," * 20_000, "[" + "f()," * 10_000,
+    "brave_search.call(query=" + '"' * 40_000, 'brave_search.call(query="<function=f>{}</function>' * 800])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_time_is_linear_in_the_text(text, streamed):
+    """Of 16 times the text: 16 times the work; were it quadratic, 256 times. Processor time, which other work does not lengthen."""
+    def seconds(text: str) -> float:
+        started = time.process_time()
+        fold(fed(text, range(len(text)) if streamed else [], OFFERED, None))
+        return time.process_time() - started
+    few = min(seconds(text[:len(text) // 16]) for _ in range(3))
+    assert seconds(text) < 64 * few + 0.5
