@@ -17,7 +17,8 @@ _STORAGES = {
     "torch.BFloat16Storage": torch.bfloat16, "torch.HalfStorage": torch.float16, "torch.FloatStorage": torch.float32,
     "torch.DoubleStorage": torch.float64, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
     "torch.ShortStorage": torch.int16, "torch.IntStorage": torch.int32, "torch.LongStorage": torch.int64,
-    "torch.BoolStorage": torch.bool, "torch.storage.UntypedStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool, "torch.ComplexFloatStorage": torch.complex64, "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.storage.UntypedStorage": torch.uint8,
 }
 _CLASSES = ("collections.OrderedDict", "torch.Tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
             "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2")

@@ -34,7 +34,7 @@ STATES = {
     "wide": {"a": torch.zeros(1, 64).expand(32, 64)},
     "other dtypes": {str(dtype): torch.arange(3).to(dtype) for dtype in (
         torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float8_e4m3fn,
-        torch.uint16)},
+        torch.uint16, torch.complex64, torch.complex128)},
     "ordered": collections.OrderedDict((f"layers.{i}", torch.zeros(i)) for i in range(40)),
 }
 
