@@ -205,25 +205,27 @@ class Engine:
         """(masked rows, words) int32 on every rank: the driver's. A row whose mask is late may write anything: it is not used."""
         words = torch.full((sum(row.masked for row in step.rows), -(-self.tokenizer.n_vocab // 32)), -1, dtype=torch.int32)
         if self.is_driver:
-            masks = self._masks_of([self.scheduler.rows[row.row] for row in step.rows if row.masked])
+            masks = self._masks_of([self.scheduler.rows[row.row] for row in step.rows if row.masked], len(words) == len(step.rows))
             for place, mask in zip(words, masks):
                 if mask is not None:
                     place.copy_(mask)
         return share_words(words, self.ranks)
 
-    def _masks_of(self, sequences: list[Sequence]) -> list[torch.Tensor | None]:
-        """For each which tokens may come ((words,) int32 bits, sampler.allowed); None without a form, and of one that is late."""
+    def _masks_of(self, sequences: list[Sequence], alone: bool) -> list[torch.Tensor | None]:
+        """alone: the step has no other rows. -> for each which tokens may come ((words,) int32 bits, sampler.allowed); None without
+        a form, and of one that is late."""
         formed = [sequence for sequence in sequences if sequence.params.form]
         if not formed:
             return [None] * len(sequences)
-        self._masks.wait(formed)
+        self._masks.wait(formed, alone and len(formed) == len(sequences))
         masks = {sequence: self._masks.get(sequence) for sequence in formed}
         self._late |= {sequence for sequence, mask in masks.items() if mask is None}
         return [None if (mask := masks.get(sequence)) is None else torch.from_numpy(mask.view(np.int32)) for sequence in sequences]
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.rows[row.row] for row in rows]
-        choices = choose(sequences, logits, self.tokenizer.stop_ids, self._masks_of(sequences), self.runner.n_vocab)
+        masks = self._masks_of(sequences, alone=False)
+        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks, self.runner.n_vocab)
         self._logprobs.update((sequence, choice.logprobs) for sequence, choice in zip(sequences, choices) if choice.logprobs)
         return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
 

@@ -21,6 +21,7 @@ from llama_tp.text.grammar_pool import MAX_DEATHS, START_S, GrammarPool, Worker,
 from llama_tp.text.grammar_process import ALL, HEAD
 
 GRACE_S = 0.02          # an honest mask takes less than a thousandth of a second, an honest form some to compile
+ALONE_S = 0.2           # the same where the step has no other rows
 N_FORGIVEN = 32         # masks in time, after which one may be late again
 
 
@@ -37,6 +38,7 @@ class _Followed:
     asked_at: float = 0.0
     was_there: bool = False             # the worker, when it was looked at last
     n_deaths: int = 0
+    cpu_s: float = 0.0                  # of the worker, when it was asked
     n_to_forgive: int = 0               # masks that have to come in time before one is waited for
 
     @property
@@ -77,7 +79,7 @@ class Masks:
             if one.unsent and one.worker:
                 one.worker.send(tokens_message(one.unsent))
                 one.n_unanswered += len(one.unsent)
-                one.unsent, one.asked_at = [], time.monotonic()
+                one.unsent, one.asked_at, one.cpu_s = [], time.monotonic(), one.worker.cpu_s
                 self._hold(one, bool(one.n_to_forgive))
 
     def end(self, sequence: Sequence) -> None:
@@ -102,20 +104,28 @@ class Masks:
             self.pool.give(one.worker)
         self._start_some()
 
-    def wait(self, sequences: list[Sequence]) -> None:
-        """Returns when all their masks are there, or have had their time."""
+    def wait(self, sequences: list[Sequence], alone: bool) -> None:
+        """Returns when all their masks are there, or have had their time, which is longer where nobody waits with them: `alone`
+        says that the step has no other rows."""
         ones = {one.request: one for one in (self._followed.get(sequence.request) for sequence in sequences) if one}
         while True:
             now = time.monotonic()
-            waited = [(one.asked_at + GRACE_S - now, one) for one in ones.values() if one.waits and not one.n_to_forgive]
-            ready = [one for left, one in waited if left > 0]
-            if not ready:
+            grace_s = ALONE_S if alone and all(one.waits for one in ones.values()) else GRACE_S
+            waited = [(one.asked_at + grace_s - now, one) for one in ones.values() if one.waits and not one.n_to_forgive]
+            in_time = [one for left, one in waited if left > 0]
+            if not in_time:
                 break
-            self._take(ready, max(left for left, _ in waited))
+            self._take(in_time, max(left for left, _ in waited))
         for _, one in waited:
-            one.n_to_forgive = N_FORGIVEN if one.worker.pid else 1      # one that is being started is not to blame
-            one.worker.demote()
             self._hold(one, True)
+            self._blame(one)
+
+    @staticmethod
+    def _blame(one: _Followed) -> None:
+        """A worker that has computed for too long makes room for others; one that was not given a CPU is not to blame."""
+        if one.worker.cpu_s > one.cpu_s + GRACE_S:
+            one.n_to_forgive = N_FORGIVEN
+            one.worker.demote()
 
     def look(self, seconds: float = 0.0) -> None:
         """Takes what has come, waiting so long for anything."""
@@ -124,6 +134,8 @@ class Masks:
             self._take(ones, seconds)
         now = time.monotonic()
         for one in ones:
+            if one.waits:
+                self._blame(one)
             limit = self.pool.answer_s if one.worker and one.worker.pid else START_S
             if one.waits and now > one.asked_at + limit:
                 self._fail(one, self.pool.too_much(one.worker))
@@ -155,6 +167,7 @@ class Masks:
 
     def _start(self, one: _Followed) -> None:
         one.worker, one.was_there, one.unsent, one.masks = self.pool.take(), False, [], {}
+        one.cpu_s = one.worker.cpu_s
         outputs = [(index, sequence.output_ids) for index, sequence in one.samples.items()]
         one.worker.send(start_message(one.request.params.form, outputs))
         one.n_unanswered, one.asked_at = len(one.samples), time.monotonic()

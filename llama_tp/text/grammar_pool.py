@@ -28,6 +28,7 @@ ANSWER_CPU_S = 2.5      # times the limit of CPU time an answer may take: where 
 QUICK_S = 0.1           # a trial that takes longer makes room for others, and goes on with the lowest priority
 N_QUICK = N_SLOW = 4    # trials at once
 NICE, LOWEST = 5, 19
+PROCESS_CLOCK = 2       # Linux: with a process id, the number of the clock of its CPU time
 MAX_IDLE = 8
 MAX_DEATHS = 5          # of workers over one answer, sooner than a limit can have ended them
 MAX_GOOD = 1024         # forms that are known to be good
@@ -69,6 +70,13 @@ class Worker:
         self.pid = pid
         with contextlib.suppress(OSError, AttributeError):
             self._handle = os.pidfd_open(pid)               # a process id may be another's, some time
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time that it has used so far; 0 of one that is not there."""
+        with contextlib.suppress(OSError):
+            return time.clock_gettime(~self.pid << 3 | PROCESS_CLOCK) if self.pid else 0.0
+        return 0.0
 
     def demote(self) -> None:
         """Gives it the lowest priority, for good."""

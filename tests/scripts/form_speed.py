@@ -11,7 +11,7 @@ from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.text.grammar import regex
 
 DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "demo"
-N_TOKENS, N_ROUNDS = 100, 7
+N_TOKENS, N_ROUNDS = 100, 5
 
 engine = build(EngineOptions(str(DEMO), max_batch_size=32, device="cpu", quiet=True))
 if not engine.is_driver:

@@ -15,7 +15,8 @@ HOSTILE = [                         # all get past the check of their size, but 
     lambda i: {"regex": f"(a?){{{30000 + i}}}a{{30000}}"},
     lambda i: {"regex": f"(a?){{1500}}a{{{1500 + i}}}"},
     lambda i: {"regex": ".*" * (1000 + i)},
-    lambda i: {"structured_outputs": {"json": {"type": "string", "allOf": [{"pattern": f"b{{{i}}}a{{{k}}}"} for k in range(1, 250)]}}},
+    lambda i: {"structured_outputs": {"json": {"type": "string", "allOf": [
+        {"pattern": f"b{{{i}}}a{{{k}}}"} for k in range(1, 250)]}}},
     lambda i: {"grammar": f'start: "a" x{{{40000 + i}}}\nx: "b"'},
     lambda i: {"grammar": f'start: s{i}\ns{i}: s{i} s{i} | s{i} s{i} s{i} | "a" | ""'},
 ]
