@@ -121,10 +121,9 @@ def tell(rank: int, failure) -> int:
     code to leave with."""
     code = failure.exitcode
     if code < 0 and not os.path.exists(os.environ[TOLD]):
-        name = signal.Signals(-code).name
-        hint = "often the machine is out of memory" if name == "SIGKILL" else "it crashed, or somebody ended it"
-        say(UserError(f"rank {rank} (pid {failure.pid}) was ended by {name}", hint, "start it again"))
-    return code if code > 0 else 128 - code
+        hint = "often the machine is out of memory" if -code == signal.SIGKILL else "it crashed, or somebody ended it"
+        say(UserError(f"rank {rank} (pid {failure.pid}) was ended by {failure.signal_name()}", hint, "start it again"))
+    return code if code > 0 else FAILURE
 
 
 def say(error: UserError) -> None:
