@@ -108,6 +108,9 @@ class Masks:
         """Returns when all their masks are there, or have had their time, which is longer where nobody waits with them: `alone`
         says that the step has no other rows."""
         ones = {one.request: one for one in (self._followed.get(sequence.request) for sequence in sequences) if one}
+        for one in ones.values():                           # most have come while the model ran: no need to poll
+            if one.waits:
+                self._read(one)
         while True:
             now = time.monotonic()
             grace_s = ALONE_S if alone and all(one.waits for one in ones.values()) else GRACE_S
@@ -129,7 +132,8 @@ class Masks:
 
     def look(self, seconds: float = 0.0) -> None:
         """Takes what has come, waiting so long for anything."""
-        ones = [one for one in self._followed.values() if one.waits]
+        ones = [one for one in self._followed.values()
+                if one.waits and any(sequence.held for sequence in one.samples.values())]
         if ones:
             self._take(ones, seconds)
         now = time.monotonic()
@@ -175,13 +179,16 @@ class Masks:
     def _take(self, ones: list[_Followed], seconds: float) -> None:
         by_worker = {id(one.worker): one for one in ones}
         for worker in wait_for([one.worker for one in ones], seconds):
-            one = by_worker[id(worker)]
-            for answer in worker.take():
-                self._hear(one, answer)
-            if worker.pid and not one.was_there:            # its time begins when it is there
-                one.was_there, one.asked_at = True, time.monotonic()
-            if worker.gone and one.waits:
-                self._replace(one)
+            self._read(by_worker[id(worker)])
+
+    def _read(self, one: _Followed) -> None:
+        worker = one.worker
+        for answer in worker.take():
+            self._hear(one, answer)
+        if worker.pid and not one.was_there:                # its time begins when it is there
+            one.was_there, one.asked_at = True, time.monotonic()
+        if worker.gone and one.waits:
+            self._replace(one)
 
     def _hear(self, one: _Followed, answer: bytearray) -> None:
         if answer[:1] == b"e":

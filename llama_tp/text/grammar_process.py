@@ -46,7 +46,7 @@ class Frames:
     def read(self) -> list[bytearray] | None:
         """The frames that are there, once the socket has something to read; None when the peer has gone."""
         try:
-            data = self.sock.recv(1 << 20)
+            data = self.sock.recv(1 << 16)
         except BlockingIOError:
             return []
         except OSError:
