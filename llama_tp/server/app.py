@@ -62,8 +62,8 @@ class Served:
     n_prompts: int = 0
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
-    # few: they and the event loop take turns at the interpreter's lock
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "llama_tp texts"))
+    # one: it and the event loop take turns at the interpreter's lock, and a second would not make it more
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llama_tp texts"))
     # these wait for other processes, and take no turns
     form_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(N_QUICK + N_SLOW, "llama_tp forms"))
     n_trials: int = 0
@@ -260,7 +260,10 @@ async def body_of(request: Request) -> bytes:
     if kind != "application/json":
         raise RequestError("the content type must be application/json", f"found {kind[:80]!r}",
                            "send the header Content-Type: application/json", code="unsupported_media_type", status=415)
-    return await request.body()
+    data = bytearray()                                      # in one place: thousands of pieces would leave the heap in pieces, too
+    async for piece in request.stream():
+        data += piece
+    return bytes(data)
 
 
 def _documented(shape: type) -> dict:

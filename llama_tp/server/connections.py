@@ -26,6 +26,7 @@ from llama_tp.spec.errors import UserError
 USUAL_CONNECTIONS = 4096
 OWN_FILES = 128                 # sockets and pipes of this process, and connections that are being refused
 N_REFUSED = 64                  # of these; whoever comes while so many are told is not told
+READ_BYTES = 1 << 16            # of one connection, in a turn of the loop; asyncio's 256 KB of 200 take a fifth of a second
 LOOK_S = 0.25                   # how often the connections are looked at
 LINGER_S = 2.0                  # for a client to read why it is refused: closing on unread bytes would take the reply with it
 LEAST_RATE = 500                # bytes a second that a client must read, on average over `write_s`; Apache's number
@@ -91,6 +92,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.max_size = READ_BYTES
         self._take_note()
         if len(self.connections) > self._shared.most:
             self._make_room()

@@ -27,7 +27,7 @@ NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
 BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
 BODY_RATE = 8192        # bytes a second, on average, that its sender must reach after the first BODY_S
 SMALL_BYTES = 1 << 16   # bodies up to this always find room
-BODIES = 32             # of the greatest length: so many bytes all bodies may have at once, until they are answered
+BODIES, ROOM_S = 32, 30.0   # so many larger ones are read at once, until they are answered; others wait so long, unread
 LINGER_BYTES, LINGER_S = 64 << 20, 10.0     # of a body that nobody wants: closing on unread bytes would take the reply with it
 SILENT_S = 2.0          # in the middle of it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
@@ -79,7 +79,7 @@ class Gate:
 
     def __init__(self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20):
         self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
-        self.n_body_bytes = 0                               # of all bodies that are being read or worked at, but for small ones
+        self.room = asyncio.Semaphore(BODIES)               # for large bodies
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -145,13 +145,13 @@ class _Body:
     """What a client sends, in bounds of size, silence and slowness.
 
     Args:
-        gate: has the bounds, and counts the bytes of all bodies.
+        gate: has the bounds, and the room that all bodies share.
         headers: tell whether there is one, and whether the client sends it without asking first (Expect).
     """
 
     def __init__(self, receive, gate: Gate, headers: dict[bytes, bytes]):
         self._receive, self._gate = receive, gate
-        self._n_bytes, self._n_counted, self._ended = 0, 0, False
+        self._n_bytes, self._has_room, self._ended = 0, False, False
         self._begun = time.monotonic()
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         self._comes = has_body and b"expect" not in headers
@@ -168,25 +168,29 @@ class _Body:
             raise RequestError("the body does not come", f"{self._n_bytes:,} bytes in {time.monotonic() - self._begun:.0f} s",
                                "send it again", code="request_timeout", status=408) from None
         self._ended = not message.get("more_body", False)
-        self._count(len(message.get("body", b"")))
+        self._n_bytes += len(message.get("body", b""))
+        if self._n_bytes > self._gate.max_body_bytes:
+            raise _too_long(self._gate.max_body_bytes)
+        if self._n_bytes > SMALL_BYTES and not self._has_room:
+            await self._take_room()
         return message
 
-    def _count(self, n_bytes: int) -> None:
-        self._n_bytes += n_bytes
-        most = self._gate.max_body_bytes
-        if self._n_bytes > most:
-            raise _too_long(most)
-        if self._n_bytes > SMALL_BYTES:
-            self._gate.n_body_bytes += self._n_bytes - self._n_counted
-            self._n_counted = self._n_bytes
-            if self._gate.n_body_bytes > BODIES * most:
-                self._gate.metrics.rejected("body_bytes")
-                raise _Crowded(f"bodies of {BODIES * most:,} bytes at once are the most")
+    async def _take_room(self) -> None:
+        """Waits for room: what its sender sends meanwhile stays in the network."""
+        asked = time.monotonic()
+        try:
+            await asyncio.wait_for(self._gate.room.acquire(), ROOM_S)
+        except asyncio.TimeoutError:
+            self._gate.metrics.rejected("bodies")
+            raise _Crowded(f"{BODIES} are being read, and none was done within {ROOM_S:g} s") from None
+        self._has_room = True
+        self._begun += time.monotonic() - asked             # which is not its sender's fault
 
     def release(self) -> None:
-        """Its bytes are counted no more. Safe to call twice."""
-        self._gate.n_body_bytes -= self._n_counted
-        self._n_counted = 0
+        """Gives its room to another. Safe to call twice."""
+        if self._has_room:
+            self._gate.room.release()
+        self._has_room = False
 
     async def read_out(self) -> None:
         """Throws away what is left of it, before a reply that does not need it."""
