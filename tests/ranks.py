@@ -17,6 +17,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -131,6 +132,14 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def free_pair() -> int:
+    """A --master_port: free a moment ago, as the port after it was. Below those that the kernel hands out to others by itself."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
 
 
 class Launched:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import free_port, torchrun
+from tests.ranks import free_pair, torchrun
 
 DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
@@ -99,7 +99,7 @@ def test_a_truncated_shard_ends_every_rank(tmp_path):
 
 def test_two_nodes_on_one_host():
     """Two torchrun agents, one rank each, write the text of one torchrun with two ranks; only rank 0 prints."""
-    port = free_port()
+    port = free_pair()
     args = ["-m", "llama_tp.generate", "--ckpt_dir", str(DEMO), "--prompt", "ROMEO:", "--temperature", "0", "--max_gen_len", "20",
             "--device", "cpu", "--deterministic"]
 

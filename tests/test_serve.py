@@ -16,7 +16,7 @@ import pytest
 
 from llama_tp.serve import check_names, check_origins
 from llama_tp.spec.errors import UserError
-from tests.ranks import PATIENCE_S, ROOT, free_port, is_alive
+from tests.ranks import PATIENCE_S, ROOT, free_pair, is_alive
 from tests.servers import DEMO, serving
 
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
@@ -148,7 +148,7 @@ def test_a_killed_server_leaves_no_rank_behind(loading):
 @pytest.mark.slow
 def test_two_nodes_and_a_death_on_the_other():
     """Two launchers on one host; the other node runs the line that the server prints, again when it ends."""
-    port, over = free_port(), threading.Event()
+    port, over = free_pair(), threading.Event()
     with serving("--nproc_per_node", "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port),
                  ready=False) as server:
         server.wait_for("on node 1 run, again whenever it ends: ")

@@ -26,7 +26,7 @@ from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.line import listen
 from llama_tp.spec.errors import UserError
 from tests.listeners import listeners
-from tests.ranks import free_port, run, torchrun
+from tests.ranks import free_pair, free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
 END_S = 45.0            # all ranks are gone by then, on a busy machine too, and before gloo's own 60 s are up
@@ -348,7 +348,7 @@ def test_a_torchrun_told_to_end_ends_quietly(script):
 
 def test_two_agents_as_two_nodes(script):
     """Ranks on two nodes watch each other over the network; a death on one ends both."""
-    port = free_port()
+    port = free_pair()
 
     def node(n):
         return torchrun(1, script, options=["--nnodes", "2", "--node_rank", str(n), "--master_addr", "127.0.0.1",
