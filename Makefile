@@ -21,15 +21,14 @@ help:  ## show this list
 	@echo "  TORCH=installed   use the torch >= 2.11 of \$$(PYTHON) (GPU machines) instead of $(TORCH)"
 	@echo "  PYTHON=python3.12 make .venv from this Python (3.10 or newer)"
 
-setup: $(VENV)/.test  ## make .venv with everything that tests need (about 1 GB on disk)
+setup: $(VENV)/.test  ## make .venv with everything that tests need (1.4 GB on disk)
 
 demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 	@PATH="$(CURDIR)/$(BIN):$$PATH" NPROC=2 launch/single_node.sh generate \
-	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --max_gen_len 300 --device cpu
+	    --ckpt_dir checkpoints/demo --prompt "ROMEO:" --echo --max_gen_len 300 --device cpu
 
 chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
-	@$(BIN)/python -m llama_tp.serve --ckpt_dir checkpoints/demo --device cpu --port 8011 --quiet 2>/dev/null & server=$$!; \
-	    trap "kill $$server" EXIT; $(BIN)/python -m llama_tp.chat --url http://127.0.0.1:8011 --wait 60 --max_tokens 60
+	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/chat.sh --ckpt_dir checkpoints/demo --device cpu --quiet -- --max_tokens 60
 
 test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 	$(BIN)/python -m pytest
@@ -37,7 +36,10 @@ test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
 test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers
 	$(BIN)/python -m pytest --slow --ignore tests/clients
 
-test-clients: $(VENV)/.clients  ## openai, langchain, lm-eval, schemathesis, a browser and a 10-minute load against the server
+# Clients whose pins clash with ours have an environment each, made of tests/clients/NAME.txt.
+FOREIGN := $(patsubst tests/clients/%.txt,$(VENV)/clients/%/.done,$(wildcard tests/clients/*.txt))
+
+test-clients: $(VENV)/.clients $(FOREIGN)  ## openai, langchain, lm-eval, huggingface_hub, instructor, a browser ... and a 10-minute load
 	$(BIN)/python -m pytest --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
 
 check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
@@ -45,8 +47,8 @@ check: $(VENV)/.test  ## lint, and hold the code against the architecture page (
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(VENV)/.core  ## what this machine could do at best, and what the demo model does (a minute)
-	@for n in 1 2; do $(BIN)/torchrun --standalone --nproc_per_node $$n -m llama_tp.bench latency --ckpt_dir checkpoints/demo \
-	    --device cpu 2>/dev/null || exit 1; echo; done
+	@for n in 1 2; do $(BIN)/python -m llama_tp.launch --nproc_per_node $$n bench latency --ckpt_dir checkpoints/demo \
+	    --device cpu || exit 1; echo; done
 
 clean:  ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
@@ -75,6 +77,12 @@ $(VENV)/.doors: $(VENV)/.core
 $(VENV)/.test: $(VENV)/.core
 	@echo "setup: what the tests need" >&2
 	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/clients/%/.done: tests/clients/%.txt | $(VENV)/.core
+	@echo "setup: $* in an environment of its own" >&2
+	@test -d $(@D) || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip --disable-pip-version-check install -qq -r $<
 	@touch $@
 
 $(VENV)/.clients: $(VENV)/.test

@@ -3,7 +3,7 @@
 #
 #   launch/single_node.sh generate --ckpt_dir D --prompt "Once upon a time"
 #
-# The first word names the command (here llama_tp.generate), all others are passed on as they are.
+# The first word names the command: generate, batch, bench, serve, or a script. All others are passed on as they are.
 #   --dry-run   before the command: print what would be started, and start nothing
 #   NPROC=4     environment: that many ranks
 set -euo pipefail
@@ -45,16 +45,16 @@ if (( ranks == 0 )); then
 fi
 share_cores "$ranks"
 
-# --standalone picks a free port, so that two jobs on one machine do not meet.
-start=(torchrun --standalone --nproc_per_node "$ranks" -m "llama_tp.$1" "${@:2}")
+# Not torchrun --standalone: it opens two stores to the network, and runs what is written there. This is torchrun without them.
+start=(python3 -m llama_tp.launch --nproc_per_node "$ranks" "$@")
 if [[ -n $dry_run ]]; then
     printf 'LLAMA_TP_THREADS=%s OMP_NUM_THREADS=%s' "$LLAMA_TP_THREADS" "$OMP_NUM_THREADS"
     printf ' %q' "${start[@]}"
     echo
     exit
 fi
-if ! command -v torchrun > /dev/null; then
-    echo "error: no torchrun on PATH - it comes with torch - run 'make setup', then: source .venv/bin/activate" >&2
+if ! python3 -c 'import llama_tp' 2> /dev/null; then
+    echo "error: python3 on PATH has no llama_tp - run 'make setup', then: source .venv/bin/activate" >&2
     exit 1
 fi
 exec "${start[@]}"

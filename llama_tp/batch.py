@@ -15,10 +15,10 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from llama_tp.cli import run
+from llama_tp.cli import check_numbers, run
 from llama_tp.protocol.batch_job import Job, open_job, sampled_digest, tokenizer_digest
-from llama_tp.protocol.batch_lines import Defaults
 from llama_tp.protocol.batch_work import Work
+from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.protocol.order import ServedModel
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
@@ -35,16 +35,16 @@ STORE_WAIT = timedelta(days=365)        # workers wait while rank 0 looks throug
 def main(
     *, ckpt_dir: str, input: str, output: str, tokenizer_path: str | None = None, skip_bad: bool = False,
     retry_failed: bool = False, temperature: float | None = None, top_p: float | None = None, max_gen_len: int | None = None,
-    seed: int = 1, model_name: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
-    device: str | None = None, dtype: str | None = None, deterministic: bool = True, rope_factor: float | None = None,
-    chat_template: Literal["meta", "hf"] = "meta", prefix_cache: bool = True, max_step_tokens: int | None = None,
-    step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
+    generation_config: str = "auto", seed: int = 1, model_name: str | None = None, max_seq_len: int | None = None,
+    max_batch_size: int = 32, device: str | None = None, dtype: str | None = None, deterministic: bool = True,
+    rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", prefix_cache: bool = True,
+    max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
 ):
     """Answer a file of requests. The same command goes on where it was stopped, killed or out of disk.
 
     Examples:
         python -m llama_tp.batch --ckpt_dir checkpoints/demo --input in.jsonl --output out.jsonl
-        torchrun --nproc_per_node 8 -m llama_tp.batch --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+        python -m llama_tp.launch --nproc_per_node 8 batch --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
             --input in.jsonl --output out.jsonl
 
     An input line is one of OpenAI's batch ({"custom_id", "method", "url", "body"}, for /v1/chat/completions or
@@ -71,9 +71,12 @@ def main(
             for the date is told 26 Jul 2024, what Llama's own templates say, so that a job is the same on any day
 
     Sampling, for lines that do not say it themselves:
-        temperature: 0 is greedy; 1 for OpenAI's lines and 0.6 for plain ones unless given
-        top_p: 1 for OpenAI's lines and 0.9 for plain ones unless given
-        max_gen_len: most tokens to write; unless given 16 for OpenAI's completions, else as many as fit in max_seq_len
+        temperature: 0 is greedy; unless given what generation_config says, else 1 for OpenAI's lines and 0.6 for plain ones
+        top_p: unless given what generation_config says, else 1 for OpenAI's lines and 0.9 for plain ones
+        max_gen_len: most tokens to write; unless given 16 for OpenAI's completions, else what generation_config says, else as
+            many as fit in max_seq_len
+        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its temperature, top_p, top_k, min_p,
+            repetition_penalty and max_new_tokens count); a path for another; none for neither
         seed: with the input and a line's custom_id, decides the line's draws
 
     Resources:
@@ -94,30 +97,40 @@ def main(
         raise UserError(f"--output {output} cannot be written", "it is no file that can be gone on with", "name another")
     if any(os.path.exists(each) and os.path.samefile(input, each) for each in (output, f"{output}.job", f"{output}.retry")):
         raise UserError(f"--output {output} cannot be written", "it is the --input, or a file beside it is", "name another")
+    given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
+    check_numbers(max_seq_len=(max_seq_len, 1, 10**9), max_batch_size=(max_batch_size, 1, 10**5),
+                  max_step_tokens=(max_step_tokens, 1, 10**9), step_timeout=(step_timeout, 1, 10**6),
+                  load_timeout=(load_timeout, 1, 10**6))
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.checkpoint.source import open_checkpoint
     from llama_tp.engine.build import DEFAULT_SEQ_LEN, EngineOptions, build
     from llama_tp.engine.session import report
-    from llama_tp.parallel.groups import open_store, read_launch
+    from llama_tp.parallel.rendezvous import open_store, read_launch
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
     launch, job = read_launch(os.environ), None
+    store = None if launch is None or launch.world == 1 else open_store(launch, load_timeout)
     if launch is None or launch.rank == 0:
         source = open_checkpoint(fetch(ckpt_dir), rope_factor)
         tokenizer = open_tokenizer(tokenizer_path, source.folder)
-        chat = open_template(fetch(ckpt_dir, cached_only=True), tokenizer, TEMPLATES_DATE) if chat_template == "hf" else None
+        folder = fetch(ckpt_dir, cached_only=True)
+        chat = open_template(folder, tokenizer, TEMPLATES_DATE) if chat_template == "hf" else None
         model = served(source, tokenizer, chat, flags, max_seq_len or DEFAULT_SEQ_LEN)
-        job = open_job(input, output, model, Defaults(temperature, top_p, max_gen_len), made_of(source, model, flags), skip_bad,
-                       retry_failed, lambda line: None if quiet else print(f"batch: {line}", file=sys.stderr, flush=True))
+        defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
+
+        def tell(line: str) -> None:
+            if not quiet:
+                print(f"batch: {line}", file=sys.stderr, flush=True)
+        if defaults.file:
+            tell(f"what lines do not say: {defaults}")
+        job = open_job(input, output, model, defaults, made_of(source, model, defaults, flags), skip_bad, retry_failed, tell)
         source.close()
-    alone = launch is None or launch.world == 1
-    store = None if alone else open_store(launch, timedelta(seconds=2 * max(step_timeout, 60.0)))
     if not something_to_do(job, store):
         return job and closing_word(job, job.n_failed, quiet)
 
-    engine = build(EngineOptions(**{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}))
+    engine = build(EngineOptions(**{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}), store)
     stop, finished = Stop(engine.is_driver), True
     try:
         if engine.is_driver:
@@ -144,11 +157,12 @@ def served(source, tokenizer, chat, flags: dict, max_seq_len: int) -> ServedMode
     return ServedModel(name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab, chat=chat)
 
 
-def made_of(source, model: ServedModel, flags: dict) -> dict:
+def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict) -> dict:
     """What must stay the same for a file to be gone on with: all that an answer depends on, and no tp."""
-    names = [name for name in os.listdir(source.folder) if name.endswith((".safetensors", ".pth")) and not name.startswith(".")]
     template = {} if model.chat is None else {"chat template": model.chat.digest()}
-    return {"model": sampled_digest(source.folder, names, source.digest()), "tokenizer": tokenizer_digest(model), **template,
+    config = {"generation config": dict(defaults.file)} if defaults.file else {}
+    return {"model": sampled_digest(source.folder, source.weight_files(), source.digest()), "tokenizer": tokenizer_digest(model),
+            **template, **config,
             "parameters": {name: flags[name] for name in PARAMETERS} | {"model_name": model.name, "max_seq_len": model.max_seq_len}}
 
 
@@ -242,10 +256,10 @@ def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
 def same_command(flags: dict, launch) -> str:
     """The command that goes on from here, as one types it."""
     defaults = {name: each.default for name, each in inspect.signature(main).parameters.items()}
-    words = ["python", "-m"] if launch is None else ["torchrun", "--nproc_per_node", str(launch.local_size), "-m"]
-    if launch is not None and launch.n_nodes > 1:
-        words[1:1] = ["--nnodes", str(launch.n_nodes), "..."]
-    words.append("llama_tp.batch")
+    words = ["python", "-m", "llama_tp.batch"]
+    if launch is not None:
+        nodes = ["--nnodes", str(launch.n_nodes), "..."] if launch.n_nodes > 1 else []
+        words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(launch.local_size), "batch"]
     for name, value in flags.items():
         if value != defaults[name]:
             words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]

@@ -24,11 +24,11 @@ def main(
     prompts_file: str | None = None, temperature: float = 0.0, ignore_eos: bool = True, seed: int = 1, api_key: str | None = None,
     goodput: tuple[str, ...] = (), request_timeout: float = 600.0,
 ):
-    """Measure latency, throughput or startup, also under torchrun, beside what the machine could do at best; or load a server.
+    """Measure latency, throughput or startup, on one rank or more, beside what the machine could do at best; or load a server.
 
     Examples:
         python -m llama_tp.bench latency --ckpt_dir checkpoints/demo --batch_size 1 --batch_size 8
-        torchrun --nproc_per_node 2 -m llama_tp.bench throughput --model 1B
+        python -m llama_tp.launch --nproc_per_node 2 bench throughput --model 1B
         python -m llama_tp.bench serve --url http://127.0.0.1:8000 --n_requests 100 --request_rate 5 --goodput ttft:500
 
     What:
@@ -100,7 +100,7 @@ def main(
         raise UserError("--model is not a published size", f"found {model!r}", f"use one of {', '.join(PUBLISHED)}")
     if (tp is None) != (simulate_rank is None) or (tp and not (model and 0 <= simulate_rank < tp)):
         raise UserError("--tp and --simulate_rank go together, with --model", f"found --tp {tp} --simulate_rank {simulate_rank}",
-                        "for example --model 405B --tp 8 --simulate_rank 0; real ranks are started with torchrun")
+                        "for example --model 405B --tp 8 --simulate_rank 0; real ranks are started with python -m llama_tp.launch")
     if plot and what != "latency":
         raise UserError("--plot draws latency", f"this is {what}", "leave it out")
     if what == "startup" and not ckpt_dir:

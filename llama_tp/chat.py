@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,10 @@ from llama_tp.protocol.events import Events
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import Answer, Conversation
 
+try:
+    import termios
+except ImportError:                                     # not on Windows, where there is nothing to switch off
+    termios = None
 try:
     import httpx
     import prompt_toolkit
@@ -215,21 +220,74 @@ def talk(conversation: Conversation, server: Server, read: Callable[[], str], co
 def reply(conversation: Conversation, server: Server, console: "rich.console.Console", markdown: bool) -> None:
     """Streams the answer to the last message onto the screen and into the conversation, as far as it comes."""
     answer, end = Answer(), ""
-    view = Markdown(console) if markdown else Plain(console)
+    with silent_keys(), CtrlC() as ctrl_c:
+        view = Markdown(console) if markdown else Plain(console)
+        try:
+            with contextlib.closing(server.stream(conversation.body(), answer)) as pieces:     # closed: the server stops, too
+                for text in ctrl_c.until_pressed(pieces):
+                    view.add(text)
+        except KeyboardInterrupt:
+            end = "stopped; "
+        except UserError as error:
+            end = f"{error}\n"
+        view.close()
+        conversation.answered(answer)
+        notes = console if console.is_terminal else rich.console.Console(stderr=True)       # a pipe gets answers alone
+        if end or console.is_terminal:
+            end = end + answer.line() if answer.text else end.rstrip("\n; ") or "no text came"
+            notes.print(end, style="dim", markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def silent_keys() -> Iterator[None]:
+    """Keeps the terminal from echoing keys: rich counts the lines that it goes back, and an echo (of ^C, too) would add one.
+    What is typed meanwhile waits for the next prompt."""
+    if not (termios and sys.stdin.isatty()):
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]     # Ctrl-C is not to empty the output
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
-        with contextlib.closing(server.stream(conversation.body(), answer)) as pieces:     # closed: the server stops, too
-            for text in pieces:
-                view.add(text)
-    except KeyboardInterrupt:
-        end = "stopped; "
-    except UserError as error:
-        end = f"{error}\n"
-    view.close()
-    conversation.answered(answer)
-    notes = console if console.is_terminal else rich.console.Console(stderr=True)       # a pipe gets answers alone
-    if end or console.is_terminal:
-        end = end + answer.line() if answer.text else end.rstrip("\n; ") or "no text came"
-        notes.print(end, style="dim", markup=False, soft_wrap=True)
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+class CtrlC:
+    """Ctrl-C raises KeyboardInterrupt while we wait for the next piece, and is remembered while we draw: half a drawing would be
+    drawn again."""
+
+    def __init__(self):
+        self.pressed = self.waiting = False
+
+    def __enter__(self) -> "CtrlC":
+        self.before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _press(self, *_) -> None:
+        self.pressed = True
+        if self.waiting:
+            self.waiting = False                        # a second Ctrl-C does not interrupt the closing of the stream
+            raise KeyboardInterrupt
+
+    def until_pressed(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces; KeyboardInterrupt once Ctrl-C has been pressed."""
+        while True:
+            try:
+                self.waiting = True
+                if self.pressed:
+                    raise KeyboardInterrupt
+                text = next(pieces, None)
+            finally:
+                self.waiting = False
+            if text is None:
+                return
+            yield text
 
 
 class Plain:
@@ -251,24 +309,37 @@ class Markdown:
     it no more than fits: redrawing what has scrolled away would repeat it."""
 
     def __init__(self, console: "rich.console.Console"):
-        self.console, self.rest = console, ""
+        self.console, self.rest, self.gap = console, "", ""
         self.live = rich.live.Live(console=console, refresh_per_second=12, transient=True)
         self.live.start()
 
     def add(self, text: str) -> None:
         done, self.rest = finished(self.rest + text)
-        if done:
-            self.console.print(self.drawn(done))
-        self.live.update(self.drawn(tail(self.rest, max(3, self.console.height - 4))))
+        if done.strip():
+            self.print(done)
+        below = [""] if self.gap else []
+        self.live.update(rich.console.Group(*below, drawn(tail(self.rest, max(3, self.console.height - 5)))))
 
     def close(self) -> None:
         self.live.update("")
         self.live.stop()
         if self.rest.strip():
-            self.console.print(self.drawn(self.rest))
+            self.print(self.rest)
 
-    def drawn(self, text: str):
-        return rich.markdown.Markdown(text, hyperlinks=False)           # where a link leads stays in sight
+    def print(self, text: str) -> None:
+        """Prints paragraphs for good, an empty line below those before."""
+        self.console.print(self.gap, drawn(text), sep="", end="")
+        self.gap = "\n"
+
+
+def drawn(text: str) -> "rich.markdown.Markdown":
+    """A text as markdown, but each of its lines as a line: rich joins the lines of a paragraph, and a model means verse."""
+    markdown = rich.markdown.Markdown(text, hyperlinks=False)           # where a link leads stays in sight
+    for token in markdown.parsed:
+        for part in token.children or ():
+            if part.type == "softbreak":
+                part.type = "hardbreak"
+    return markdown
 
 
 def finished(text: str) -> tuple[str, str]:

@@ -14,8 +14,8 @@ A command is a module whose top is light (no torch) with one function
 
 whose annotations are the types of its flags, and whose docstring is its --help: a line `name: text`, indented under a
 title, documents --name. Known types: str, int, float, bool, Literal of texts, each also `| None`, and list[...] or
-tuple[..., ...] for a flag that may be given several times. A parameter in front of the `*` is a word without a flag
-(`bench latency`); it is spelt --name too.
+tuple[..., ...] for a flag with several values (--flag A B, or --flag A --flag B). A parameter in front of the `*` is a
+word without a flag (`bench latency`); it is spelt --name too.
 
 Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every rank, after the load;
 it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the words are read here, and fire is left to call
@@ -37,7 +37,7 @@ import typing
 
 import fire
 
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, mark_told
 
 # torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the driver has failed
 # too, it gets to say why, and torchrun ends the worker before the time is up. If not, the worker speaks.
@@ -58,7 +58,7 @@ class Flag:
     name: str
     kind: type  # str, int, float or bool
     choices: tuple[str, ...] = ()  # the texts allowed; () = any
-    repeats: bool = False  # may be given several times, arrives as a tuple
+    repeats: bool = False  # has several values, arrives as a tuple
     optional: bool = False  # None is a value
     bare: bool = False  # may stand without its name
     default: object = inspect.Parameter.empty
@@ -162,6 +162,9 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
         value = flag.value("false" if off else text if equals else _next_text(flag, words))
         if flag.repeats:
             value = (*values.get(flag.name, ()), value)
+            is_open = not equals and not any(each.bare and each.name not in values for each in flags.values())
+            while is_open and words and not words[0].startswith("-"):  # --flag A B, as argparse has it
+                value = (*value, flag.value(words.pop(0)))
         elif flag.name in values:
             raise UserError(f"--{flag.name} is given twice", f"{values[flag.name]!r} and {value!r}", "keep one of them")
         values[flag.name] = value
@@ -190,7 +193,9 @@ def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
 
 
 def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]) -> UserError:
-    if "prompt" in flags and "prompt" not in values:
+    if likely := [name for name in _likely_flags(word) if name in flags and name not in values]:
+        fix = f"did you mean --{likely[0]} {word}?"
+    elif "prompt" in flags and "prompt" not in values:
         fix = f'did you mean --prompt "{word}"?'
     elif previous is not None and previous.kind is str:
         given = values[previous.name][-1] if previous.repeats else values[previous.name]
@@ -198,6 +203,22 @@ def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str,
     else:
         fix = "values are given with their flag: --flag value; --help lists them"
     return UserError("a word without a flag", f"found {word!r}", fix)
+
+
+def _likely_flags(word: str) -> tuple[str, ...]:
+    """Names of flags, of any command, whose value looks like `word`: folder or name on the hub, file, address."""
+    if os.path.isfile(word):
+        return "input", "prompts_file", "load"
+    if os.path.isdir(word) or re.fullmatch(r"[\w.-]+/[\w.-]+", word):
+        return ("ckpt_dir",)
+    return ("url",) if word.startswith(("http://", "https://")) else ()
+
+
+def check_numbers(**ranges: tuple[float | None, float, float]) -> None:
+    """Raises UserError for the value of a flag outside its range (value, least, most); None is not given, and inside."""
+    for name, (value, least, most) in ranges.items():
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
 
 
 def help_text(main, flags: dict[str, Flag]) -> str:
@@ -236,7 +257,7 @@ def _help_entry(flag: Flag, text: str, width: int) -> str:
     elif flag.default not in (None, "", (), False):
         text += f" (default {flag.default})"
     if flag.repeats:
-        text += " (may be given several times)"
+        text += " (several values: A B, or given several times)"
     name = f"    {flag.name.upper() if flag.bare else '--' + flag.name} {kind}".rstrip()
     column = 32
     first = name.ljust(column) if len(name) < column - 1 else name + "  "
@@ -252,6 +273,7 @@ def _leave(error: UserError, code: int) -> typing.NoReturn:
         who = f"[rank {_rank()}] error"
     if _is_driver() or code != USAGE:  # all ranks have the same flags: the driver's word about them is enough
         print(f"{who}:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        mark_told()
     sys.exit(code)
 
 

@@ -3,12 +3,16 @@
 Text goes to stdout as it is made, or one JSON line a prompt with --json; everything else goes to stderr.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
+import re
 import sys
 from typing import Literal
 
-from llama_tp.cli import run
+from llama_tp.cli import check_numbers, run
+from llama_tp.engine.request import SamplingParams
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
 
@@ -24,11 +28,11 @@ def main(
     device: str | None = None, dtype: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
     prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
 ):
-    """Write text with a Llama 3 checkpoint, on one rank or, under torchrun, on several.
+    """Write text with a Llama 3 checkpoint, on one rank or, started by llama_tp.launch, on several.
 
     Examples:
         python -m llama_tp.generate --ckpt_dir checkpoints/demo --prompt "ROMEO:"
-        torchrun --nproc_per_node 8 -m llama_tp.generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+        python -m llama_tp.launch --nproc_per_node 8 generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
             --chat --prompt "Why is the sky blue?"
 
     Model:
@@ -42,7 +46,7 @@ def main(
 
     Prompts:
         prompt: the text to continue, or the user's message with --chat; - reads it from stdin
-        prompts_file: one prompt a line; a line that begins with " is a JSON string
+        prompts_file: one prompt a line; a line that begins with " is a JSON string, and "" the empty prompt
         chat: make each prompt the user's message in a chat
         chat_template: with --chat, meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
         system: the system message, with --chat
@@ -85,26 +89,31 @@ def main(
         raise UserError("--system is a message of a chat", "--chat is not set", "add --chat")
     if chat_template != "meta" and not chat:
         raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
+    check_numbers(max_seq_len=(max_seq_len, 1, 10**9), max_batch_size=(max_batch_size, 1, 10**5),
+                  max_step_tokens=(max_step_tokens, 1, 10**9), step_timeout=(step_timeout, 1, 10**6),
+                  load_timeout=(load_timeout, 1, 10**6))
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+    with said_of_flags():
+        params = SamplingParams(
+            max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+            repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            logit_bias=biases_of(logit_bias), n=n_samples, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos,
+            logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
 
     from llama_tp.engine.build import EngineOptions, build
-    from llama_tp.engine.request import SamplingParams
     from llama_tp.engine.session import chat_encoder, generate, report
-    params = SamplingParams(
-        max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-        repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-        logit_bias=biases_of(logit_bias), n=n_samples, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos, logprobs=logprobs,
-        prompt_logprobs=logprobs if echo else None)
     engine = build(EngineOptions(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,
         seed=seed, rope_factor=rope_factor, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache,
         step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet, chat_template=chat_template))
+    errors = []
     try:
         if engine.is_driver:
             present = JsonLines(echo) if json else Text(echo)
             encoder = chat_encoder(engine, ckpt_dir, chat_template) if chat else None
             for sample in generate(engine, texts, params, encoder, system):
                 present(sample)
+                errors += [sample.error] if sample.error else []
             engine.dismiss()
         else:
             engine.follow()
@@ -114,6 +123,8 @@ def main(
     except UserError as error:
         engine.watch.fail(error)
     engine.close()
+    if errors:
+        raise UserError(f"{len(errors)} of {len(texts) * n_samples} samples could not be completed", errors[0])
 
 
 def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
@@ -121,10 +132,14 @@ def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
     if (prompt is None) == (prompts_file is None):
         raise UserError("there must be one source of prompts", "both --prompt and --prompts_file" if prompt is not None else
                         "neither --prompt nor --prompts_file", 'give --prompt "TEXT", --prompt - or --prompts_file FILE')
-    source = "--prompt -" if prompts_file is None else f"--prompts_file {prompts_file}"
+    source = ("--prompt -" if prompt == "-" else "--prompt") if prompts_file is None else f"--prompts_file {prompts_file}"
     try:
         if prompts_file is None:
-            return [sys.stdin.read() if prompt == "-" else prompt]
+            text = sys.stdin.read() if prompt == "-" else prompt
+            if not text:                                    # a shell variable that was not set, a command that failed
+                raise UserError("the prompt is empty", f"found no text in {source}", 'give some text; to begin from nothing, '
+                                'write "" on a line of a --prompts_file')
+            return [text]
         with open(prompts_file, encoding="utf-8-sig") as f:
             lines = f.read().split("\n")                    # no more ends a line: splitlines has U+2028 and others, too
     except (OSError, UnicodeDecodeError) as error:
@@ -154,6 +169,20 @@ def biases_of(pairs: tuple[str, ...]) -> dict[int, float]:
         raise UserError("--logit_bias needs ID:BIAS", f"found {' '.join(pairs)!r}", "write e.g. --logit_bias 128009:-100") from None
 
 
+@contextlib.contextmanager
+def said_of_flags():
+    """A refusal by SamplingParams names this command's flags: --max_gen_len and not max_tokens."""
+    names = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
+    names |= {"max_tokens": "max_gen_len", "n": "n_samples"}
+
+    def said(text: str) -> str:
+        return re.sub(r"\w+", lambda word: f"--{names[word[0]]}" if word[0] in names else word[0], text)
+    try:
+        yield
+    except UserError as error:
+        raise UserError(said(error.what), said(error.found), said(error.fix)) from None
+
+
 class Text:
     """Prints samples one after the other, each as it grows."""
 
@@ -169,8 +198,6 @@ class Text:
         sys.stdout.write(sample.text[self.written:] + ("\n" if sample.finish_reason else ""))
         sys.stdout.flush()
         self.written = len(sample.text)
-        if sample.error:
-            print(f"error: {sample.error}", file=sys.stderr)
 
 
 class JsonLines:

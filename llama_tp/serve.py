@@ -5,11 +5,13 @@ very module; started by torchrun (RANK is set) it is one rank, which serves what
 """
 
 import os
+import re
 import shlex
 import sys
 from typing import Literal
 
-from llama_tp.cli import run
+from llama_tp.cli import check_numbers, run
+from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
 
@@ -19,15 +21,17 @@ KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read 
 
 
 def main(
-    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: str | None = None,
-    api_key: tuple[str, ...] = (), page: bool = True, max_queue: int = 1024, max_queue_logprobs: int = 16777216,
+    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
+    strict_model_name: bool = False, api_key: tuple[str, ...] = (), allow_origins: tuple[str, ...] = (), page: bool = True,
+    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_queue_logprobs: int = 16777216,
     max_connections: int | None = None,
     keep_alive_timeout: float = 5.0, max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16,
-    drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1,
-    master_addr: str | None = None, master_port: int = 29500, tokenizer_path: str | None = None, dtype: str | None = None,
-    device: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
-    chat_template: Literal["meta", "hf"] = "meta", max_seq_len: int | None = None,
-    max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True, seed: int = 1,
+    drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
+    tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
+    rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", generation_config: str = "auto",
+    temperature: float | None = None, top_p: float | None = None, top_k: int | None = None, min_p: float | None = None,
+    repetition_penalty: float | None = None, max_gen_len: int | None = None, seed: int = 1, max_seq_len: int | None = None,
+    max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True,
     step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
 ):
     """Serve a Llama 3 checkpoint to OpenAI's clients, and to a browser at /.
@@ -41,9 +45,12 @@ def main(
     Server:
         host: address to listen at; 0.0.0.0 lets other machines in
         port: to listen at; 0 takes a free one and says which
-        served_model_name: what clients call the model; the folder's name unless given
+        served_model_name: what replies call the model, and further names to list it under; the folder's name unless given
+        strict_model_name: refuse requests for any other name; without it every name is answered, as there is one model
         api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY does the same
         page: a page for browsers at /
+        allow_origins: web pages of these origins (https://app.example, or * for any) may ask, as browsers let them only then
+        metrics_prefix: vllm names the metrics as vLLM does, for its dashboards
         drain_timeout: seconds that requests have to finish after SIGTERM or Ctrl-C
 
     Limits:
@@ -60,7 +67,7 @@ def main(
         nproc_per_node: ranks on each node
         nnodes: nodes; the others run the line that is printed
         master_addr: this node's address, for the others
-        master_port: a free port at that address
+        master_port: a free port at that address; the one after it must be free too
         max_restarts: how often, in ten minutes, the ranks are started again
         step_timeout: seconds after which a step counts as hung and the ranks are started again
         load_timeout: the same for loading
@@ -74,7 +81,17 @@ def main(
         deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
         chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
-        seed: of requests that bring none
+
+    Sampling, for requests that do not say it themselves:
+        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its temperature, top_p, top_k, min_p,
+            repetition_penalty and max_new_tokens count, as in vLLM); a path for another; none for OpenAI's defaults
+        temperature: 0 is greedy; what generation_config says, else 1, unless given; likewise:
+        top_p: only the likeliest tokens that together are this probable; else 1
+        top_k: only this many of the likeliest tokens; else 0, which is off
+        min_p: only tokens at least this fraction as likely as the likeliest; else 0
+        repetition_penalty: above 1 makes what was said already less likely; else 1
+        max_gen_len: most tokens of an answer; else as many as fit, and 16 for /v1/completions, which is OpenAI's
+        seed: with a request's number since the start, decides its draws
 
     Resources:
         max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
@@ -113,6 +130,10 @@ def main(
     if not all(key and key.isascii() and key.isprintable() for key in keys):
         raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
                         "correct it (an empty one would let everybody in)")
+    given = sampling_flags(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+                           repetition_penalty=repetition_penalty, max_tokens=max_gen_len)
+    check_origins(allow_origins)
+    check_names(served_model_name)
     check_launch(ckpt_dir, nnodes * nproc_per_node)
 
     from llama_tp.checkpoint.hub import fetch
@@ -127,19 +148,22 @@ def main(
                         "point it at the checkpoint's folder, or write org/name of a model on the hub")
     tokenizer = open_tokenizer(tokenizer_path, folder)
     chat = open_template(folder, tokenizer) if chat_template == "hf" else None
-    launch = torchrun_line(nproc_per_node, nnodes, master_addr, master_port)
+    defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
+    print(f"server: what requests do not say: {defaults}", file=sys.stderr)
+    launch = launch_flags(nproc_per_node, nnodes, master_addr, master_port)
     ranks = ["-m", "llama_tp.serve", *words_of(flags)]
     for node in range(1, nnodes):
-        line = shlex.join(["torchrun", *launch, "--node_rank", str(node), *ranks])
+        line = shlex.join(["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks])
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
     front.run(front.FrontOptions(
-        command=[sys.executable, "-m", "torch.distributed.run", *launch, *(["--node_rank", "0"] if nnodes > 1 else []), *ranks],
-        name=served_model_name or name_of(ckpt_dir), tokenizer=tokenizer, chat=chat, host=host,
-        port=port, keys=keys,
+        command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
+        name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
+        strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
         max_queue=max_queue, max_queue_logprobs=max_queue_logprobs, max_body_bytes=max_body_bytes,
+        allow_origins=allow_origins, metrics_prefix=metrics_prefix,
         connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
         limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
-        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30)))
+        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))
 
 
 def link_path() -> str:
@@ -150,17 +174,26 @@ def link_path() -> str:
     return os.environ["LLAMA_TP_LINK"]
 
 
-def check_numbers(**ranges: tuple[float, float, float]) -> None:
-    """Raises UserError for a value outside its range (value, least, most)."""
-    for name, (value, least, most) in ranges.items():
-        if not least <= value <= most:
-            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises UserError for names that no client could ask for, and for one that is there twice."""
+    for i, name in enumerate(names):
+        if not name.strip() or not name.isprintable() or len(name) > 1000 or name in names[:i]:
+            raise UserError("--served_model_name needs names of 1 to 1000 printable characters, each once", f"found {name[:80]!r}",
+                            "correct it")
 
 
-def torchrun_line(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
-    """torchrun's own flags, for every node."""
+def check_origins(origins: tuple[str, ...]) -> None:
+    """Raises UserError for what no browser would ever send as its origin."""
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", origin):
+            raise UserError("--allow_origins needs origins as browsers send them", f"found {origin[:80]!r}",
+                            "write scheme://host[:port] without a slash at the end, or *")
+
+
+def launch_flags(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
+    """The launcher's own flags, for every node."""
     if nnodes == 1:
-        return ["--standalone", "--nproc_per_node", str(nproc_per_node)]
+        return ["--nproc_per_node", str(nproc_per_node)]
     if master_addr is None:
         raise UserError("several nodes need an address to meet at", "--master_addr is not given",
                         "give --master_addr this node's name or address, as the others see it")

@@ -3,10 +3,15 @@
 `-m slow` chooses only them, and so runs them too.
 """
 
+import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)        # two cores: the ranks of a pool need them, and tiny models gain nothing from more
+
+# Hypothesis fails an example that takes 200 ms, and data that come slowly: on a busy machine any does.
+hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):

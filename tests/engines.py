@@ -1,7 +1,9 @@
 """Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
 
 import contextlib
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +19,7 @@ from llama_tp.model.transformer import build
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import table
 from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference
 
 
@@ -43,13 +46,55 @@ class OnDevice(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def again(body):
-    """A Record that captures nothing: what would be captured runs once, as for a real one, and then as often as asked."""
-    def replay():
-        with OnDevice():
+class Again:
+    """A Record that captures nothing: what would be captured runs as often as asked, the first time guarded. Of the warm-ups only
+    the first, and largest, is done, since 32 of them are a second for every engine; `Counting` does all."""
+
+    guard, warm = OnDevice, False
+
+    def warm_up(self, body):
+        if not self.warm:
             body()
-    replay()
-    return replay
+        self.warm = True
+
+    def capture(self, body):
+        guards = [self.guard()]
+
+        def replay():
+            with guards.pop() if guards else contextlib.nullcontext():
+                body()
+        return replay
+
+    def release(self):
+        pass
+
+
+class Counting(Again):
+    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
+
+    def __init__(self, fails_at: str = "", after: int = 0):
+        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
+
+    def fail(self, at: str):
+        if at == self.fails_at and self.n_captured == self.after:
+            raise RuntimeError(f"no {at}\nand many lines more")
+
+    def warm_up(self, body):
+        body()
+        self.fail("warm-up")
+
+    def capture(self, body):
+        self.fail("capture")
+        self.n_captured += 1
+        again = super().capture(body)
+
+        def replay():
+            self.n_replayed += 1
+            again()
+        return replay
+
+    def release(self):
+        self.released = True
 
 
 class Recorder(Engine):
@@ -67,9 +112,25 @@ def alphabet(n_vocab: int) -> Tokenizer:
     return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, (), lambda text: [ord(c) - 0x100 for c in text])
 
 
+def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
+    """A byte a token, one that ends (256), and others without text: in a file, which the processes for forms can open, too."""
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    shown = {byte: chr(byte) for byte in alphabet}
+    shown |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in alphabet)}
+    specials = [{"id": i, "content": f"<|{i}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+                 "normalized": False} for i in range(256, n_vocab)]
+    (folder / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "added_tokens": specials,
+        "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
+    return open_tokenizer(None, str(folder))
+
+
 def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
            step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True, graphs=False,
-           kernels=None, tokenizer=None) -> Recorder:
+           kernels=None, tokenizer=None, record=Again) -> Recorder:
     """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo. graphs: as on CUDA,
     decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
@@ -78,8 +139,10 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
     model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
     scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
-    run = runner(model, cache, max_rows, config.vocab_size, again if graphs else None)
-    out = Recorder(run, scheduler, tokenizer or alphabet(config.vocab_size), ranks, NoWatch(), n_ahead=int(graphs))
+    tokenizer = tokenizer or alphabet(config.vocab_size)
+    run = runner(model, cache, max_rows, min(tokenizer.n_vocab, config.vocab_size), record() if graphs else None)
+    assert run.capture() is None
+    out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
     return out
 

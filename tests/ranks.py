@@ -17,6 +17,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from pathlib import Path
 from llama_tp.parallel.groups import close, init_ranks, single_rank
 
 ROOT = Path(__file__).parent.parent
+PATIENCE_S = 120         # for what must come, on a busy machine too: ends a hang, promises nothing
 _pools: dict[int, "Pool"] = {}
 
 
@@ -36,7 +38,7 @@ class RankFailed(AssertionError):
     """A function raised, or hung, in a rank of the pool; the text holds that rank's traceback."""
 
 
-def run(tp: int, fn, *args, timeout: float = 60, **kwargs) -> list:
+def run(tp: int, fn, *args, timeout: float = PATIENCE_S, **kwargs) -> list:
     """Calls `fn(ranks, *args, **kwargs)` on `tp` ranks at once; their results in rank order.
 
     `fn` must be a module-level function of a test module. tp 1 runs in this process. After a failure the pool is
@@ -69,7 +71,7 @@ class Pool:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, fn, *args, timeout: float = 60, **kwargs) -> list:
+    def run(self, fn, *args, timeout: float = PATIENCE_S, **kwargs) -> list:
         answers, deadline = [], time.monotonic() + timeout
         try:
             for pipe in self.pipes:
@@ -132,12 +134,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def free_pair() -> int:
+    """A --master_port: free a moment ago, as the port after it was. Below those that the kernel hands out to others by itself."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
+
+
 class Launched:
-    """A running torchrun: `.process`, `.pids()` of its ranks, `.wait()`; stdout and stderr go to files."""
+    """A running torchrun: `.process`, `.pids()` of its ranks, `.wait()`; stdout and stderr go to files.
+
+    `start_s` is how long it took until its ranks were seen: what a promise of seconds is held against (`soon`).
+    """
 
     def __init__(self, process: subprocess.Popen, folder: Path):
         self.process, self.folder = process, folder
-        self.started = time.monotonic()
+        self.started, self.start_s = time.monotonic(), 0.0
         self.seen: set[int] = set()
 
     @property
@@ -158,9 +171,14 @@ class Launched:
                 if rank:
                     ranks[int(rank[0])] = pid
         self.seen |= set(ranks.values())
+        self.start_s = self.start_s or (time.monotonic() - self.started if ranks else 0.0)
         return [ranks[rank] for rank in sorted(ranks)]
 
-    def wait_for(self, text: str, timeout: float = 60, where: str = "stderr") -> None:
+    def soon(self, promised_s: float) -> float:
+        """A promise of so many seconds, on a machine that is as busy as this one was when it started this job."""
+        return promised_s + 3 * self.start_s
+
+    def wait_for(self, text: str, timeout: float = PATIENCE_S, where: str = "stderr") -> None:
         """Waits until `text` has been printed."""
         deadline = time.monotonic() + timeout
         while text not in getattr(self, where):
@@ -169,7 +187,7 @@ class Launched:
             time.sleep(0.05)
         self.pids()
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = PATIENCE_S) -> int:
         """The exit code; fails the test if it does not end in time."""
         try:
             return self.process.wait(timeout)
@@ -185,16 +203,16 @@ class Launched:
 
 
 @contextlib.contextmanager
-def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None):
-    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks; kills all of it at the end.
+def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None,
+             module: str = "llama_tp.launch"):
+    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks, as our launcher does; kills all of it at the end.
 
-    `options` replaces torchrun's `--standalone`.
+    `options` are more of the launcher's; `module` torch.distributed.run is torchrun as torch has it.
     """
     mark = f"{os.getpid()}.{time.monotonic_ns()}"           # in the environment of all that belongs to this job
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", "torch.distributed.run", *(options or ["--standalone"]),
-                   "--nproc_per_node", str(n), *argv]
+        command = [sys.executable, "-m", module, *(options or []), "--nproc_per_node", str(n), *argv]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
             process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT, env={

@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tests.ranks import ROOT, end_job, marked
+from tests.ranks import PATIENCE_S, ROOT, end_job, marked
 
 DEMO, SCRIPTS = ROOT / "checkpoints" / "demo", ROOT / "tests" / "scripts"
 
@@ -27,7 +27,7 @@ class Server:
     def stderr(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, timeout: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout
         while text not in self.stderr:
             assert self.process.poll() is None, f"ended before {text!r}:\n{self.stderr}"
@@ -38,7 +38,7 @@ class Server:
         self.wait_for("listening on ")
         self.url = self.stderr.partition("listening on ")[2].split()[0]
 
-    def wait_ready(self, timeout: float = 90) -> None:
+    def wait_ready(self, timeout: float = PATIENCE_S) -> None:
         deadline = time.monotonic() + timeout
         while self.get("/health")[0] != 200:
             assert self.process.poll() is None, self.stderr
@@ -49,7 +49,7 @@ class Server:
         """(status, headers, body)."""
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as reply:
                 return reply.status, dict(reply.headers), reply.read()
         except urllib.error.HTTPError as error:
             return error.code, dict(error.headers), error.read()
@@ -57,11 +57,28 @@ class Server:
     def get(self, path: str, **headers: str) -> tuple[int, dict, bytes]:
         return self.request(path, None, headers)
 
+    def get_json(self, path: str, **headers: str) -> tuple[int, dict]:
+        """(status, the JSON it answers with)."""
+        status, _, text = self.request(path, None, headers)
+        return status, json.loads(text)
+
     def post(self, path: str, body: object, **headers: str) -> tuple[int, dict]:
         """(status, the JSON it answers with)."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, _, text = self.request(path, data, {"Content-Type": "application/json", **headers})
         return status, json.loads(text)
+
+    def wait_idle(self) -> dict:
+        """What /load says, once no request is left."""
+        while (load := json.loads(self.get("/load")[2]))["server_load"] or load["running"] or load["waiting"]:
+            time.sleep(0.02)
+        return load
+
+    def n_aborted(self) -> int:
+        """The samples that were given up because their client had gone."""
+        page = self.get("/metrics")[2].decode()
+        return sum(int(float(line.split()[-1])) for line in page.splitlines()
+                   if line.startswith('llama_tp:request_success_total{finished_reason="abort"'))
 
     def failures(self) -> list[str]:
         """What its books say of replies of 500 and more, but for /health, which says 503 while it loads."""
@@ -78,7 +95,7 @@ class Server:
                 found |= {int(line[5:]): pid for line in env if line.startswith(b"RANK=")}
         return [found[rank] for rank in sorted(found)]
 
-    def end(self, number: int = signal.SIGTERM, timeout: float = 40) -> int:
+    def end(self, number: int = signal.SIGTERM, timeout: float = PATIENCE_S) -> int:
         """Ends it by a signal; its exit code, once nothing of it is left."""
         self.process.send_signal(number)
         code = self.process.wait(timeout)

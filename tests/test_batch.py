@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import torchrun
+from tests.ranks import PATIENCE_S, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ["--ckpt_dir", str(ROOT / "checkpoints/demo"), "--device", "cpu"]
@@ -100,7 +100,7 @@ def test_answers_have_openais_shape_and_the_inputs_order(forty):
 def test_two_ranks_write_the_same_bytes(forty, tmp_path):
     source, data = forty
     with torchrun(2, words(source, tmp_path / "out.jsonl")) as job:
-        assert job.wait(100) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == data
 
 
@@ -112,14 +112,14 @@ def test_another_batch_size_and_a_finished_file(forty, tmp_path):
     done = batch(source, target)                                  # again: nothing is loaded
     assert "all 40 lines" in done.stderr and "ready" not in done.stderr and target.read_bytes() == data
     with torchrun(2, words(source, target)) as job:               # the other ranks hear that there is nothing to do
-        assert job.wait(60) == 0 and "ready" not in job.stderr
+        assert job.wait() == 0 and "ready" not in job.stderr
     assert target.read_bytes() == data
 
 
 def kill(job, who: str) -> None:
     with contextlib.suppress(IndexError, ProcessLookupError):     # it may have ended by itself
         os.kill(job.process.pid if who == "torchrun" else job.pids()[int(who)], signal.SIGKILL)
-    job.wait(60)
+    job.wait()
 
 
 def test_killed_anywhere_it_ends_with_the_same_bytes(forty, tmp_path):
@@ -131,12 +131,12 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(forty, tmp_path):
                 assert job.process.poll() is None, job.stderr
                 time.sleep(0.005)
             kill(job, who)
-            assert not job.left_over(within=20)
+            assert not job.left_over(within=job.soon(20))
         assert goal <= n_lines(target) < 40, "it was too late to kill"
         whole = target.read_bytes().rpartition(b"\n")[0]
         assert data.startswith(whole) and len(whole) > 100
     with torchrun(2, words(source, target)) as job:
-        assert job.wait(100) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
     assert target.read_bytes() == data
 
 
@@ -148,10 +148,10 @@ def test_sigterm_ends_after_a_step_and_names_the_command_that_goes_on(forty, tmp
             assert job.process.poll() is None, job.stderr
             time.sleep(0.005)
         job.process.terminate()
-        assert job.wait(40) != 0 and not job.left_over(within=5)
+        assert job.wait() != 0 and not job.left_over(within=job.soon(5))
         [said] = [line for line in job.stderr.splitlines() if line.startswith("batch: stopped")]
     assert "stopped by SIGTERM" in said and f"after {n_lines(target)} of 40 lines" in said
-    assert f"torchrun --nproc_per_node 2 -m llama_tp.batch --ckpt_dir {DEMO[1]} --input {source} --output {target}" in said
+    assert f"python -m llama_tp.launch --nproc_per_node 2 batch --ckpt_dir {DEMO[1]} --input {source} --output {target}" in said
     assert data.startswith(target.read_bytes()) and 5 <= n_lines(target) < 40
     one = subprocess.Popen([sys.executable, *words(source, target)], cwd=ROOT, stderr=subprocess.PIPE, encoding="utf-8")
     so_far = n_lines(target)
@@ -159,7 +159,7 @@ def test_sigterm_ends_after_a_step_and_names_the_command_that_goes_on(forty, tmp
         assert one.poll() is None
         time.sleep(0.005)
     one.terminate()
-    _, said = one.communicate(timeout=40)
+    _, said = one.communicate(timeout=PATIENCE_S)
     assert one.returncode == 128 + signal.SIGTERM and "to go on: python -m llama_tp.batch" in said, said
     batch(source, target)
     assert target.read_bytes() == data
@@ -179,8 +179,10 @@ def test_another_job_is_refused_before_anything_is_loaded(forty, tmp_path):
     source, data = forty
     target = finished(forty, tmp_path)
     other = write_input(tmp_path / "other.jsonl", 41)
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0.5}')
     for changed, said in [
         ([str(other)], "the input is another"),
+        ([str(source), "--generation_config", str(tmp_path)], "the generation config is another"),
         ([str(source), "--seed", "2", "--max_seq_len", "200"], "max_seq_len was 512 and is 200; seed was 1 and is 2"),
     ]:
         done = batch(changed[0], target, *changed[1:], "--quiet", code=1)
@@ -201,7 +203,7 @@ def test_bad_lines_are_listed_before_anything_is_loaded(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(BAD))
     with torchrun(2, words(source, target)) as job:               # the rank that waits for rank 0's word says nothing
-        assert job.wait(60) == 1 and not job.left_over(within=5)
+        assert job.wait() == 1 and not job.left_over(within=job.soon(5))
         assert [line.split(" - ")[0] for line in job.stderr.splitlines() if line.startswith(("error", "[rank"))] == [
             f"error: --input {source} has bad lines"]
     done = batch(source, target, code=1)
@@ -252,8 +254,12 @@ def test_failed_lines_are_run_again_in_their_places(forty, tmp_path):
 def test_flags_that_cannot_be(tmp_path):
     source = write_input(tmp_path / "in.jsonl", 1)
     for changed, said in [(["no/such.jsonl", "x"], "no such file"), ([str(source), "no/such/out.jsonl"], "no such folder"),
-                          ([str(source), str(tmp_path)], "cannot be written")]:
+                          ([str(source), str(tmp_path)], "cannot be written"),
+                          ([str(source), str(tmp_path / "x"), "--max_gen_len", "-1"], "--max_gen_len must be")]:
         assert said in batch(*changed, "--quiet", code=1).stderr
+    for flag, value, wrong in [("--temperature", "-3", "must be"), ("--max_step_tokens", "0", "is out of range - found 0")]:
+        said = batch(source, tmp_path / "x", "--quiet", flag, value, code=1).stderr
+        assert said.startswith(f"error: {flag} {wrong}") and not (tmp_path / "x.job").exists()
     (tmp_path / "empty.jsonl").write_text("\n \n")
     assert "holds no lines" in batch(tmp_path / "empty.jsonl", tmp_path / "out.jsonl", code=1).stderr
 
@@ -301,7 +307,7 @@ def test_a_full_disk_is_one_clear_error_and_the_job_goes_on_when_there_is_room(f
         filler, target = disk / "filler", disk / "out.jsonl"
         filler.write_bytes(b"x" * (64 * 1024 - 4096 * 4))            # room for the sidecar and two pages of answers
         with torchrun(2, words(source, target)) as job:
-            assert job.wait(100) == 1, job.stderr
+            assert job.wait() == 1, job.stderr
             [said] = [line for line in job.stderr.splitlines() if line.startswith("error:")]
         assert "No space left on device" in said and "whole lines" in said and "run the same command again" in said
         assert 0 < n_lines(target) < 40 and data.startswith(target.read_bytes())

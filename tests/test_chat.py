@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -27,10 +28,16 @@ import prompt_toolkit.input
 import prompt_toolkit.output
 import rich.console
 
-from llama_tp.chat import Markdown, Server, finished, reply, session, tail, talk
+try:
+    import pyte
+except ImportError:
+    pyte = None
+
+from llama_tp.chat import Markdown, Server, drawn, finished, reply, session, tail, talk
 from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import SETTINGS, Answer, Conversation
 from tests.fake_openai import FakeServer
+from tests.ranks import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,11 +136,29 @@ def test_stats():
 def test_saved_and_loaded_is_the_same(texts, system, seed, tmp_path_factory):
     path = tmp_path_factory.mktemp("chat") / "c.json"
     texts = [text.encode("utf-8", "replace").decode() for text in texts]
-    conversation = Conversation(system, {"seed": seed}, messages=[{"role": "user", "content": text} for text in texts])
-    assert conversation.take(f"/save {path}").text == f"saved {len(texts)} messages"
+    conversation = Conversation(system, {"seed": seed}, messages=[
+        {"role": role, "content": text} for text in texts for role in ("user", "assistant")])
+    assert conversation.take(f"/save {path}").text == f"saved {2 * len(texts)} messages"
     other = Conversation("another" if system else None, messages=[{"role": "user", "content": "old"}])
-    assert other.take(f"/load {path}").text == f"loaded {len(texts)} messages"
+    assert other.take(f"/load {path}").text == f"loaded {2 * len(texts)} messages"
     assert other.body() == conversation.body()
+
+
+def test_a_question_whose_answer_never_came_is_saved_and_asked_again(tmp_path):
+    """A connection that breaks takes nothing of what a person has written."""
+    conversation = talked("one", "1")
+    conversation.take("two")
+    conversation.answered(Answer())
+    assert conversation.take(f"/save {tmp_path}/c").text == "saved 3 messages"
+    assert [one["content"] for one in json.loads((tmp_path / "c").read_text())["messages"]] == ["one", "1", "two"]
+    other = Conversation(model="m")
+    assert other.take(f"/load {tmp_path}/c").text == "loaded 3 messages; /retry asks the last question"
+    other.take("/retry")
+    assert [one["content"] for one in other.messages] == ["one", "1", "two"]
+    first = Conversation()
+    first.take("hello?")
+    first.answered(Answer())
+    assert first.take(f"/save {tmp_path}/c").text == "saved 1 message"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "3", "[3]", '[{"role": "user"}]', '[{"role": "root", "content": "x"}]',
@@ -146,6 +171,9 @@ def test_what_is_no_saved_conversation_changes_nothing(text, tmp_path):
     conversation = talked("one", "1")
     before = conversation.body()
     assert "no saved conversation" in conversation.take(f"/load {tmp_path / 'c.json'}").text
+    os.mkfifo(tmp_path / "fifo")
+    for strange in (tmp_path / "fifo", "/dev/zero"):            # not waited for, nor read for ever
+        assert "no saved conversation" in conversation.take(f"/load {strange}").text
     assert conversation.body() == before
 
 
@@ -224,6 +252,22 @@ def test_a_failing_answer_keeps_its_part_or_gives_the_question_back(screen):
     assert "connection to the server broke" in shown(screen)
 
 
+@pytest.mark.parametrize("ending", ["whole", "error"])
+def test_ctrl_c_never_cuts_a_drawing_in_two(ending):
+    """However often it is pressed while something is drawn, the notes below the answer included."""
+    class Pressing(io.StringIO):
+        def write(self, text):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().write(text)
+    console = rich.console.Console(file=Pressing(), force_terminal=True, color_system=None)
+    with FakeServer(pieces=["one "] * 2, ending=ending) as fake:
+        conversation = Conversation(model="m")
+        conversation.take("hello?")
+        reply(conversation, Server(fake.url, None), console, markdown=False)
+    assert shown(console).startswith("one \nstopped; ") and conversation.messages[-1]["content"] == "one "
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("url, key, says", [
     ("http://", None, "--url is not the address"), ("http://[::1", None, "--url is not the address"),
     ("http://host", "k\u00e9y", "API key"), ("http://host", "a\nb", "API key")])
@@ -274,6 +318,12 @@ def test_markdown_is_drawn_once(screen):
     view.close()
     last = shown(screen).split("\x1b[1A\x1b[2K")[-1]            # behind the last redrawing
     assert "http://x.y" in last and "**" not in shown(screen) and "```" not in shown(screen).split("more")[-1]
+
+
+def test_each_line_of_a_text_stays_a_line(screen):
+    screen.print(drawn("Two lines\nof *verse*\n\n- one\n  two\n- three\n\n```\nx\n```"))
+    lines = [re.sub(r"\x1b\[\d*m", "", line).strip() for line in shown(screen).splitlines()]
+    assert [line for line in lines if line] == ["Two lines", "of verse", "\u2022 one", "two", "\u2022 three", "x"]
 
 
 # Keys.
@@ -353,24 +403,66 @@ class Terminal:
 
     def __init__(self, *words: str):
         self.master, slave = pty.openpty()
+        self.screen = pyte.Screen(80, 24) if pyte else None
+        self.stream = pyte.ByteStream(self.screen) if pyte else None
         environ = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "24", "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdin=slave, stdout=slave, stderr=slave, env=environ,
                                         start_new_session=True, preexec_fn=_as_a_shell_starts_it)
         os.close(slave)
         self.said = ""
 
-    def expect(self, text: str, within_s: float = 60) -> None:
+    def expect(self, text: str, within_s: float = PATIENCE_S) -> None:
         """Reads until `text` was said, and forgets up to there."""
         deadline = time.monotonic() + within_s
         while text not in self.said:
             assert time.monotonic() < deadline, f"no {text!r} in {self.said!r}"
             if select.select([self.master], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):              # a pty whose program has ended
-                    self.said += os.read(self.master, 65536).decode(errors="replace")
+                    data = os.read(self.master, 65536)
+                    self.said += data.decode(errors="replace")
+                    if self.stream:
+                        self.stream.feed(data)
         self.said = self.said.split(text, 1)[1]
 
     def send(self, keys: str) -> None:
         os.write(self.master, keys.encode())
+
+    def seen(self, below: str) -> list[str]:
+        """The lines that a person sees, below the one that begins so."""
+        lines = [line.rstrip() for line in self.screen.display]
+        return lines[[line.startswith(below) for line in lines].index(True) + 1:]
+
+
+VERSE = ["Two lines of verse ", "stand here,\n", "and **not** one of prose, however ", "wide the terminal.\n", "\n", "A second ",
+         "paragraph ", "comes ", "word ", "by ", "word, "]
+DRAWN = ["Two lines of verse stand here,", "and not one of prose, however wide the terminal.", "",
+         "A second paragraph comes word by word,"]
+
+
+@pytest.mark.skipif(not pyte, reason="shows what a person sees: pyte, in llama_tp[test]")
+@pytest.mark.parametrize("keys, n_more, end", [
+    ("", 0, "11 tokens"), ("typed ahead", 0, "11 tokens"), ("\x03", 300, "stopped; "), ("\x03\x03", 300, "stopped; ")])
+def test_a_person_sees_the_answer_once_in_its_lines(keys, n_more, end):
+    """Whatever is typed meanwhile. Rich counts the lines that it goes back, so an echo in between would repeat one."""
+    typed = keys if keys.isprintable() else ""
+    with FakeServer(pieces=[*VERSE, *["on "] * n_more], gap_s=0.05) as fake:
+        terminal = Terminal("-m", "llama_tp.chat", "--url", fake.url, "--history_file", "")
+        try:
+            terminal.expect("fake-1 at http")
+            terminal.expect(">")
+            terminal.send("tell me\r")
+            terminal.expect("word, on" if n_more else "paragraph")
+            terminal.send(keys)
+            terminal.expect(end)
+            terminal.expect(typed or ">")
+            lines = terminal.seen("> tell me")
+            terminal.send("\x15/quit\r")                      # Ctrl-U: what was typed is not to be sent
+            assert terminal.process.wait(PATIENCE_S) == 0
+        finally:
+            terminal.process.kill()
+    place = [line.startswith(end) for line in lines].index(True)
+    assert lines[:3] == DRAWN[:3] and " ".join(lines[3:place]).replace(" on", "") == DRAWN[3]
+    assert lines[place + 1] == f"> {typed}".rstrip()
 
 
 def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program():
@@ -382,16 +474,17 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_and_not_the_program():
             terminal.expect(">")
             terminal.send("tell me\r")
             terminal.expect("word3")
+            assert not termios.tcgetattr(terminal.master)[3] & termios.ECHO         # it would disturb the drawing
             terminal.send("\x03")
             terminal.expect("stopped; ")
             terminal.expect(">")
             terminal.send("/stats\r")
             terminal.expect("1 answers")
             terminal.send("/quit\r")
-            assert terminal.process.wait(30) == 0
+            assert terminal.process.wait(PATIENCE_S) == 0
         finally:
             terminal.process.kill()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while not fake.n_broken and time.monotonic() < deadline:
             time.sleep(0.05)
         assert fake.n_broken == 1                               # the server was told, too

@@ -1,17 +1,21 @@
 """What the documents say is there: links lead somewhere, flags exist, examples run."""
 
 import importlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from llama_tp import cli
+from llama_tp.text.tokenizer import open_tokenizer
+from tests.ranks import torchrun
 from tests.servers import serving
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +57,7 @@ def test_make_targets_that_are_named_exist():
 def commands_in(path: Path) -> list[str]:
     """The words after "-m llama_tp.NAME" of each command line in a document or a docstring."""
     text = path.read_text().replace("\\\\\n", " ").replace("\\\n", " ")
+    text = re.sub(r"-m llama_tp\.launch(?: --(?:nnodes|nproc_per_node|master_\w+|node_rank) \S+)+ +(?=[a-z])", "-m llama_tp.", text)
     return re.findall(r"-m llama_tp\.(\w+)((?: +--\w[\w-]*(?:[ =](?:\"[^\"]*\"|[^-\s`][^\s`]*))?)+)", text)
 
 
@@ -62,6 +67,33 @@ def test_command_lines_are_accepted():
     for name, words in found:
         if name in COMMANDS:
             cli.parse(flags_of(name), shlex.split(words))
+
+
+def samples() -> list[tuple[str, list[str], str]]:
+    """(where, flags of generate, what it printed) of each block that begins with "    $ ... generate"."""
+    found, block = [], re.compile(r"^    \$ \S+ (?:-m llama_tp\.)?generate (.+)\n((?: {4}.*\n|\n)+)", re.MULTILINE)
+    for path in DOCS:
+        for words, text in block.findall(path.read_text()):
+            found.append((str(path.relative_to(ROOT)), shlex.split(words), textwrap.dedent(text).strip()))
+    return found
+
+
+def test_sample_outputs_are_what_the_commands_print():
+    """In fp32, where every machine writes the same. They differ in --max_gen_len alone, so that one job answers for all."""
+    n_tokens = {}
+    for where, words, text in samples():
+        place = words.index("--max_gen_len")
+        n_tokens[where, text] = int(words[place + 1])
+        common = words[:place] + words[place + 2:]
+        assert "float32" in common and "--echo" in common and common == samples()[0][1][:place] + samples()[0][1][place + 2:]
+    assert {where for where, _ in n_tokens} == {"README.md", "checkpoints/README.md"}
+    with torchrun(2, ["-m", "llama_tp.generate", *common, "--max_gen_len", str(max(n_tokens.values())), "--json"]) as job:
+        assert job.wait() == 0, job.stderr
+        line = json.loads(job.stdout)
+    tokenizer = open_tokenizer(None, str(ROOT / "checkpoints/demo"))
+    n_prompt = len(line["tokens"]) - max(n_tokens.values())
+    for (where, text), n in n_tokens.items():
+        assert tokenizer.decode(line["tokens"][:n_prompt + n]).strip() == text, where
 
 
 def test_the_python_example_runs():
@@ -89,6 +121,6 @@ def test_the_quick_tour_runs(tmp_path):
                 done = subprocess.run([sys.executable, "-c", text] if python else ["bash", "-c", text], cwd=tmp_path, env=env,
                                       input="Who are you?\n/quit\n", capture_output=True, encoding="utf-8", timeout=100)
                 assert done.returncode == 0, f"{text}\n{done.stdout}{done.stderr}"
-                assert len(done.stdout) > 10 or "printf" in text or "llama_tp.batch" in text, text
+                assert len(done.stdout) > 10 or "printf" in text or " batch " in text, text
                 assert '"error"' not in done.stdout, done.stdout
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

@@ -2,11 +2,13 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_tp.generate import biases_of, prompts_of
 from llama_tp.spec.errors import UserError
@@ -49,7 +51,7 @@ def romeo() -> dict:
 def test_text_alone_goes_to_stdout_and_the_rest_to_stderr(romeo):
     done = generate(*GREEDY, "--prompt", "ROMEO:")
     assert done.stdout == romeo["generation"] + "\n"
-    for part in ["tok/s", "peak memory", "KV cache"]:
+    for part in ["tok/s", "peak memory", "KV cache", " 3.73 M parameters"]:
         assert part in done.stderr
 
 
@@ -129,7 +131,7 @@ def test_two_ranks_print_what_one_does(temperature):
     words = [*DEMO, "--prompt", "ROMEO:", "--max_gen_len", "40", "--deterministic", "--temperature", temperature, "--seed", "3",
              "--quiet", "--device", "cpu"]
     with torchrun(2, ["-m", "llama_tp.generate", *words]) as job:
-        assert job.wait(100) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
         assert len(job.stdout) > 40 and job.stdout == generate(*words).stdout
 
 
@@ -140,20 +142,58 @@ def test_two_ranks_print_what_one_does(temperature):
     ([], "neither --prompt nor --prompts_file"),
     (["--prompt", "x", "--ckpt_dir", "no/such/folder"], "no/such/folder"),
     (["--prompt", "x", "--temperature", "-1"], "temperature"),
-    (["--prompt", "x", "--top_p", "1.5"], "top_p"),
+    (["--prompt", "x", "--top_p", "1.5"], "error: --top_p must be"),
+    (["--prompt", "x", "--max_gen_len", "-1"], "error: --max_gen_len must be a whole number from 1"),
+    (["--prompt", "x", "--n_samples", "0"], "error: --n_samples must be"),
+    (["--prompt", "x", "--max_gen_len", "2", "--min_tokens", "3"], "--min_tokens must not exceed --max_gen_len"),
+    (["--prompt", "x", "--max_batch_size", "-1"], "error: --max_batch_size is out of range"),
+    (["--prompt", "x", "--max_seq_len", "-1"], "error: --max_seq_len is out of range"),
+    (["--prompt", "x", "--max_step_tokens", "0"], "error: --max_step_tokens is out of range"),
+    (["--prompt", "x", "--step_timeout", "0"], "error: --step_timeout is out of range"),
+    (["--prompt", ""], "error: the prompt is empty"),
     (["--prompt", "x", "--logit_bias", "5000:1"], "5000"),
     (["--prompt", "long " * 300], "256"),
 ])
 def test_bad_words_end_in_one_line_and_no_text(words, said):
-    demo = [] if "--ckpt_dir" in words else DEMO
+    demo = [] if "--ckpt_dir" in words else DEMO[:2] if "--max_seq_len" in words else DEMO
     done = generate(*demo, *words, "--quiet", code=1)
     assert done.stdout == "" and done.stderr.startswith("error: ") and said in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.fixture(scope="module")
+def not_finite(tmp_path_factory):
+    """The demo with NaN in the last norm, which every logit goes through."""
+    folder = tmp_path_factory.mktemp("nan") / "demo"
+    shutil.copytree(ROOT / "checkpoints/demo", folder)
+    for shard in folder.glob("*.pth"):
+        tensors = torch.load(shard, weights_only=True)
+        tensors["norm.weight"].fill_(float("nan"))
+        torch.save(tensors, shard)
+    return ["--ckpt_dir", str(folder), "--max_seq_len", "64", "--prompt", "ROMEO:", "--n_samples", "2"]
+
+
+def test_logits_that_are_not_finite_end_in_one_error_and_code_1(not_finite):
+    done = generate(*not_finite, "--quiet", code=1)
+    assert done.stdout == "\n\n" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: 2 of 2 samples could not be completed - the model's logits are not finite")
+    done = generate(*not_finite, "--json", "--quiet", code=1)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["finish_reason"], line["tokens"]) for line in found] == [("abort", [])] * 2 and len(done.stderr.splitlines()) == 1
+    assert all("not finite" in line["error"] for line in found)
+
+
+def test_two_ranks_end_in_the_same_error(not_finite):
+    with torchrun(2, ["-m", "llama_tp.generate", *not_finite, "--json", "--quiet"]) as job:
+        assert job.wait(100) == 1
+        assert [line for line in job.stderr.splitlines() if line.startswith("error: ")] == [
+            line for line in job.stderr.splitlines() if "samples could not be completed" in line] != []
+        assert len(job.stdout.splitlines()) == 2 and not job.left_over(within=10)
+
+
 def test_prompts_come_from_one_place(tmp_path):
     file = tmp_path / "prompts.txt"
-    assert prompts_of("text", None) == ["text"] and prompts_of("", None) == [""]
+    assert prompts_of("text", None) == ["text"]
     for content, said in [(b"", "no prompt"), (b"\n\n", "no prompt"), (b"fine\n\"half", "line 2"), (b"\xff\xfe", "cannot be read")]:
         file.write_bytes(content)
         with pytest.raises(UserError, match=said):
@@ -162,6 +202,16 @@ def test_prompts_come_from_one_place(tmp_path):
         prompts_of(None, str(tmp_path / "absent"))
     file.write_bytes('\ufeffa\u2028b\r\n\n"c\\n"\n'.encode())
     assert prompts_of(None, str(file)) == ["a\u2028b", "c\n"]
+
+
+def test_no_text_is_a_mistake_unless_a_file_says_so(tmp_path, monkeypatch):
+    """An empty --prompt is a shell variable that was not set, an empty stdin a command that failed; "" in a file is meant."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    for prompt in ("", "-"):
+        with pytest.raises(UserError, match="the prompt is empty"):
+            prompts_of(prompt, None)
+    (tmp_path / "prompts").write_text('""\n')
+    assert prompts_of(None, str(tmp_path / "prompts")) == [""]
 
 
 def test_a_stdin_that_is_no_text_is_refused(monkeypatch):

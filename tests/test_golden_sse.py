@@ -19,6 +19,7 @@ from llama_tp.server.desk import Desk
 from llama_tp.server.metrics import Metrics
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import open_tokenizer
+from tests.ranks import PATIENCE_S
 from tests.servers import DEMO
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -89,7 +90,8 @@ def asked(monkeypatch, call, texts: list[str], reason: str = "stop", **options) 
     async def run():
         desk = Desk(64, Metrics("demo"))
         desk.attach(Link(desk, texts, reason), INFO)
-        recorder = Recorder(build_app(Served("demo", TOKENIZER, desk, clock=lambda: 1.5e9, new_id=lambda: "0"), **options))
+        served = Served("demo", TOKENIZER, desk, clock=lambda: 1.5e9, new_id=lambda: "0", strict_name=True)
+        recorder = Recorder(build_app(served, **options))
         http = httpx2.AsyncClient(transport=recorder)
         async with openai.AsyncOpenAI(base_url="http://test/v1", api_key="k", max_retries=0, http_client=http) as client:
             try:
@@ -97,7 +99,7 @@ def asked(monkeypatch, call, texts: list[str], reason: str = "stop", **options) 
                 return recorder, [chunk async for chunk in reply] if isinstance(reply, openai.AsyncStream) else reply
             except openai.APIError as error:
                 return recorder, error
-    return asyncio.run(asyncio.wait_for(run(), 30))
+    return asyncio.run(asyncio.wait_for(run(), PATIENCE_S))
 
 
 def chat(**fields):

@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def served(tp: int, requests, **options):
-    return run(tp, serve, requests, timeout=240, **options)[0]
+    return run(tp, serve, requests, **options)[0]
 
 
 def same_bits(ours: dict, theirs: dict) -> None:

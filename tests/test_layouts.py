@@ -1,9 +1,10 @@
 """Whole checkpoints through the whole engine: MP8 at every degree, and an HF folder against transformers."""
 
 import json
+import os
 import shutil
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from llama_tp.spec.config import ModelConfig, RopeScaling
 from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import serve
-from tests.ranks import run, torchrun
+from tests.ranks import PATIENCE_S, ROOT, run, torchrun
 
-DEMO = Path(__file__).parent.parent / "checkpoints" / "demo"
+DEMO = ROOT / "checkpoints" / "demo"
 PROMPTS = [[1256, 74, 300, 9, 9, 1000], [5], list(range(700, 760))]
 REQUESTS = [(str(i), ids, {"temperature": 0.0, "max_tokens": 12}) for i, ids in enumerate(PROMPTS)]
 TPS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
@@ -55,19 +56,24 @@ def mp8(tmp_path_factory):
 @pytest.mark.parametrize("tp", TPS)
 def test_mp8_gives_the_same_greedy_tokens_at_every_degree(mp8, tp):
     folder, expected = mp8
-    tokens, _, _ = run(tp, serve_folder, folder, timeout=200)[0]
+    tokens, _, _ = run(tp, serve_folder, folder)[0]
     assert {name: ids for (name, _), ids in tokens.items()} == expected
 
 
-def test_three_ranks_are_refused_within_3_s_with_the_degrees_that_work(mp8):
-    times = []
-    while min(times, default=9) > 3 and len(times) < 3:                 # the best of three: the machine may be busy
-        with torchrun(3, ["-m", "llama_tp.generate", "--ckpt_dir", mp8[0], "--prompt", "x"]) as job:
-            assert job.wait(30) != 0
-            times.append(time.monotonic() - job.started)
-            errors = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1 and "3 ranks" in errors[0] and "8 KV heads" in errors[0] and "1, 2, 4, 8, 16 ranks" in errors[0]
-    assert min(times) < 3
+def test_three_ranks_are_refused_once_with_the_degrees_that_work(mp8):
+    with torchrun(3, ["-m", "llama_tp.generate", "--ckpt_dir", mp8[0], "--prompt", "x"]) as job:
+        assert job.wait() != 0
+        [error] = [line for line in job.stderr.splitlines() if line.startswith("error: ")]
+    assert "3 ranks" in error and "8 KV heads" in error and "1, 2, 4, 8, 16 ranks" in error
+
+
+def test_three_ranks_are_refused_before_torch_is_imported(mp8):
+    """The refusal is quick because it needs nothing heavy. -X importtime lists every module that is imported, on stderr."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "llama_tp.generate", "--ckpt_dir", mp8[0], "--prompt", "x"],
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "3"}, capture_output=True,
+                          encoding="utf-8", timeout=PATIENCE_S)
+    imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
+    assert done.returncode == 1 and "error: " in done.stderr and "fire" in imported and "torch" not in imported
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +109,12 @@ def hf_folder(tmp_path_factory):
 def test_hf_folder_generates_what_transformers_does(hf_folder, tp):
     folder, theirs, library = hf_folder
     prompt = "wherefore art thou"
-    ids = [0, *library.encode(prompt).ids]
+    ids = library.encode(prompt).ids                                    # no BOS: tokenizer.json has no template
     with torch.inference_mode():
         expected = theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=24, do_sample=False,
                                    pad_token_id=0)[0, len(ids):].tolist()
     assert len(set(expected)) > 4                                       # a path that wanders, or equality says little
     with torchrun(tp, ["-m", "llama_tp.generate", "--ckpt_dir", str(folder), "--prompt", prompt, "--temperature", "0",
                        "--max_gen_len", "24", "--json", "--device", "cpu", "--dtype", "float32", "--ignore_eos"]) as job:
-        assert job.wait(90) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
         assert json.loads(job.stdout)["tokens"] == expected

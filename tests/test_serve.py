@@ -14,7 +14,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.ranks import ROOT, free_port, is_alive
+from llama_tp.serve import check_names, check_origins
+from llama_tp.spec.errors import UserError
+from tests.ranks import PATIENCE_S, ROOT, free_pair, is_alive
 from tests.servers import DEMO, serving
 
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
@@ -105,7 +107,7 @@ def test_a_rank_that_goes_costs_no_stream_a_character(rank, number, server, calm
 
 def test_a_rank_that_dies_at_every_start_ends_the_server_with_one_clear_error():
     with serving("--nproc_per_node", "2", ready=False, env={"FAULT": "1:load:exit", "PYTHONPATH": FAULTS}) as server:
-        assert server.process.wait(60) == 1
+        assert server.process.wait(PATIENCE_S) == 1
         errors = [line for line in server.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "rank 1" in errors[0] and "died during load" in errors[0], server.stderr
         assert "Traceback" not in server.stderr and not server.ranks()
@@ -126,7 +128,7 @@ def test_ranks_that_cannot_come_back_end_the_server_with_one_clear_error(tmp_pat
         with pytest.raises(openai.APIError, match="the ranks have ended"):
             for _ in stream:
                 pass
-        assert server.process.wait(60) == 1
+        assert server.process.wait(PATIENCE_S) == 1
         errors = [line for line in server.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and "the ranks ended 2 times" in errors[0] and "consolidated.01.pth" in errors[0], server.stderr
         assert not server.ranks()
@@ -135,20 +137,18 @@ def test_ranks_that_cannot_come_back_end_the_server_with_one_clear_error(tmp_pat
 @pytest.mark.parametrize("loading", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_killed_server_leaves_no_rank_behind(loading):
     with serving("--nproc_per_node", "2", ready=not loading) as server:
-        deadline = time.monotonic() + 30
         while len(ranks := server.ranks()) < 2:
-            assert time.monotonic() < deadline, server.stderr
+            time.sleep(0.05)
         time.sleep(1.5 if loading else 0)                       # they import torch, and then find nobody to connect to
         server.process.kill()
         while any(map(is_alive, ranks)) or server.ranks():
-            assert time.monotonic() < deadline, server.stderr
             time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_two_nodes_and_a_death_on_the_other():
-    """Two torchrun agents on one host; the other node runs the line that the server prints, again when it ends."""
-    port, over = free_port(), threading.Event()
+    """Two launchers on one host; the other node runs the line that the server prints, again when it ends."""
+    port, over = free_pair(), threading.Event()
     with serving("--nproc_per_node", "1", "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", str(port),
                  ready=False) as server:
         server.wait_for("on node 1 run, again whenever it ends: ")
@@ -157,13 +157,12 @@ def test_two_nodes_and_a_death_on_the_other():
 
         def node():
             while not over.is_set():
-                subprocess.run([sys.executable, "-m", "torch.distributed.run", *line[1:]], cwd=ROOT, env=env, timeout=240,
-                               capture_output=True)
+                subprocess.run([sys.executable, *line[1:]], cwd=ROOT, env=env, timeout=240, capture_output=True)
         other = threading.Thread(target=node)
         other.start()
         try:
             server.wait_listening()
-            server.wait_ready(120)
+            server.wait_ready()
             wanted = [{**wish, "max_tokens": 60} for wish in wishes(8)]
             calm = asyncio.run(texts_of(server.url, wanted))
             ranks = server.ranks()
@@ -171,7 +170,7 @@ def test_two_nodes_and_a_death_on_the_other():
             assert "starting them again" in server.stderr
             over.set()
             server.process.terminate()
-            assert server.process.wait(40) == 0, server.stderr
+            assert server.process.wait(PATIENCE_S) == 0, server.stderr
         finally:
             over.set()
             server.process.kill()
@@ -189,6 +188,7 @@ def test_chat_and_completions(client, server):
     text = client.completions.create(model="demo", prompt=["ROMEO:", "JULIET:"], n=2, seed=1, max_tokens=8)
     assert [choice.index for choice in text.choices] == [0, 1, 2, 3] and text.usage.completion_tokens == 32
     assert [model.id for model in client.models.list()] == ["demo"]
+    assert "server: what requests do not say: temperature 1, top_p 1 (as OpenAI has them)\n" in server.stderr
     assert server.post("/tokenize", {"prompt": "ROMEO:"})[1]["max_model_len"] == 512
 
 
@@ -213,6 +213,7 @@ def test_scoring_an_echoed_prompt_of_token_ids(client, server):
 
 
 def test_a_client_that_goes_frees_its_blocks_at_once(client, server):
+    before = server.n_aborted()
     stream = client.completions.create(model="demo", prompt="O", n=20, max_tokens=500, stream=True,
                                        extra_body={"ignore_eos": True})
     next(iter(stream))
@@ -221,11 +222,8 @@ def test_a_client_that_goes_frees_its_blocks_at_once(client, server):
     with pytest.raises(openai.APITimeoutError):                 # the same for one that does not stream
         client.with_options(timeout=0.3).completions.create(model="demo", prompt="O", n=20, max_tokens=500,
                                                             extra_body={"ignore_eos": True})
-    deadline = time.monotonic() + 5
-    while (load := json.loads(server.get("/load")[2]))["running"] or load["server_load"]:
-        assert time.monotonic() < deadline, load
-        time.sleep(0.02)
-    assert load["kv_use"] == 0.0
+    assert server.wait_idle()["kv_use"] == 0.0
+    assert server.n_aborted() == before + 40                    # none ran to its end
 
 
 MEASURE = """
@@ -240,13 +238,15 @@ for _ in range(60):
 
 def test_health_answers_at_once_under_full_load(server):
     """Streams in every row, a queue behind them, and texts of 4 MB to tokenize, one after the other. Measured by a process that
-    does nothing else; 9 of 10 within 100 ms, where ranks, streams and tokenizers all want this machine's cores."""
+    does nothing else: 9 of 10 answers wait for no text to be done, however long this machine takes over one just now."""
     big, over = json.dumps({"prompt": "wherefore " * 400_000}).encode(), threading.Event()
-    statuses, times = set(), []
+    statuses, texts_s, times = set(), [], []
 
     def flood():
         while not over.is_set():
+            started = time.monotonic()
             statuses.add(server.request("/tokenize", big, {"Content-Type": "application/json"})[0])
+            texts_s.append(time.monotonic() - started)
 
     def measure():
         flooding = threading.Thread(target=flood)
@@ -256,7 +256,7 @@ def test_health_answers_at_once_under_full_load(server):
         flooding.join()
         times.extend(sorted(map(float, done.stdout.split())))
     asyncio.run(texts_of(server.url, wishes(60), measure))
-    assert statuses == {200} and len(times) == 60 and times[54] < 0.1, times
+    assert statuses == {200} and len(times) == 60 and times[54] < sorted(texts_s)[len(texts_s) // 2] / 2, (times, texts_s)
 
 
 def test_a_full_queue_is_429_with_retry_after(server):
@@ -308,8 +308,22 @@ def test_torchrun_is_not_the_way_to_start_it():
     assert done.returncode == 1 and "serve starts its ranks itself" in done.stderr
 
 
+def test_names_and_origins_that_nobody_could_send():
+    for names in (("",), (" ",), ("a", "b", "a"), ("a\n",), ("a" * 1001,)):
+        with pytest.raises(UserError, match="--served_model_name needs names"):
+            check_names(names)
+    check_names(("demo", "org/name", "gpt-4o"))
+    for origin in ("https://a.example/", "a.example", "https://", "https://a.example/x", "https://a, https://b", "null", ""):
+        with pytest.raises(UserError, match="--allow_origins needs origins"):
+            check_origins(("http://localhost:3000", origin))
+    check_origins(("*", "https://a.example", "http://localhost:3000", "http://[::1]:8000", "chrome-extension://abcdef"))
+
+
 @pytest.mark.parametrize("words, env, says", [
     (["--api_key", ""], {}, "an API key must be"), ([], {"LLAMA_TP_API_KEY": "k\u00e9y"}, "an API key must be"),
+    (["--max_gen_len", "-1"], {}, "--max_gen_len must be"), (["--served_model_name", "a", "a"], {}, "--served_model_name needs"),
+    (["--generation_config", "README.md"], {}, "README.md is not valid JSON"),
+    (["--allow_origins", "https://a.example/"], {}, "--allow_origins needs origins"),
     (["--ckpt_dir", "checkpoints/none"], {}, "--ckpt_dir checkpoints/none is no folder"),
     (["--ckpt_dir", "README.md"], {}, "--ckpt_dir README.md is no folder - it is a file")])
 def test_what_cannot_be_served_is_told_at_once(words, env, says):

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import torch
 
@@ -19,9 +20,8 @@ from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.memory import kv_bytes_per_token, weight_bytes
 
-PROBE_BYTES = 1 << 28           # far beyond any CPU cache, and little beside a model: the peak memory reported includes it
-MATRIX = 2048                   # of the matrix-rate probe: 512 tokens through one such square, several times
 REPEATS = 7
+PART_BYTES = 1 << 30            # read by one kernel: torch addresses no more than 2 GiB with 32 bits
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,74 @@ class Ceiling:
         return asdict(self)
 
 
-def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, probe: bool = True) -> Ceiling:
-    """Every rank calls it. `probe` False leaves the other ranks out (a simulated rank has none)."""
-    worst = (lambda value: min(gather_ints(int(value), ranks))) if probe else int
-    if probe:
+class Probe(Protocol):
+    """What differs between machines that are measured: how much it takes to see their memory and their multipliers, and how the
+    time of their work is told.
+
+    n_bytes: read at once, far beyond any cache. n_rows, width, n_matrices: of the products, n_rows times square matrices.
+    """
+
+    n_bytes: int
+    n_rows: int
+    width: int
+    n_matrices: int
+
+    def times(self, work: Callable[[], object]) -> list[float]:
+        """Seconds of REPEATS calls, after one that does not count."""
+
+
+@dataclass(frozen=True)
+class HostProbe:
+    """A CPU: the host's clock. Little memory beside a model, since the peak reported includes it."""
+
+    n_bytes: int = 1 << 28
+    n_rows: int = 512
+    width: int = 2048
+    n_matrices: int = 4
+
+    def times(self, work: Callable[[], object]) -> list[float]:
+        times = []
+        for _ in range(REPEATS + 1):
+            started = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - started)
+        return times[1:]
+
+
+class CudaProbe:
+    """A GPU: its own events, with all calls queued before anyone waits, so that neither launch nor wait counts. 4 GiB, if half
+    of what is free is as much: 256 MiB would take an H100 80 us, a launch being some 5, and a fifth of them would lie in its cache.
+    """
+
+    n_rows, width, n_matrices = 8192, 8192, 1
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.n_bytes = min(4 << 30, torch.cuda.mem_get_info(device)[0] // 2)
+
+    def times(self, work: Callable[[], object]) -> list[float]:
+        work()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+        events[0].record()
+        for event in events[1:]:
+            work()
+            event.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in zip(events, events[1:])]
+
+
+def probe_of(device: torch.device) -> Probe:
+    return CudaProbe(device) if device.type == "cuda" else HostProbe()
+
+
+def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, together: bool = True) -> Ceiling:
+    """Every rank calls it. `together` False leaves the other ranks out (a simulated rank has none)."""
+    worst = (lambda value: min(gather_ints(int(value), ranks))) if together else int
+    if together:
         barrier(ranks)
-    bandwidth = worst(read_rate(ranks.device))
-    rate = worst(matrix_rate(ranks.device, dtype))
+    probe = probe_of(ranks.device)
+    bandwidth = worst(read_rate(ranks.device, probe))
+    rate = worst(matrix_rate(ranks.device, dtype, probe))
     item = dtype.itemsize
     embedding = config.local_vocab(ranks.tp) * config.dim * item
     weights = weight_bytes(config, ranks.tp, item) - (0 if config.tied else embedding)
@@ -74,30 +135,24 @@ def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, probe: bool =
                    2 * embedding // item, ranks.tp)
 
 
-def read_rate(device: torch.device) -> float:
+@torch.inference_mode()
+def read_rate(device: torch.device, probe: Probe) -> float:
     """Bytes/s that this rank reads from memory with all its threads."""
-    block = torch.ones(PROBE_BYTES // 4, dtype=torch.int32, device=device)
+    block = torch.empty(probe.n_bytes // 4, dtype=torch.int32, device=device).random_()
     library = load() if device.type == "cpu" else None
-    read = (lambda: library.read_all(block.data_ptr(), PROBE_BYTES // 8)) if library else block.max
-    return PROBE_BYTES / median_s(read, device)
+    if library:
+        return probe.n_bytes / statistics.median(probe.times(lambda: library.read_all(block.data_ptr(), probe.n_bytes // 8)))
+    parts = block.split(PART_BYTES // 4)
+    return probe.n_bytes / statistics.median(probe.times(lambda: [part.max() for part in parts]))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of 512 rows times a square matrix, the kind of product that prefill is made of."""
+@torch.inference_mode()
+def matrix_rate(device: torch.device, dtype: torch.dtype, probe: Probe) -> float:
+    """FLOP/s of rows times square matrices, the kind of product that prefill is made of. Random numbers: a GPU draws less power for
+    zeros and ones, and keeps a higher clock."""
     kernels = pick(device, dtype, fixed_bits=False)
-    matrices = [kernels.matrix(torch.full((MATRIX, MATRIX), 0.01, dtype=dtype, device=device)) for _ in range(4)]
-    x = torch.ones(512, MATRIX, dtype=dtype, device=device)
-    return 4 * 2 * 512 * MATRIX**2 / median_s(lambda: [matrix(x) for matrix in matrices], device)
-
-
-def median_s(work: Callable[[], object], device: torch.device) -> float:
-    """Median seconds of some calls after one that does not count."""
-    times = []
-    with torch.inference_mode():
-        for _ in range(REPEATS + 1):
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    shape = probe.width, probe.width
+    matrices = [kernels.matrix(torch.randn(shape, device=device).to(dtype)) for _ in range(probe.n_matrices)]
+    x = torch.randn(probe.n_rows, probe.width, device=device).to(dtype)
+    n_flops = probe.n_matrices * 2 * probe.n_rows * probe.width ** 2
+    return n_flops / statistics.median(probe.times(lambda: [matrix(x) for matrix in matrices]))

@@ -5,8 +5,10 @@ import time
 from dataclasses import dataclass
 
 from llama_tp.benchmarks.ceiling import Ceiling
+from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.spec.errors import UserError
 
 HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s",
           "GB/s a rank", "decode % of limit", "driver ms"]
@@ -30,6 +32,15 @@ def batch_of(engine: Engine, n: int, n_prompt: int, n_new: int, name: str) -> li
     return [Request(f"{name}-{i}", [(7 * j + 131 * i + 11) % vocab for j in range(n_prompt)], params) for i in range(n)]
 
 
+def step(engine: Engine) -> list[Delta]:
+    """Driver: the engine's next step. Raises UserError for a sequence that was given up, whose tokens would be counted as made."""
+    deltas = engine.step()
+    for delta in deltas:
+        if delta.error:
+            raise UserError("this model cannot be measured", delta.error)
+    return deltas
+
+
 def run(engine: Engine, requests: list[Request]) -> Times:
     """Driver: runs the requests to their end, all handed over at once."""
     before, started = (engine.stats.driver_s, engine.n_steps), time.perf_counter()
@@ -38,7 +49,7 @@ def run(engine: Engine, requests: list[Request]) -> Times:
     waiting, first_s, steps_s = {request.id for request in requests}, 0.0, []
     while engine.has_work:
         step_started = time.perf_counter()
-        deltas = engine.step()
+        deltas = step(engine)
         now = time.perf_counter()
         if waiting:
             waiting -= {delta.request_id for delta in deltas}

@@ -1,6 +1,7 @@
 """Pictures of latency results: tokens per second and time per token against the batch, beside the floor; tp beside tp."""
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.memory import counted
 
 
 def draw(results: list[dict], path: str) -> None:
@@ -27,6 +28,6 @@ def draw(results: list[dict], path: str) -> None:
         axes.grid(alpha=0.3)
     left.legend()
     one = results[0]
-    figure.suptitle(f"{one['model']}, {one['n_params'] / 1e9:.2f} B parameters, {one['dtype']}, {one['device']}; "
+    figure.suptitle(f"{one['model']}, {counted(one['n_params'])} parameters, {one['dtype']}, {one['device']}; "
                     "dashed: what the memory and the multipliers allow", fontsize=10)
     figure.savefig(path, dpi=120)

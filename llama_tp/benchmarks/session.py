@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from llama_tp.benchmarks import latency, startup, synthetic, throughput
-from llama_tp.benchmarks.ceiling import ceiling
+from llama_tp.benchmarks.ceiling import Ceiling, ceiling
 from llama_tp.engine.build import DTYPES, EngineOptions, build, pick_mode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.session import peak_bytes
@@ -17,7 +17,7 @@ from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks, pick_device, single_rank
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import GIB
+from llama_tp.spec.memory import GIB, counted
 from llama_tp.spec.published import PUBLISHED
 
 
@@ -69,26 +69,30 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
     """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling card before."""
     ranks, model = engine.ranks, engine.runner.model
     alone = isinstance(ranks.room, synthetic.StandIn)
-    limits = ceiling(model.config, ranks, model.dtype, probe=not alone)
+    limits, peak_before = limits_and_peak(engine, alone)
     if not engine.is_driver:
         engine.follow()
-        gather_ints(peak_bytes(engine), ranks)
+        gather_ints(max(peak_before, peak_bytes(engine)), ranks)
         return None, []
-    show(f"{name}, {model.config.n_params / 1e9:.2f} B parameters, {str(model.dtype)[6:]}, "
+    show(f"{name}, {counted(model.config.n_params)} parameters, {str(model.dtype)[6:]}, "
          + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
          + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
          f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")
+    if model.kernels.lacks:
+        show(f"no paged FlashAttention here: {model.kernels.lacks}")
     show(limits.card())
     if load.what == "latency":
         rows, result = latency.latency(engine, limits, list(load.batches), load.n_prompt, load.n_new, load.n_runs)
     elif load.what == "throughput":
         rows, result = throughput.throughput(engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows)
     else:
-        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")]
+        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")
+                 and path.is_file()]
         rows, result = startup.startup(engine, files, *ages_s)
     tables = [rows]
     engine.dismiss()
-    peaks = [peak_bytes(engine)] if alone else gather_ints(peak_bytes(engine), ranks)
+    peak = max(peak_before, peak_bytes(engine))
+    peaks = [peak] if alone else gather_ints(peak, ranks)
     result |= {
         "benchmark": load.what, "model": Path(name).name, "n_params": model.config.n_params, "tp": ranks.tp, "simulated": alone,
         "dtype": str(model.dtype)[6:], "deterministic": model.deterministic, "device": device_name(ranks),
@@ -98,6 +102,16 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
         tables += predicted(engine, result, allreduce_us)
     show(f"peak memory: {', '.join(f'{peak / GIB:.2f}' for peak in peaks)} GiB")
     return result, tables
+
+
+def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
+    """The machine's limits, and the most bytes this rank had used before they were measured. A GPU forgets what that took."""
+    model, device, peak = engine.runner.model, engine.ranks.device, peak_bytes(engine)
+    limits = ceiling(model.config, engine.ranks, model.dtype, together=not alone)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return limits, peak
 
 
 def predicted(engine: Engine, result: dict, allreduce_us: float | None) -> list[list[dict]]:

@@ -4,6 +4,7 @@ import random
 import time
 
 from llama_tp.benchmarks.ceiling import Ceiling
+from llama_tp.benchmarks.latency import step
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 
@@ -26,12 +27,12 @@ def throughput(engine: Engine, ceiling: Ceiling, n: int, n_prompt: int, n_new: i
     for request in requests_of(engine, min(4, n), 32, 4, 0, "warm-up"):
         engine.submit(request)
     while engine.has_work:
-        engine.step()
+        step(engine)
     started = time.perf_counter()
     for request in requests:
         engine.submit(request)
     while engine.has_work:
-        engine.step()
+        step(engine)
     seconds = time.perf_counter() - started
     n_in, n_out = sum(len(r.prompt_ids) for r in requests), sum(r.params.max_tokens for r in requests)
     # At best: all prompts at the matrix rate, and all new tokens in full batches.

@@ -4,10 +4,11 @@ import os
 
 import torch
 
-from llama_tp.checkpoint.files import AGAIN
 from llama_tp.checkpoint.stored import Shard, Stored
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import key_name
+from llama_tp.spec.regular_file import AGAIN
 from llama_tp.spec.weights import HARMLESS_HF_SUFFIX, HARMLESS_META, Cut, Weight, table
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,7 +31,7 @@ def check(config: ModelConfig, layout: str, shards: tuple[Shard, ...]) -> None:
             raise UserError(f"{first.path}: {_first(strange)} stored as {str(first.dtype).removeprefix('torch.')}",
                             "llama_tp runs weights in bf16, fp16 and fp32", "use the bf16 checkpoint of this model")
         missing += [f"{key} ({shard.path})" for key in weights if key not in shard.tensors]
-        unexpected += [f"{key} ({stored.path})" for key, stored in shard.tensors.items()
+        unexpected += [f"{key_name(key)} ({stored.path})" for key, stored in shard.tensors.items()
                        if key not in weights and not _harmless(key, layout)]
         for key in weights.keys() & shard.tensors.keys():
             stored, allowed = shard.tensors[key], _allowed_shapes(weights[key], shards, shards[0].tensors.get(key))

@@ -1,100 +1,18 @@
-"""Plain files, opened with suspicion and read by position. Knows nothing of tensors or checkpoint layouts.
+"""The weight files of a checkpoint, read by position. Knows nothing of tensors or checkpoint layouts.
 
 Weights are read with `preadv` straight into their destination, never through a mapping: mapped pages count into a
 process's peak memory, and a file that shrinks under a mapping kills the process with SIGBUS, whereas a short read is
 an error that can be named. Every complaint about a file names it and says what to do.
 """
 
-import json
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import AGAIN, open_regular
 
-AGAIN = "download it again (`hf download ORG/NAME`, or `llama download` for Meta's own files)"
 READERS = 4                     # threads that read one long run together
 PART_BYTES = 4 << 20            # what is worth a thread's while
-_HEAD_BYTES = 512               # enough to tell a git-lfs pointer (about 130 bytes) and a web page from weights
-
-
-def open_regular(path: str) -> int:
-    """A file descriptor of `path`, which must be a readable, non-empty regular file that holds what its name says.
-
-    `stat` comes before `open`: opening a FIFO blocks for ever. Raises UserError for a missing file, a dangling or
-    looping link (naming both ends), a folder, a FIFO, a file one may not read, 0 bytes, a git-lfs pointer, a web page.
-    """
-    try:
-        info = os.stat(path)
-        if stat.S_ISDIR(info.st_mode):
-            raise UserError(f"{path} must be a file", "found a folder", "move the folder away and " + AGAIN)
-        if not stat.S_ISREG(info.st_mode):
-            raise UserError(f"{path} must be a regular file", "found a pipe, socket or device",
-                            "put the real file in its place")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise UserError(f"{path} is a link to a file that is not there", f"it points to {os.readlink(path)}",
-                            "an interrupted download leaves such links: " + AGAIN) from None
-        raise UserError(f"{path} is not there", "", AGAIN) from None
-    except PermissionError:
-        raise UserError(f"{path} cannot be read", f"permission denied to uid {os.geteuid()}",
-                        "allow it (`chmod a+r`, and `a+x` on its folders) or run as its owner") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be opened", str(error.strerror), "check the link or the mount") from error
-    try:
-        _refuse_impostor(path, info.st_size, os.pread(fd, _HEAD_BYTES, 0))
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _refuse_impostor(path: str, size: int, head: bytes) -> None:
-    if size == 0:
-        raise UserError(f"{path} is empty", "0 bytes", AGAIN)
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} is a git-lfs pointer, not the file itself", f"{size} bytes",
-                        "run `git lfs pull` in its folder")
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower().startswith((b"<!doctype", b"<html", b"<head")):
-        raise UserError(f"{path} is a web page, not the file itself", f"{size} bytes that begin with {head[:15]!r}",
-                        "the download was refused: accept the model's licence, set HF_TOKEN, and " + AGAIN)
-
-
-def list_folder(path: str) -> list[str]:
-    """Sorted names in a folder, without dot files (`._consolidated.00.pth` is what macOS leaves on foreign disks)."""
-    try:
-        return sorted(name for name in os.listdir(path) if not name.startswith("."))
-    except PermissionError:
-        raise UserError(f"{path} cannot be read", f"permission denied to uid {os.geteuid()}",
-                        "allow it (`chmod a+rx`) or run as its owner") from None
-    except OSError as error:
-        raise UserError(f"{path} is not a folder that can be read", str(error.strerror),
-                        "point --ckpt_dir at the checkpoint's folder") from error
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """For `json.loads(object_pairs_hook=)`: a key given twice is an error, where plain JSON readers keep the last."""
-    found: dict = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands there twice")
-        found[key] = value
-    return found
-
-
-def read_json(path: str) -> dict:
-    """The JSON object in a small text file; a byte order mark and CRLF are accepted, anything else odd a UserError."""
-    fd = open_regular(path)
-    with open(fd, "rb") as file:
-        raw = file.read()
-    try:
-        found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON", str(error), "correct it or " + AGAIN) from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} must hold a JSON object", f"found a {type(found).__name__}", "correct it or " + AGAIN)
-    return found
 
 
 class Files:

@@ -4,6 +4,7 @@ import os
 import re
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import key_name
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HF_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]
@@ -27,7 +28,7 @@ def fetch(path: str, cached_only: bool = False) -> str:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"{path} is no folder here, and a download from the hub needs huggingface_hub",
+        raise UserError(f"{key_name(path)} is no folder here, and a download from the hub needs huggingface_hub",
                         "it is not installed", "pip install 'llama_tp[hf]', or give --ckpt_dir a folder") from error
     try:
         if cached_only:
@@ -36,6 +37,6 @@ def fetch(path: str, cached_only: bool = False) -> str:
         wanted = _HF_FILES if any(name.endswith(".safetensors") for name in names) else _META_FILES
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
     except Exception as error:  # the hub's errors, the HTTP library's and the disk's have no base class of their own
-        raise UserError(f"{path} is no folder here and did not come from the hub",
+        raise UserError(f"{key_name(path)} is no folder here and did not come from the hub",
                         f"{type(error).__name__}: {str(error)[:200]}",
                         "check the name and the network, accept the model's licence and set HF_TOKEN") from error

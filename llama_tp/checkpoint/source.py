@@ -15,16 +15,17 @@ from math import gcd
 import torch
 
 from llama_tp.checkpoint.check import check, key_of
-from llama_tp.checkpoint.files import AGAIN, Files, list_folder
+from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import has_safetensors, open_hf
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.checkpoint.meta import open_meta, shard_names
 from llama_tp.checkpoint.stored import BoxReader, Shard, Stored
-from llama_tp.spec.config import ModelConfig, folded, with_rope_factor
+from llama_tp.spec.config import META_FOLDERS, ModelConfig, folded, with_rope_factor
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import AGAIN, list_folder
 from llama_tp.spec.weights import Cut, Part, Weight, table
 
-_META_FOLDERS = ("", "original", "original/mp8", "original/mp16")       # mp16 last: it stores KV heads twice
+
 _MOST_KV_HEADS = 8              # of any Llama 3; more in a file may be copies
 _LONG_CONTEXT_DIMS = (2048, 3072, 16384)    # widths that only Llama 3.1 and later have: their RoPE is always scaled
 
@@ -155,6 +156,10 @@ class Source:
             total += (bottom - top) * (right - left) * self.pieces(weight)[0].stored.dtype.itemsize
         return total
 
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold the weights; others may lie beside them."""
+        return sorted(map(os.path.basename, self._files.sizes))
+
     def check_unchanged(self) -> None:
         """Raises UserError if a file changed while it was being read."""
         self._files.check_unchanged()
@@ -207,7 +212,7 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
         raise UserError(
             f"{folder} holds no checkpoint",
             f"looked for config.json with *.safetensors, and params.json with consolidated.NN.pth there and in "
-            f"{', '.join(_META_FOLDERS[1:])}; found {seen or 'nothing'}",
+            f"{', '.join(META_FOLDERS[1:])}; found {seen or 'nothing'}",
             "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files are not read)")
     failure = None
     for layout, where in found:
@@ -227,7 +232,7 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
 def _layouts(folder: str) -> list[tuple[str, str]]:
     """(layout, folder) of every model that can be seen in a folder, in the order of preference."""
     found = [("hf", folder)] if has_safetensors(folder) else []
-    for name in _META_FOLDERS:
+    for name in META_FOLDERS:
         where = os.path.join(folder, name) if name else folder
         if (not name or os.path.isdir(where)) and shard_names(where):
             found.append(("meta", where))

@@ -11,19 +11,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch.distributed import Store
 
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.cuda_graph import cuda_record
+from llama_tp.engine.cuda_graph import CudaRecord
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.fused import fuse
-from llama_tp.model.kernels import fixes_rows, pick
+from llama_tp.model.kernels import Kernels, TorchKernels, fixes_rows, pick
 from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.transformer import Transformer, heads_of
 from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
@@ -31,7 +32,7 @@ from llama_tp.parallel.health import Watch
 from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
 from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import Budget, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
@@ -65,10 +66,11 @@ class EngineOptions:
     chat_template: str = "meta"             # or hf: looked for here, before the weights; dialogs are encoded elsewhere
 
 
-def build(options: EngineOptions) -> Engine:
-    """Joins the other ranks, loads this rank's shard and returns its engine. Raises UserError on a single rank; under
-    a launcher a failure on any rank ends the whole job with one message (health)."""
-    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0))
+def build(options: EngineOptions, store: Store | None = None) -> Engine:
+    """Joins the other ranks, loads this rank's shard and returns its engine; `store` is the launch's, if it is open already.
+    Raises UserError on a single rank; under a launcher a failure on any rank ends the whole job with one message (health)."""
+    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0),
+                       options.load_timeout, store)
     watch = Watch(ranks, options.step_timeout, options.load_timeout)
     try:
         with watch.busy("load", options.load_timeout):
@@ -89,10 +91,10 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
-    kernels = pick(ranks.device, dtype, deterministic)
+    kernels = pick_kernels(config, ranks, dtype, deterministic)
     n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size)
     changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
-    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len)]:
+    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len, kernels)]:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
@@ -101,9 +103,13 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
         load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
+    if ranks.device.type == "cuda":
+        say("compiling, and capturing decodes as CUDA graphs: at most a minute or two", ranks, options.quiet)
     engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
-    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {config.n_params / 1e9:.2f} B parameters, "
+    if engine.runner.graphs and engine.runner.graphs.captured:
+        mode += f", {len(engine.runner.graphs.captured)} captured decodes"
+    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {counted(config.n_params)} parameters, "
         f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,
         options.quiet)
     return engine
@@ -116,8 +122,12 @@ def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int
     on_cuda = model.ranks.device.type == "cuda"
     if on_cuda and not model.deterministic and (why := fuse(model)):
         warn(f"torch.compile is of no use here, the arithmetic between the products stays plain torch: {why}", model.ranks)
-    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), cuda_record() if on_cuda else None)
-    scheduler = Scheduler(BlockManager(cache.n_blocks, cache.block_size, prefix_cache), max_rows, step_tokens, len(model.rope.cos))
+    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), CudaRecord() if on_cuda else None)
+    if why := runner.capture():
+        warn(f"decodes cannot be captured as CUDA graphs on this rank, so that all ranks launch them one by one, slower: {why}",
+             model.ranks)
+    blocks = BlockManager(cache.n_blocks, cache.block_size, prefix_cache)
+    scheduler = Scheduler(blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context)
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
 
@@ -167,6 +177,16 @@ def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> 
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 
+def pick_kernels(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool) -> Kernels:
+    """The fastest that all ranks have: the driver deals out blocks of one size."""
+    kernels = pick(ranks.device, dtype, deterministic, heads_of(config, ranks.tp))
+    sizes = gather_ints(kernels.block_size, ranks)
+    if kernels.block_size > min(sizes):
+        kernels = TorchKernels(deterministic)
+        kernels.lacks = f"rank {sizes.index(min(sizes))} cannot use it"
+    return kernels
+
+
 def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int,
                block_size: int) -> int:
     """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on the tightest rank.
@@ -196,7 +216,8 @@ def free_bytes(ranks: Ranks) -> int:
     return free // ranks.local_size
 
 
-def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int) -> list[str]:
+def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int,
+               kernels: Kernels) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
     notes = []
     if ranks.device.type == "cpu" and library() is None:
@@ -206,6 +227,8 @@ def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype:
         notes.append("the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go through gloo, slower")
     elif ranks.device.type == "cuda" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
         notes.append("torch's symmetric memory is off, not to be had or not in agreement with NCCL: small sums go through NCCL")
+    if ranks.device.type == "cuda" and kernels.lacks:
+        notes.append(f"attention runs in plain torch, slower: no paged FlashAttention here: {kernels.lacks}")
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:

@@ -5,7 +5,6 @@ nothing of how it was built (build.py) or of who calls it (calls.py).
 """
 
 import contextlib
-import functools
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -14,19 +13,21 @@ import numpy as np
 import torch
 
 from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.masks import Masks
 from llama_tp.engine.request import Request, Sequence
 from llama_tp.engine.runner import Judge, Runner, Sampled
 from llama_tp.engine.sampler import choose, score
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.step import NOT_FINITE, Step, StepRow
+from llama_tp.engine.step import LATE, NOT_FINITE, Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar import Constraint, Grammars
+from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import Tokenizer
 
+IDLE_S = 0.05                   # with nothing to compute but samples whose masks are late: until the caller may look around
 BYE = -1                        # a message whose first int is negative is not a step: the driver has ended
 
 
@@ -49,12 +50,10 @@ class Stats:
 
 @dataclass
 class _Track:
-    """The engine's own book about one sequence: its text so far, the form that it must have and which tokens may therefore come
-    next ((words,) int32 bits, sampler.allowed), its prompt's logprobs by position (None: not wanted, or handed over)."""
+    """The engine's own book about one sequence: its text so far, its prompt's logprobs by position (None: not wanted, or handed
+    over)."""
 
     stream: TextStream
-    constraint: Constraint | None = None
-    mask: torch.Tensor | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None
 
 
@@ -78,6 +77,8 @@ class Engine:
         self._tracks: dict[Sequence, _Track] = {}
         self._running: deque[tuple[Step, Sampled]] = deque()
         self._logprobs: dict[Sequence, TokenLogprobs] = {}  # of the tokens that the driver has chosen in the step that runs
+        self._masks: Masks | None = None                    # from the first request with a form on
+        self._late: set[Sequence] = set()                   # of the step that runs: those whose masks had not come
         self._judge = Judge(self._choose, self._score)
 
     @property
@@ -91,47 +92,42 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------ driver
 
     def check(self, request: Request) -> None:
-        """Raises UserError if the request can never run: ids outside the vocabulary, a prompt too long."""
+        """Raises UserError if the request can never run: ids outside the vocabulary, a prompt too long, a form that cannot be
+        followed, which may take seconds to find out."""
+        self._check_ids(request)
+        if request.params.form:
+            self._forms().pool.try_form(request.params.form)
+
+    def _check_ids(self, request: Request) -> None:
         request.check(self.runner.n_vocab)
         self.scheduler.check_fits(len(request.prompt_ids) + request.n_written)
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises UserError, and queues nothing, if it can never run."""
-        self.check(request)
+        """Queues a request. Raises UserError, and queues nothing, if it can never run; whether its form can be followed its deltas
+        tell."""
+        self._check_ids(request)
         if any(sequence.request.id == request.id for sequence in self._tracks):
             raise UserError("a request's id must be its own", f"{request.id!r} is still running", "give it another id")
         seed = request.params.seed
         if seed is None:
             seed = (self.seed << 32) + self.stats.n_requests
-        constraint = self._grammars.start(request.params.form) if request.params.form else None
+        masks = self._forms() if request.params.form else None
         sequences = [Sequence(request, index, seed) for index in range(request.params.n)
                      if not request.outputs or request.outputs[index] is not None]
-        tracks = [(sequence, self._track(sequence, constraint)) for sequence in sequences]
+        tracks = [(sequence, _Track(self._stream(sequence), {} if sequence.scores_prompt else None)) for sequence in sequences]
         if not self.stats.n_requests:
             self._first_submit = time.perf_counter()
         self.stats.n_requests += 1
         for sequence, track in tracks:
             self.scheduler.add(sequence)
             self._tracks[sequence] = track
+        if masks:
+            masks.begin(request, sequences)
 
-    def _track(self, sequence: Sequence, constraint: Constraint | None) -> _Track:
-        """The book about a sequence that is yet to run. constraint: the state at its beginning."""
-        track = _Track(self._stream(sequence), constraint and constraint.fork(), None, {} if sequence.scores_prompt else None)
-        if constraint:
-            track.mask = self._follow_form(track, sequence.output_ids)
-        return track
-
-    @functools.cached_property
-    def _grammars(self) -> Grammars:
-        """Made for the first form: it reads the whole vocabulary."""
-        return Grammars(self.tokenizer)
-
-    @staticmethod
-    def _follow_form(track: _Track, ids: list[int]) -> torch.Tensor:
-        """Takes in what the sequence has written. -> its next mask. Raises UserError when nothing can follow."""
-        for token in ids:
-            track.constraint.advance(token)
-        return torch.from_numpy(track.constraint.mask().view(np.int32).copy())
+    def _forms(self) -> Masks:
+        """Made for the first form: a process of its own reads the vocabulary. Raises UserError where forms cannot be followed."""
+        self._masks = self._masks or Masks(GrammarPool(self.tokenizer), len(self.scheduler.rows))
+        return self._masks
 
     def _stream(self, sequence: Sequence) -> TextStream:
         """The text of a sequence, up to what it had written before it came here; the same as if it had been written here."""
@@ -154,17 +150,22 @@ class Engine:
         tokens itself or follows a form nothing is planned ahead: it needs the very tokens that would still be missing.
         """
         started, run_s = time.perf_counter(), 0.0
+        if self._masks:
+            self._masks.look()
         n_ahead = 0 if self.scheduler.n_driven else self.n_ahead
         while len(self._running) <= n_ahead and (step := self.scheduler.plan()):
             run_s += self._launch(step)
         if not self._running:
-            return []
+            if self.has_work:                               # all of it waits for masks
+                self._masks.look(IDLE_S)
+            return self._end_forms()
         step, read = self._running.popleft()
         reading = time.perf_counter()
         with self.watch.busy(f"step {step.number}"):
-            sampled = read()
+            sampled = read() | {sequence.row: LATE for sequence in self._late}
         run_s += time.perf_counter() - reading
         deltas = [self._gained(sequence, token) for sequence, token in self.scheduler.update(step, sampled)]
+        deltas += self._end_forms()
         while self._running and not self.has_work:          # what was planned ahead is computed in vain
             step_ahead, read = self._running.popleft()
             self.scheduler.update(step_ahead, read())
@@ -175,28 +176,56 @@ class Engine:
             self.stats.first_token_s = time.perf_counter() - self._first_submit
         return deltas
 
+    def _end_forms(self) -> list[Delta]:
+        """Ends the samples whose forms cannot be kept, and asks for the next masks of the others."""
+        if not self._masks:
+            return []
+        failures = [(sequence, error) for sequence, error in self._masks.failures() if sequence in self._tracks]
+        for sequence, _ in failures:
+            self.scheduler.finish(sequence, "abort")
+        self._masks.ask()
+        return [self._finished(sequence, error=str(error), refused=(error.what, error.found, error.fix))
+                for sequence, error in failures]
+
     def _launch(self, step: Step) -> float:
         """Driver: has all ranks run a step. -> seconds that the model took, on CPU; on CUDA, to be set going."""
         send_ints(step.encode(), self.ranks)
-        masks = [self._tracks[self.scheduler.rows[row.row]].mask for row in step.rows if row.masked]
         self._logprobs.clear()
+        self._late.clear()
         started = time.perf_counter()
-        self._running.append((step, self._run(step, self._judge, torch.stack(masks) if masks else None)))
+        self._running.append((step, self._run(step, self._judge)))
         return time.perf_counter() - started - self.runner.planning_s
 
-    def _run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None) -> Sampled:
-        """masks: (masked rows, words) int32 on the driver, whose values every rank gets."""
+    def _run(self, step: Step, judge: Judge | None) -> Sampled:
         self.n_steps = step.number
         with self.watch.busy(f"step {step.number}"):
-            if n_masks := sum(row.masked for row in step.rows):
-                empty = torch.empty(n_masks, -(-self.tokenizer.n_vocab // 32), dtype=torch.int32)
-                masks = share_words(empty if masks is None else masks, self.ranks)
-            return self.runner.run(step, judge, masks)
+            return self.runner.run(step, judge, lambda: self._share_masks(step))
+
+    def _share_masks(self, step: Step) -> torch.Tensor:
+        """(masked rows, words) int32 on every rank: the driver's. A row whose mask is late may write anything: it is not used."""
+        words = torch.full((sum(row.masked for row in step.rows), -(-self.tokenizer.n_vocab // 32)), -1, dtype=torch.int32)
+        if self.is_driver:
+            masks = self._masks_of([self.scheduler.rows[row.row] for row in step.rows if row.masked], len(words) == len(step.rows))
+            for place, mask in zip(words, masks):
+                if mask is not None:
+                    place.copy_(mask)
+        return share_words(words, self.ranks)
+
+    def _masks_of(self, sequences: list[Sequence], alone: bool) -> list[torch.Tensor | None]:
+        """alone: the step has no other rows. -> for each which tokens may come ((words,) int32 bits, sampler.allowed); None without
+        a form, and of one that is late."""
+        formed = [sequence for sequence in sequences if sequence.params.form]
+        if not formed:
+            return [None] * len(sequences)
+        self._masks.wait(formed, alone and len(formed) == len(sequences))
+        masks = {sequence: self._masks.get(sequence) for sequence in formed}
+        self._late |= {sequence for sequence, mask in masks.items() if mask is None}
+        return [None if (mask := masks.get(sequence)) is None else torch.from_numpy(mask.view(np.int32)) for sequence in sequences]
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.rows[row.row] for row in rows]
-        masks = [self._tracks[sequence].mask for sequence in sequences]
-        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks)
+        masks = self._masks_of(sequences, alone=False)
+        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks, self.runner.n_vocab)
         self._logprobs.update((sequence, choice.logprobs) for sequence, choice in zip(sequences, choices) if choice.logprobs)
         return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
 
@@ -204,7 +233,7 @@ class Engine:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
         sequence = self.scheduler.rows[row.row]
         targets = sequence.ids[first + 1:min(first + 1 + len(logits), sequence.n_prompt)]
-        scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs)
+        scores = score(logits[:len(targets)], targets, sequence.params.prompt_logprobs, self.runner.n_vocab)
         self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
 
     def _gained(self, sequence: Sequence, token: int) -> Delta:
@@ -216,12 +245,8 @@ class Engine:
         if token in params.stop_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
             self.scheduler.finish(sequence, "stop")
             return self._finished(sequence)
-        if track.constraint and not sequence.finish_reason:
-            try:
-                track.mask = self._follow_form(track, [token])
-            except UserError as error:
-                self.scheduler.finish(sequence, "abort")
-                return self._finished(sequence, error=str(error))
+        if params.form and not sequence.finish_reason:
+            self._masks.sampled(sequence, token)
         text = track.stream.push([token])
         if sequence.n_output == params.min_tokens:
             track.stream.heed(params.stop)
@@ -234,11 +259,14 @@ class Engine:
                      prompt_logprobs=self._prompt_logprobs(sequence))
 
     def _finished(self, sequence: Sequence, ids: tuple[int, ...] = (), text: str = "",
-                  logprobs: tuple[TokenLogprobs, ...] = (), error: str | None = None) -> Delta:
+                  logprobs: tuple[TokenLogprobs, ...] = (), error: str | None = None,
+                  refused: tuple[str, str, str] | None = None) -> Delta:
         prompt_logprobs = self._prompt_logprobs(sequence)
         track = self._tracks.pop(sequence)
+        if sequence.params.form:
+            self._masks.end(sequence)
         return Delta(sequence.request.id, sequence.index, ids, text + track.stream.finish(), logprobs,
-                     sequence.finish_reason, error, prompt_logprobs)
+                     sequence.finish_reason, error, prompt_logprobs, refused)
 
     def _prompt_logprobs(self, sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
         """Handed over once: with sample 0's first delta."""
@@ -257,16 +285,19 @@ class Engine:
             self.stats.decode_s += seconds
 
     def dismiss(self) -> None:
-        """Driver: ends the workers' `follow`. A worker that has left already needs no word."""
+        """Driver: ends the workers' `follow`, and the processes that follow forms. A worker that has left already needs no word."""
         if not self.dismissed and self.is_driver:
             with contextlib.suppress(RuntimeError):
                 send_ints([BYE], self.ranks)
+        if self._masks:
+            self._masks.close()
         self.dismissed = True
 
     def close(self) -> None:
         """Dismisses the workers, stops watching and takes down this rank's part of the groups. Safe to call twice."""
         self.dismiss()
         self.watch.close()
+        self.runner.release()
         close(self.ranks)
 
     # ----------------------------------------------------------------------------------------------------- workers
@@ -277,4 +308,4 @@ class Engine:
             ints = recv_ints(self.ranks)
             if ints[0] < 0:
                 return ints
-            self._run(Step.decode(ints), None, None)
+            self._run(Step.decode(ints), None)

@@ -118,7 +118,8 @@ class SamplingParams:
         stop: strings that end a completion, each of 1,000 characters at most; one string, or several.
         stop_ids: token ids that end a completion, besides the tokenizer's own.
         ignore_eos: the tokenizer's stop ids do not end a completion; those of `stop_ids` still do.
-        logprobs: None is off; k gives the chosen token's logprob and those of the k <= 20 likeliest.
+        logprobs: None is off; k gives the chosen token's logprob and those of the k <= 20 likeliest. They are those of the raw
+            logits, normalised over all rows of the checkpoint's embedding, also those that no token id stands for.
         prompt_logprobs: the same for every token of the prompt but the first.
         form: what the completion must look like (text/grammar.py); not with min_tokens or ignore_eos.
 
@@ -254,6 +255,7 @@ class Sequence:
         self.n_prompt = len(request.prompt_ids)
         self.arrival = -1                               # order of arrival, given by Scheduler.add
         self.limit = 0                                  # most ids it may hold, prompt included; by Scheduler.add
+        self.held = False                               # what it may write next is not known yet (masks): no token is sampled
         self.finish_reason: str | None = None           # None | "stop" | "length" | "abort"
         self.keys: list[bytes] = []                     # of the full blocks of `ids`, see blocks.py; survive preemption
         self.leave()

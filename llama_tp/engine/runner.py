@@ -32,8 +32,9 @@ Sampled = Callable[[], dict[int, int]]
 class Judge:
     """The driver's part of a step.
 
-    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each.
+    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each, below `n_vocab`.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
+    V is the checkpoint's whole vocabulary: rows of the head without a token id count in logprobs.
     """
 
     choose: Choose
@@ -45,7 +46,7 @@ class Runner:
 
     Args:
         max_rows: the most sequences at once; rows are numbered below it.
-        n_vocab: ids that may be sampled; the head's rows beyond are padding or have no text.
+        n_vocab: ids that may be sampled; the head's rows beyond have no text, or pad the shards.
         record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any other.
     """
 
@@ -56,18 +57,27 @@ class Runner:
         self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)      # one more: padding's
         self.graphs = record and DecodeGraphs(model, cache, self.last, self.on_shards, record)
 
+    def capture(self) -> str | None:
+        """Every rank, before the first step: captures what decodes will be replayed from. -> why not, on one rank."""
+        return self.graphs and self.graphs.capture()
+
+    def release(self) -> None:
+        """Drops what was captured, which the process groups would wait for when they are taken down."""
+        if self.graphs:
+            self.graphs.release()
+
     @torch.inference_mode()
-    def run(self, step: Step, judge: Judge | None, masks: torch.Tensor | None = None) -> Sampled:
-        """One step. `judge` is given on the driver and None elsewhere; masks: (masked rows, words) int32, which tokens may come
-        (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or
-        UNDECIDED, when called, waiting for the device if need be."""
+    def run(self, step: Step, judge: Judge | None, masks: Callable[[], torch.Tensor] | None = None) -> Sampled:
+        """One step. `judge` is given on the driver and None elsewhere; masks: gives, once the model has run, (masked rows, words)
+        int32, which tokens may come (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or
+        NOT_FINITE or UNDECIDED, when called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
             if row.blocks:
                 self._own(row)
-        if self.graphs and self.graphs.hold(step):
+        if self.graphs and (captured := self.graphs.find(step)):
             self.planning_s = time.perf_counter() - started
-            tokens = self.graphs.run(step)
+            tokens = self.graphs.run(step, captured)
             return later([row.row for row in step.rows], tokens) if judge else dict
         batch, ends = self._batch(step)
         self.planning_s = time.perf_counter() - started
@@ -79,11 +89,12 @@ class Runner:
         for row, end in zip(step.rows, ends):
             if row.sample:
                 ways.setdefault((row.way, row.masked), []).append((row, end - 1))
+        words = masks() if any(masked for _, masked in ways) else None
         sampled, tokens = [], []
         for (way, masked), some in sorted(ways.items()):
             rows, at = zip(*some)
             sampled += [row.row for row in rows]
-            mask = self._masks_of(rows, step, masks) if masked else None
+            mask = self._masks_of(rows, step, words) if masked else None
             tokens.append(self._sample(way, rows, hidden[self._tensor(at)], judge, mask))
         if not sampled:
             return dict
@@ -136,9 +147,9 @@ class Runner:
         return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(R, D) -> (R, n_vocab) on the driver, None elsewhere."""
+        """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None elsewhere."""
         shards = gather_to_driver(self.model.logits(hidden), self.ranks)
-        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.n_vocab]
+        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.model.config.vocab_size]
 
     def _score(self, row: StepRow, hidden: torch.Tensor, judge: Judge | None) -> None:
         for at in range(0, row.n, SCORE_ROWS):

@@ -6,7 +6,8 @@ company in a batch cannot change a token. Draws are keyed by (seed, sample index
 generator, so neither can the order in which rows were computed.
 
 Order of operations, as vLLM and transformers have it: logit_bias, repetition, presence and frequency penalties,
-min_tokens (stop ids forbidden), temperature, top_k, top_p, min_p. Logprobs are those of the raw logits, as Meta's.
+min_tokens (stop ids forbidden), temperature, top_k, top_p, min_p. Logprobs are those of the raw logits, as Meta's, over all rows
+of the checkpoint's embedding, as in transformers and vLLM. Rows that the tokenizer has no id for are never chosen nor told.
 """
 
 import math
@@ -35,7 +36,7 @@ class Choice:
 
 
 def choose(rows: list[Sequence], logits: torch.Tensor, eos_ids: tuple[int, ...],
-           masks: list[torch.Tensor | None] | None = None) -> list[Choice]:
+           masks: list[torch.Tensor | None] | None = None, n_vocab: int | None = None) -> list[Choice]:
     """Samples one token a row.
 
     Args:
@@ -43,15 +44,17 @@ def choose(rows: list[Sequence], logits: torch.Tensor, eos_ids: tuple[int, ...],
         logits: (R, V) fp32, unscaled; not changed.
         eos_ids: the tokenizer's stop ids, which min_tokens holds off (with the request's own).
         masks: for each row which tokens may come, (words,) int32 bits (see `allowed`), or None.
+        n_vocab: ids below it may come; unless given, all.
     """
-    highest, best = (each.tolist() for each in logits.max(dim=-1))                     # NaN counts as highest
+    highest, best = (each.tolist() for each in logits[:, :n_vocab].max(dim=-1))        # NaN counts as highest
     finite = [value < math.inf for value in highest]                                    # false for NaN too
-    return [_choose(row, logits[i], best[i], eos_ids, masks and masks[i]) if finite[i] else Choice(None, None)
+    return [_choose(row, logits[i], best[i], eos_ids, masks and masks[i], n_vocab) if finite[i] else Choice(None, None)
             for i, row in enumerate(rows)]
 
 
-def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, ...], mask: torch.Tensor | None) -> Choice:
-    params = row.params
+def _choose(row: Sequence, raw: torch.Tensor, best: int, eos_ids: tuple[int, ...], mask: torch.Tensor | None,
+            n_vocab: int | None) -> Choice:
+    params, logits = row.params, raw[:n_vocab]
     changed = adjusted(row, logits, eos_ids)
     if mask is not None:
         changed = changed.masked_fill(~allowed(mask, 0, len(logits)), -math.inf)
@@ -60,7 +63,7 @@ def _choose(row: Sequence, logits: torch.Tensor, best: int, eos_ids: tuple[int, 
     else:
         token = _draw(changed / params.temperature, params, uniform(row.seed, row.index, len(row.ids)))
     wanted = params.logprobs
-    return Choice(token, None if wanted is None else score(logits.unsqueeze(0), [token], wanted)[0])
+    return Choice(token, None if wanted is None else score(raw.unsqueeze(0), [token], wanted, n_vocab)[0])
 
 
 def pick(lists: torch.Tensor, best: torch.Tensor, draws: torch.Tensor, weights: Weights) -> torch.Tensor:
@@ -139,13 +142,13 @@ def _quantile(probs: torch.Tensor, u: float) -> int:
     return min(int(torch.searchsorted(mass, u * mass[-1], right=True)), len(mass) - 1)
 
 
-def score(logits: torch.Tensor, tokens: list[int], n_top: int) -> list[TokenLogprobs]:
-    """Logprobs of given tokens and the n_top best. logits: (R, V) fp32, one row a token."""
-    logprobs = torch.log_softmax(logits, dim=-1)
+def score(logits: torch.Tensor, tokens: list[int], n_top: int, n_vocab: int | None = None) -> list[TokenLogprobs]:
+    """Logprobs of given tokens and of the n_top best ids below `n_vocab`. logits: (R, V) fp32, one row a token."""
+    logprobs = torch.log_softmax(logits, dim=-1)[:, :n_vocab]
     chosen = logprobs.gather(1, torch.tensor(tokens, dtype=torch.int64, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = logprobs.topk(min(n_top, logits.shape[-1]), dim=-1) if n_top else (logprobs[:, :0], logprobs[:, :0])
-    return [TokenLogprobs(token, value, tuple(zip(map(int, row_ids), row_values)))
-            for token, value, row_ids, row_values in zip(tokens, chosen, ids.tolist(), values.tolist())]
+    values, ids = logprobs.topk(min(n_top, logprobs.shape[-1]), dim=-1) if n_top else (logprobs[:, :0], logprobs[:, :0])
+    return [TokenLogprobs(token, value, tuple(zip(map(int, row_ids), row_values, strict=True)))
+            for token, value, row_ids, row_values in zip(tokens, chosen, ids.tolist(), values.tolist(), strict=True)]
 
 
 def adjusted(row: Sequence, logits: torch.Tensor, eos_ids: tuple[int, ...]) -> torch.Tensor:

@@ -19,14 +19,17 @@ know its last token first (`n_driven`). `in_flight` then holds both steps, and a
 the later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
 be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
 position computed again for the driver to choose, whose tokens are chosen until fewer than one in `FEW` was UNDECIDED.
-"""
+
+A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last
+position. One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to
+it that it ends. """
 
 from collections import deque
 from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import FILTERED, GATHERED, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
+from llama_tp.engine.step import FILTERED, GATHERED, LATE, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
 from llama_tp.spec.errors import UserError
 
 FEW = 8                         # computing one position in eight twice costs less than holding up every other sequence's steps
@@ -41,6 +44,7 @@ class Scheduler:
         max_step_tokens: most tokens in a step.
         max_seq_len: most ids in a sequence, prompt and output together.
         prefill_chunk: most tokens of one prompt in a step; None: whatever the step holds.
+        max_context: how far max_seq_len could be raised: the positions that the model was trained for.
 
     Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all blocks together if that
     is less); `rows`, row -> Sequence or None, as the last plan left it; `in_flight`, for every step planned and not yet
@@ -49,11 +53,11 @@ class Scheduler:
     """
 
     def __init__(self, blocks: BlockManager, max_rows: int, max_step_tokens: int, max_seq_len: int,
-                 prefill_chunk: int | None = None):
+                 prefill_chunk: int | None = None, max_context: int | None = None):
         self.blocks = blocks
         self.max_step_tokens = max_step_tokens
         self.prefill_chunk = prefill_chunk or max_step_tokens
-        self.max_seq_len = max_seq_len
+        self.max_seq_len, self.max_context = max_seq_len, max_context or max_seq_len
         self.max_len = min(max_seq_len, blocks.n_blocks * blocks.block_size)
         # also when steps are planned ahead, and a sequence thought to be at its end comes back UNDECIDED
         self.rows: list[Sequence | None] = [None] * min(max_rows, max_step_tokens)
@@ -71,9 +75,11 @@ class Scheduler:
     def check_fits(self, n_prompt: int) -> None:
         """Raises UserError when a prompt of `n_prompt` ids and one token of output can never fit."""
         if n_prompt + 1 > self.max_seq_len:
+            fits = n_prompt + 1 <= self.max_context
             raise UserError("the prompt is too long",
                             f"found {n_prompt} tokens, and max_seq_len {self.max_seq_len} must also hold one of output",
-                            "shorten the prompt or raise --max_seq_len")
+                            f"shorten the prompt or raise --max_seq_len, at most to {self.max_context}" if fits else
+                            f"shorten the prompt: the model was trained for {self.max_context} positions")
         if n_prompt + 1 > self.max_len:
             raise UserError("the prompt does not fit in the KV cache",
                             f"found {n_prompt} tokens, and the cache's {self.max_len} must also hold one of output",
@@ -114,17 +120,15 @@ class Scheduler:
         n_preemptions, rows = self.n_preemptions, []
         for sequence in list(self.running):
             # a sequence that this loop has preempted decodes no more; one at its limit has its last token in flight
-            ready = sequence.decoding and sequence.n_ids < sequence.limit
+            ready = sequence.decoding and not sequence.held and sequence.n_ids < sequence.limit
             if ready and self._has_block(sequence):
                 rows.append(self._row(sequence, 1))
         budget = self.max_step_tokens - len(rows)
         for sequence in self.running:
             if not sequence.decoding and budget:
-                rows.append(self._chunk(sequence, budget))
-                budget -= rows[-1].n
+                budget -= self._chunk(sequence, budget, rows)
         while budget and self.n_preemptions == n_preemptions and self._admit():
-            rows.append(self._chunk(self.running[-1], budget))
-            budget -= rows[-1].n
+            budget -= self._chunk(self.running[-1], budget, rows)
         if not rows:
             return None
         step = Step(self.n_steps, tuple(rows))
@@ -137,7 +141,7 @@ class Scheduler:
 
         Args:
             sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the sequence with "abort",
-                alone; UNDECIDED has the position computed again, for the driver to choose.
+                alone; UNDECIDED has the position computed again, for the driver to choose; LATE, when it is not held.
 
         Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already, and a sequence that
         has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a whole) is finished with "length": that
@@ -153,8 +157,8 @@ class Scheduler:
                 continue
             if row.sample:
                 token = sampled[row.row]
-                if token == UNDECIDED:
-                    self._again(sequence, row.n - 1)
+                if token in (UNDECIDED, LATE):
+                    self._again(sequence, row.n - 1, token == UNDECIDED)
                     continue
                 tokens.append((sequence, token))
                 if token == NOT_FINITE:
@@ -210,8 +214,12 @@ class Scheduler:
                 and any(other.request is sequence.request and other.index == 0 and other.n_computed < other.n_prompt
                         for other in self.running))
 
-    def _chunk(self, sequence: Sequence, budget: int) -> StepRow:
-        return self._row(sequence, min(len(sequence.ids) - sequence.n_planned, self.prefill_chunk, budget))
+    def _chunk(self, sequence: Sequence, budget: int, rows: list[StepRow]) -> int:
+        """Plan some positions of a prompt, into `rows`. -> how many."""
+        n = min(len(sequence.ids) - sequence.held - sequence.n_planned, self.prefill_chunk, budget)
+        if n:
+            rows.append(self._row(sequence, n))
+        return n
 
     def _row(self, sequence: Sequence, n: int) -> StepRow:
         """Plan the next `n` positions of a running sequence, which has the blocks for them."""
@@ -242,13 +250,14 @@ class Scheduler:
             for i in range(first_open, sequence.n_computed // self.blocks.block_size):
                 self.blocks.register(sequence.blocks[i], sequence.keys[i])
 
-    def _again(self, sequence: Sequence, n: int) -> None:
+    def _again(self, sequence: Sequence, n: int, undecided: bool) -> None:
         """Have a sequence's last position computed anew; of the step that did it in vain the n positions before count."""
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
-        sequence.n_undecided += 1
-        self._go(sequence, GATHERED)
+        if undecided:
+            sequence.n_undecided += 1
+            self._go(sequence, GATHERED)
 
     def _go(self, sequence: Sequence, way: int) -> None:
         self.n_driven -= sequence.driven

@@ -35,6 +35,11 @@ def serve(engine: Engine, link) -> None:
         began = time.monotonic()
         deltas += engine.step()
         step_s = time.monotonic() - began
+        ended = {delta.request_id: list(delta.refused) for delta in deltas if delta.refused}
+        for request_id in ended:                            # its other samples end with it
+            engine.abort(request_id)
+        deltas = [delta for delta in deltas if delta.request_id not in ended]
+        refused |= ended
         before, running = running, {sequence.request.id for sequence in engine.scheduler.running}
         for delta in deltas:
             for scores in _pieces(delta):

@@ -13,6 +13,7 @@ _MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of anoth
 _SAMPLE, _PROMPT_LOGITS, _DECODE, _MASKED = 1, 2, 4, 8
 GATHERED, GREEDY, FILTERED, WHOLE = 0, 1, 2, 3  # of StepRow.way
 NOT_FINITE, UNDECIDED = -1, -2                  # in the place of a sampled id: see StepRow.way
+LATE = -3                                       # the same, of a row whose mask had not come: the driver alone knows
 
 
 class Draw(NamedTuple):

@@ -4,8 +4,10 @@ Pure torch, the same on CPU and CUDA. Every query row gets the same bits whateve
 prompt was cut into chunks and on however many ranks the heads are spread:
 
 * a row's scores and weighted values are rows of fp32 matrix products with at least ROWS_FLOOR rows: from 4 rows on
-  MKL's bits for a row do not depend on the number of rows, of columns or of matrices in the batch (measured: torch
-  2.13, AVX512, head dims 32, 64, 128, 1 and 2 threads; below it takes a matrix-vector kernel);
+  MKL's bits for a row depend neither on its place nor on the number of rows, of columns or of matrices in the batch
+  (measured: torch 2.13, AVX512, head dims 2 to 128, 1 and 2 threads; below it takes a matrix-vector kernel);
+* values have a multiple of WIDTH columns there, zeros if need be: at 6 and 10 MKL sums the last two columns of an odd row
+  in another order than those of an even one (measured so);
 * the context is padded to whole tiles of TILE slots; torch's softmax over a row does not change when -inf is
   appended in multiples of the vector width;
 * the weighted sum of values runs tile by tile, in order: later, masked tiles add exact zeros.
@@ -24,6 +26,7 @@ from llama_tp.model.kv_cache import on_device
 
 TILE = 256                      # context slots summed by one matrix product; a multiple of every block size
 ROWS_FLOOR = 16                 # rows of every product: 4 suffice as measured, 16 leaves room for other kernels
+WIDTH = 8                       # columns of values come in multiples of so many
 QUERY_CHUNK = 128               # prefill rows attended at once: keeps early rows from scoring a long chunk's end
 SCORES_LIMIT = 1 << 25          # fp32 scores held at once (128 MiB)
 
@@ -47,14 +50,23 @@ class Span(NamedTuple):
     blocks: list[int]           # the sequence's block table, at least up to position start + n - 1
 
 
-@dataclass
 class Paged:
-    """B sequences as tensors on the device, whatever their lengths: what a captured step can hold."""
+    """B sequences as tensors on the device, whatever their lengths: what a captured step can hold.
 
-    table: torch.Tensor         # (B, W) int32 block ids, padded with the empty block
-    used: torch.Tensor          # (B,) int32: context, this step's positions included
-    ends: torch.Tensor          # (B + 1,) int32: where each sequence's rows begin, and the last one's end
-    max_n: int                  # most rows of a sequence
+    table: (B, W) int32 block ids, padded with the empty block. used: (B,) int32, the context, this step's positions included.
+    ends: (B + 1,) int32, where each sequence's rows begin, and the last one's end; key_ends: the same of the contexts.
+    max_n: most rows of a sequence.
+    """
+
+    def __init__(self, table: torch.Tensor, used: torch.Tensor, ends: torch.Tensor, max_n: int):
+        self.table, self.used, self.ends, self.max_n = table, used, ends, max_n
+        self.key_ends = F.pad(used.cumsum(0, dtype=torch.int32), (1, 0))
+
+    @classmethod
+    def of(cls, tables: list[list[int]], used: list[int], ends: list[int], device: torch.device) -> "Paged":
+        """From ints; all tables of one length."""
+        on = (on_device(torch.tensor(ints, dtype=torch.int32), device) for ints in (tables, used, ends))
+        return cls(*on, max(b - a for a, b in zip(ends, ends[1:])))
 
 
 def plan(spans: list[Span], n_heads: int, block_size: int, empty_block: int, device: torch.device) -> list[Group]:
@@ -136,10 +148,12 @@ def _attend_group(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     if n * G < ROWS_FLOOR:
         weights = F.pad(weights, (0, 0, 0, ROWS_FLOOR - n * G))               # (B * K, R, M)
     v = _gather(v_cache, group.table)                                         # (B * K, M, E)
+    if E % WIDTH:
+        v = F.pad(v, (0, -E % WIDTH))
     out = torch.bmm(weights[:, :, :TILE], v[:, :TILE])                        # (B * K, R, E)
     for at in range(TILE, M, TILE):
         out += torch.bmm(weights[:, :, at:at + TILE], v[:, at:at + TILE])
-    return out[:, :n * G].reshape(B, K, n, G, E).transpose(1, 2).reshape(B * n, K * G, E)
+    return out[:, :n * G, :E].reshape(B, K, n, G, E).transpose(1, 2).reshape(B * n, K * G, E)
 
 
 def _gather(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

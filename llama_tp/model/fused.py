@@ -11,6 +11,7 @@ import torch
 
 from llama_tp.model.rope import Turn
 from llama_tp.model.transformer import Transformer
+from llama_tp.parallel.collectives import which_ranks
 
 ROWS = (1, 3)                   # one row gets code of its own; from the second number on it is unknown to the compiler
 NAMES = ("add_norm", "rotate", "silu_mul")
@@ -19,24 +20,32 @@ CLOSE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 0.1}    # a r
 
 @torch.inference_mode()
 def fuse(model: Transformer, compiler: Callable[..., Callable] = torch.compile) -> str | None:
-    """Has `model.kernels` compute `NAMES` compiled, once each gave what it gives uncompiled.
+    """Every rank: has `model.kernels` compute `NAMES` compiled, once each gave on every rank what it gives uncompiled.
 
     Takes 10-20 s the first time on a machine and less from then on (the compiler keeps its results in a folder); in this process,
-    since a helper of the compiler's would outlive a rank that is killed. -> None, or why nothing has changed.
+    since a helper of the compiler's would outlive a rank that is killed. -> on the first rank that failed, why; then none changes.
     """
-    kernels = model.kernels
-    plain = {name: getattr(kernels, name) for name in NAMES}
+    kernels, compiled, why = model.kernels, {}, None
     try:
-        compiled = {name: compiler(plain[name], options={"compile_threads": 1}) for name in NAMES}
-        for n_rows in ROWS:
-            for (name, ours), (_, theirs) in zip(_samples(model, n_rows), _samples(model, n_rows)):     # add_norm changes its own
-                off = (compiled[name](*ours) - plain[name](*theirs)).abs().max().item()
-                if not off <= CLOSE[model.dtype]:                                                       # NaN included
-                    return f"{name} of {n_rows} row(s) is off by {off:.2g}"
+        compiled = {name: compiler(getattr(kernels, name), options={"compile_threads": 1}) for name in NAMES}
+        why = _differs(model, compiled)
     except Exception as e:                                      # whatever a compiler can throw: the plain way always works
-        return f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+        why = f"{type(e).__name__}: {str(e).partition(chr(10))[0]}"
+    failed = which_ranks(why is not None, model.ranks)
+    if failed:
+        return why if failed[0] == model.ranks.rank else None
     vars(kernels).update(compiled)
     kernels.name += " + torch.compile"
+    return None
+
+
+def _differs(model: Transformer, compiled: dict[str, Callable]) -> str | None:
+    """Where a compiled function is off, and by how much."""
+    for n_rows in ROWS:
+        for (name, ours), (_, theirs) in zip(_samples(model, n_rows), _samples(model, n_rows)):         # add_norm changes its own
+            off = (compiled[name](*ours) - getattr(model.kernels, name)(*theirs)).abs().max().item()
+            if not off <= CLOSE[model.dtype]:                                                           # NaN included
+                return f"{name} of {n_rows} row(s) is off by {off:.2g}"
     return None
 
 

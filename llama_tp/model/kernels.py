@@ -6,23 +6,22 @@ between the two, results agree within the dtype's rounding. Tensor letters as in
 """
 
 import ctypes
-import inspect
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from llama_tp.model.attention import Group, Paged, Span, attend, attend_decodes, plan
-from llama_tp.model.kv_cache import KVCache, Slots, on_device
+from llama_tp.model.flash import PAGE, Heads, PagedAttention, open_paged
+from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.matrix import DTYPES, Matrix, NativeMatrix, TorchMatrix, can_pack
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
 
 WEIGHT_OF_BEST = 2.0 ** 44      # times a vocabulary of 2**18 is within an int64
 AMPERE = (8, 0)                 # FlashAttention needs a GPU of this generation or a later one
-PAGED_ARGUMENTS = {"enable_gqa", "seqused_k", "block_table", "num_splits"}      # varlen_attn has not had them all from the start
+GATHER_LIMIT = 1 << 16          # positions whose keys and values a captured step may gather in a layer: 256 MiB of an 8B model's
 WEIGH_CHUNK = 1024              # tokens whose weights are summed; a draw looks at single ones in one such chunk
 
 
@@ -41,6 +40,7 @@ class TorchKernels:
 
     name = "torch"
     block_size = 16             # slots a KV block: small enough that short prompts share prefixes
+    lacks: str | None = None    # why this GPU does without paged FlashAttention
     rotate = staticmethod(rotate)
     rounded = staticmethod(rounded)
 
@@ -60,10 +60,11 @@ class TorchKernels:
         used = positions.to(torch.int32) + 1
         return Paged(table, used, torch.arange(len(used) + 1, dtype=torch.int32, device=used.device), 1)
 
-    def table_width(self, n_blocks: int, most: int) -> int:
-        """How many blocks of the tables `plan_decodes` should get when the longest sequence has n_blocks: here the next
-        power of two, since every one of them is read."""
-        return min(most, 1 << (n_blocks - 1).bit_length())
+    def table_widths(self, n_rows: int, most: int) -> list[int]:
+        """How many blocks wide the tables are that `plan_decodes` gets in captured steps of n_rows. Here all of them are gathered:
+        contexts of up to 512 positions, 2,048 and so on, as far as memory should be spent."""
+        widths = [min(most, 32 << shift) for shift in range(0, 2 * most.bit_length(), 2)]
+        return [width for width in sorted(set(widths)) if n_rows * width * self.block_size <= GATHER_LIMIT]
 
     def add_norm(self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x += delta in place; -> x / rms(x) * weight (arXiv 1910.07467), in fp32 but for the last product, as Meta does.
@@ -108,31 +109,27 @@ def silu_fixed(x: torch.Tensor) -> torch.Tensor:
 
 
 class FlashKernels(TorchKernels):
-    """On CUDA, with torch's paged FlashAttention (torch.nn.attention.varlen): prefill and decodes in one call that reads the
-    blocks where they lie. `call`: varlen_attn, or what takes its arguments. Never run on a GPU so far."""
+    """On CUDA, with torch's paged FlashAttention (flash.py): prefill and decodes in one call that reads the blocks where they lie.
+    Never run on a GPU so far."""
 
     name = "torch + FlashAttention"
-    block_size = 256            # FlashAttention 2 reads pages of multiples of 256 slots
+    block_size = PAGE
 
-    def __init__(self, call: Callable[..., torch.Tensor], fixed_bits: bool = False):
+    def __init__(self, paged: PagedAttention, fixed_bits: bool = False):
         super().__init__(fixed_bits)
-        self.call, self.n_splits = call, 1 if fixed_bits else None     # one split: bits do not depend on the company
+        self.paged = paged
 
     def plan(self, spans: list[Span], n_heads: int, cache: KVCache, n_tokens: int) -> Paged:
-        width, device = max(len(span.blocks) for span in spans), cache.k.device
-        table = torch.tensor([span.blocks + [cache.empty] * (width - len(span.blocks)) for span in spans], dtype=torch.int32)
-        used = torch.tensor([span.start + span.n for span in spans], dtype=torch.int32)
-        ends = torch.tensor([0, *(span.row + span.n for span in spans)], dtype=torch.int32)
-        return Paged(*(on_device(each, device) for each in (table, used, ends)), max(span.n for span in spans))
+        width = max(len(span.blocks) for span in spans)
+        tables = [span.blocks + [cache.empty] * (width - len(span.blocks)) for span in spans]
+        used, ends = [span.start + span.n for span in spans], [0, *(span.row + span.n for span in spans)]
+        return Paged.of(tables, used, ends, cache.k.device)
 
-    def table_width(self, n_blocks: int, most: int) -> int:
-        return most             # beyond a sequence's own blocks nothing is read
+    def table_widths(self, n_rows: int, most: int) -> list[int]:
+        return [most]           # beyond a sequence's own blocks nothing is read
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: Paged) -> torch.Tensor:
-        k, v = (each.transpose(1, 2) for each in cache.layers[layer])                             # (N, S, K, E) each
-        return self.call(q.contiguous(), k, v, plan.ends, None, plan.max_n, plan.table.shape[1] * cache.block_size,
-                         window_size=(-1, 0), enable_gqa=True, seqused_k=plan.used, block_table=plan.table,
-                         num_splits=self.n_splits)
+        return self.paged(q, *cache.layers[layer], plan)
 
 
 @dataclass(frozen=True)
@@ -149,6 +146,7 @@ class NativeKernels:
 
     name = "C++"
     block_size = 16
+    lacks = None
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype):
         self.library, ending = library, DTYPES[dtype]
@@ -213,14 +211,28 @@ class NativeKernels:
 Kernels = TorchKernels | NativeKernels
 
 
-def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool) -> Kernels:
-    """The fastest way there is for this machine."""
-    if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= AMPERE:
-        from torch.nn.attention.varlen import varlen_attn               # imports torch's compiler: a second
-        if PAGED_ARGUMENTS <= inspect.signature(varlen_attn).parameters.keys():
-            return FlashKernels(varlen_attn, fixed_bits)
+def pick(device: torch.device, dtype: torch.dtype, fixed_bits: bool, heads: Heads | None = None) -> Kernels:
+    """The fastest way there is for this machine. heads: what attention will be asked for; None: it will not be."""
+    if device.type == "cuda" and heads:
+        paged = _paged(device, dtype, fixed_bits, heads)
+        if not isinstance(paged, str):
+            return FlashKernels(paged, fixed_bits)
+        kernels = TorchKernels(fixed_bits)
+        kernels.lacks = paged
+        return kernels
     library = load() if device.type == "cpu" and dtype in DTYPES else None
     return NativeKernels(library, dtype) if library else TorchKernels(fixed_bits)
+
+
+def _paged(device: torch.device, dtype: torch.dtype, fixed_bits: bool, heads: Heads) -> PagedAttention | str:
+    """Paged FlashAttention on this GPU, or why there is none."""
+    if dtype == torch.float32:
+        return "it computes in bfloat16 and float16, not in float32"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < AMPERE:
+        return "it takes a GPU of compute capability 8.0, this one has {}.{}".format(*capability)
+    from torch.nn.attention.varlen import varlen_attn                   # imports torch's compiler: a second
+    return open_paged(varlen_attn, heads, dtype, device, fixed_bits)
 
 
 def fixes_rows(device: torch.device, dtype: torch.dtype) -> bool:

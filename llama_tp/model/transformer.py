@@ -8,6 +8,7 @@ this rank*: T tokens in the step, D model dim, H query heads, K KV heads, E head
 import torch
 import torch.nn.functional as F
 
+from llama_tp.model.flash import Heads
 from llama_tp.model.kernels import Kernels, pick
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.layer import Batch, Layer, RMSNorm
@@ -17,6 +18,11 @@ from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
 from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.weights import Weight, table
+
+
+def heads_of(config: ModelConfig, tp: int) -> Heads:
+    """The heads of each rank."""
+    return Heads(config.n_heads // tp, config.local_kv_heads(tp), config.head_dim)
 
 
 class Transformer:
@@ -34,7 +40,7 @@ class Transformer:
     def __init__(self, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, deterministic: bool = False,
                  kernels: Kernels | None = None):
         self.config, self.ranks, self.dtype, self.deterministic = config, ranks, dtype, deterministic
-        self.kernels = kernels or pick(ranks.device, dtype, deterministic)
+        self.kernels = kernels or pick(ranks.device, dtype, deterministic, heads_of(config, ranks.tp))
         self.tok_embeddings = VocabParallelEmbedding(config.local_vocab(ranks.tp), config.dim, dtype, ranks, self.kernels,
                                                      config.tied)
         self.layers = [Layer(config, ranks, dtype, deterministic, self.kernels) for _ in range(config.n_layers)]

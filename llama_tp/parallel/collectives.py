@@ -91,6 +91,13 @@ def gather_ints(value: int, ranks: Ranks) -> list[int]:
     return [int(each) for each in values]
 
 
+def which_ranks(mine: bool, ranks: Ranks) -> list[int]:
+    """The ranks on which it is so, on every rank; a rank that is alone, or simulated, hears of itself only."""
+    if ranks.control is None:
+        return [ranks.rank] if mine else []
+    return [rank for rank, its in enumerate(gather_ints(int(mine), ranks)) if its]
+
+
 def send_ints(ints: list[int], ranks: Ranks) -> None:
     """Driver: sends int64s to all workers, which call `recv_ints`."""
     if ranks.tp == 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llama_tp.parallel import log
+from llama_tp.spec.errors import mark_told
 
 WRITE_S = 2.0           # for last words: a terminal or pipe that nobody reads must not keep the process
 
@@ -32,6 +33,7 @@ def leave(code: int, text: str) -> NoReturn:
         sys.stdout.flush()
         if text:
             log.write(f"error: {text}\n")
+            mark_told()
 
     speaker = threading.Thread(target=last_words, daemon=True)
     speaker.start()

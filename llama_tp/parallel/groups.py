@@ -1,8 +1,8 @@
 """Who am I: this process's rank, its device, and the process groups it shares with the others.
 
-Reads torchrun's or Slurm's environment, starts `torch.distributed`, fills in fairscale's model-parallel groups and
-hands everything on as one frozen `Ranks`, which callers pass along; nothing here is kept in a global of ours. Refuses
-to know: what is computed (model), what is sent (collectives) and whether the others are still alive (health).
+Starts `torch.distributed` on the store of the launch (rendezvous), fills in fairscale's model-parallel groups and hands
+everything on as one frozen `Ranks`, which callers pass along; nothing here is kept in a global of ours. Refuses to know: what
+is computed (model), what is sent (collectives) and whether the others are still alive (health).
 """
 
 import contextlib
@@ -10,12 +10,10 @@ import ctypes
 import functools
 import io
 import os
-import re
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,16 +21,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
-from torch.distributed.rendezvous import rendezvous
 
 from llama_tp.parallel.one_shot import OneShot, open_one_shot
+from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call
 from llama_tp.parallel.shared import Room, open_rooms
 from llama_tp.spec.errors import UserError
 
 # Workers wait for the next step on the control group while a user thinks: that wait must never run out by itself.
 CONTROL_TIMEOUT = timedelta(days=365)
 CLOSE_TIMEOUT_S = 20
-LAUNCHER_TIMEOUT_S = 30
 PR_SET_PDEATHSIG = 1            # linux/prctl.h
 
 
@@ -82,64 +79,17 @@ class Ranks:
         return self.rank == 0
 
 
-@dataclass(frozen=True)
-class Launch:
-    """What the launcher's environment says; no torch in it, so that it can be tested with a dict."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_size: int
-    n_nodes: int
-    master: str
-    port: int
-
-
-def read_launch(env: Mapping[str, str]) -> Launch | None:
-    """Reads torchrun's variables, else Slurm's; None if this is a plain process (one rank).
-
-    Raises:
-        UserError: if a variable is missing, or not a number.
-    """
-    def number(name: str, default: int | None = None) -> int:
-        text = env.get(name, "" if default is None else str(default))
-        if not text.isdigit():
-            raise UserError(f"the launcher's environment variable {name} is not a number", repr(text) if text else
-                            "it is not set", "start the ranks with torchrun, or srun, or plain python for one rank")
-        return int(text)
-
-    if "RANK" in env:
-        world = number("WORLD_SIZE")
-        local_size = number("LOCAL_WORLD_SIZE", world)
-        if "MASTER_ADDR" not in env:
-            raise UserError("RANK is set but MASTER_ADDR is not", "", "start the ranks with torchrun, or unset RANK")
-        return Launch(number("RANK"), world, number("LOCAL_RANK", number("RANK") % local_size), local_size,
-                      -(-world // local_size), env["MASTER_ADDR"], number("MASTER_PORT"))
-    if "SLURM_PROCID" in env and number("SLURM_NTASKS", 1) > 1:
-        world = number("SLURM_NTASKS")
-        n_nodes = number("SLURM_STEP_NUM_NODES", number("SLURM_NNODES", 1))
-        nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
-        # Any port will do as long as all tasks of the step agree and two jobs on a node differ.
-        port = number("MASTER_PORT", 20000 + number("SLURM_JOB_ID", 0) % 20000)
-        return Launch(number("SLURM_PROCID"), world, number("SLURM_LOCALID"), -(-world // n_nodes), n_nodes,
-                      env.get("MASTER_ADDR", first_host(nodes)), port)
-    return None
-
-
-def first_host(nodes: str) -> str:
-    """The first name in Slurm's short form: "gpu[003-010,12],cpu1" -> "gpu003"."""
-    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.match(r"[^,\[]*(\[[^]]*\])?[^,]*", nodes).group())
-
-
 def init_ranks(device: str | torch.device | None = None, model_parallel_size: int | None = None,
-               timeout_s: float = 600) -> Ranks:
+               timeout_s: float = 600, start_timeout_s: float | None = None, store: dist.Store | None = None) -> Ranks:
     """Joins the other ranks of this launch; every rank calls it once, and `close` at the end.
 
     Args:
         device: "cpu", "cuda" or a torch device; None takes CUDA if there is any.
         model_parallel_size: what the caller expects; must be the number of ranks.
-        timeout_s: longest wait for the others, here and in each collective of the model group. Let it be longer than
-            health's step timeout, so that health can name the culprit before the collective gives up.
+        timeout_s: longest wait for the others in each collective of the model group. Let it be longer than health's step
+            timeout, so that health can name the culprit before the collective gives up.
+        start_timeout_s: longest wait for the others to come, if it is another one.
+        store: of this launch, if it is open already.
 
     Raises:
         UserError: wrong launch, no such device, or other ranks that do not come.
@@ -148,7 +98,7 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     world = launch.world if launch else 1
     if model_parallel_size not in (None, world):
         raise UserError(f"model_parallel_size is {model_parallel_size}", f"{world} rank(s) were started",
-                        f"start it with torchrun --nproc_per_node {model_parallel_size}, or leave the size out")
+                        f"start it with python -m llama_tp.launch --nproc_per_node {model_parallel_size}, or leave the size out")
     if launch is None:
         return single_rank(pick_device(device, 0))
     where = pick_device(device, launch.local_rank)
@@ -159,7 +109,10 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     if launch.n_nodes == 1:
         listen_on_loopback()
     timeout = timedelta(seconds=timeout_s)
-    store = open_store(launch, timeout)
+    start_timeout_s = start_timeout_s or timeout_s
+    store = store or open_store(launch, start_timeout_s)
+    roll_call(store, launch, start_timeout_s)
+    store.set_timeout(timeout)
     dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
                             rank=launch.rank, world_size=launch.world, timeout=timeout)
     with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
@@ -181,12 +134,18 @@ def single_rank(device: str | torch.device = "cpu") -> Ranks:
 
 
 def close(ranks: Ranks) -> None:
-    """Takes the groups down, in bounded time; safe to call twice, and with a single rank."""
+    """Takes the groups down, in bounded time; safe to call twice, and with a single rank. Captured graphs must be gone: NCCL waits
+    for them (pytorch #115388)."""
     if ranks.group is None or not dist.is_initialized():
         return
     fairscale_groups.destroy_model_parallel()
-    # NCCL waits in here for work that a vanished rank never joins; the process is about to end, so leave it behind.
-    worker = threading.Thread(target=dist.destroy_process_group, daemon=True)
+
+    def destroy() -> None:
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize(ranks.device)        # what still runs uses the communicators
+        dist.destroy_process_group()
+    # Both wait for work that a vanished rank never joins; the process is about to end, so leave them behind.
+    worker = threading.Thread(target=destroy, daemon=True)
     worker.start()
     worker.join(CLOSE_TIMEOUT_S)
 
@@ -200,26 +159,9 @@ def pick_device(wanted: str | torch.device | None, local_rank: int) -> torch.dev
     index = local_rank if device.index is None else device.index
     if index >= n_gpus:
         raise UserError(f"local rank {local_rank} has no GPU", f"this node shows {n_gpus}",
-                        "start one rank a GPU (torchrun --nproc_per_node), or pass --device cpu")
+                        "start one rank a GPU (--nproc_per_node), or pass --device cpu")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def open_store(launch: Launch, timeout: timedelta) -> dist.Store:
-    """The key-value store of the launch, through which ranks first find each other."""
-    where = f"{launch.master}:{launch.port}"
-    os.environ.update(MASTER_ADDR=launch.master, MASTER_PORT=str(launch.port))      # Slurm does not set them
-    try:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's own store is there before its ranks are. If torchrun has been killed meanwhile, torch would
-            # go on knocking until the timeout; a refused connection says so at once.
-            socket.create_connection((launch.master, launch.port), timeout=LAUNCHER_TIMEOUT_S).close()
-        store, _, _ = next(rendezvous("env://", launch.rank, launch.world, timeout=timeout))
-    except (OSError, dist.DistError) as error:
-        raise UserError(f"rank {launch.rank} does not reach the launch's store at {where}", str(error).split("\n")[0],
-                        "check that torchrun still runs, and that every node can reach that address") from error
-    store.set_timeout(timeout)
-    return store
 
 
 def end_with_launcher() -> None:
@@ -273,11 +215,12 @@ def usable_cores() -> int:
 
 
 def listen_on_loopback() -> None:
-    """Keeps gloo's unauthenticated sockets on the loopback interface when all ranks are on this machine."""
+    """Keeps the unauthenticated sockets of gloo and NCCL on the loopback interface when all ranks are on this machine."""
     names = [name for _, name in socket.if_nameindex()]
     for name in ("lo", "lo0"):
         if name in names:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")     # without =, a name is only its beginning
 
 
 @contextlib.contextmanager

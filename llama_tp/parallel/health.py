@@ -36,6 +36,7 @@ BEAT_S = 1.0            # between two signs of life
 WINDOW_S = 1.0          # from the first symptom to the verdict: a cause may be heard after its effects
 SIGNALLED_S = 2.0       # a driver told to end by a signal still explains what it has just seen, then leaves
 FAIL_WAIT_S = 10.0      # a failed rank waits this long for the driver's verdict before it speaks for itself
+MAX_STRANGERS = 64      # connections that have not said yet who they are; of more, the oldest is closed
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)    # torchrun passes on the one that it got
 
 
@@ -142,6 +143,7 @@ class Watch:
         self._me = self._table[ranks.rank]
         self._me.pid, self._me.host = os.getpid(), socket.gethostname()
         self._lines: dict[int, Line] = {}                   # by rank
+        self._strangers: list[Line] = []
         self._lowest = 1                                    # the worker that speaks if the driver cannot
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
@@ -150,10 +152,11 @@ class Watch:
         key = f"llama_tp/watch/{ranks.tally.watches}"
         ranks.tally.watches += 1
         if ranks.is_driver:
-            self._listener, host, port = listen(ranks)
+            self._listener = listen(ranks.master, ranks.n_nodes)
             self._token = secrets.token_hex(16)
             self._selector.register(self._listener, selectors.EVENT_READ, self._on_connect)
-            ranks.store.set(key, json.dumps([host, port, self._token, self._me.pid, self._me.host]))
+            host = "127.0.0.1" if ranks.n_nodes == 1 else ranks.master
+            ranks.store.set(key, json.dumps([host, self._listener.getsockname()[1], self._token, self._me.pid, self._me.host]))
         else:                                               # the store makes us wait for a driver that is late
             host, port, token, self._table[0].pid, self._table[0].host = json.loads(ranks.store.get(key))
             line = call(host, port)
@@ -191,7 +194,7 @@ class Watch:
                 beat_at = now + (BEAT_S if self._noticed_at is None and not self._signal else BEAT_S / 4)
             self._judge(now)
         self._say(time.monotonic())
-        for sock in [self._ear, self._bell] + [line.sock for line in self._lines.values()]:
+        for sock in [self._ear, self._bell] + [line.sock for line in [*self._lines.values(), *self._strangers]]:
             sock.close()
         if self.ranks.is_driver:
             self._listener.close()
@@ -255,6 +258,9 @@ class Watch:
 
     def _on_connect(self) -> None:
         line = Line(self._listener.accept()[0])
+        self._strangers.append(line)
+        if len(self._strangers) > MAX_STRANGERS:
+            self._hang_up(self._strangers[0])
         self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
 
     def _on_line(self, line: Line) -> None:
@@ -272,6 +278,8 @@ class Watch:
                 return
 
     def _hang_up(self, line: Line) -> None:
+        if line in self._strangers:
+            self._strangers.remove(line)
         self._selector.unregister(line.sock)
         line.sock.close()
 
@@ -280,6 +288,7 @@ class Watch:
         if not (isinstance(message, list) and len(message) == 4
                 and hmac.compare_digest(str(message[0]).encode(), self._token.encode())):
             return False
+        self._strangers.remove(line)
         line.rank = message[1]
         seen = self._table[line.rank]
         seen.pid, seen.host, seen.heard = message[2], message[3], time.monotonic()

@@ -4,11 +4,10 @@ Refuses to know what the lines mean.
 """
 
 import contextlib
+import errno
 import ipaddress
 import json
 import socket
-
-from llama_tp.parallel.groups import Ranks
 
 LINE_BYTES = 1 << 18    # longest line: an error with its traceback, with room
 SOCKET_S = 0.5          # longest wait for a peer that does not read
@@ -39,23 +38,22 @@ class Line:
         return messages if data and len(self._buffer) <= LINE_BYTES else None
 
 
-def listen(ranks: Ranks) -> tuple[socket.socket, str, int]:
-    """The driver's listening socket, and the host and port to call.
+def listen(master: str, n_nodes: int, port: int = 0) -> socket.socket:
+    """A listening socket of the driver, which is on the machine `master`.
 
-    It listens on the loopback if all ranks are on this machine, else on the interface that has the master's address.
-    If no interface has it (address translation), or if the master's name means the loopback here (Debian puts a host's
-    own name at 127.0.1.1), it listens on all of them.
+    It listens on the loopback if all ranks are on this machine, or if `master` can only mean this machine; else on the
+    interface that has the master's address. If no interface has it (address translation), or if the master's name means the
+    loopback here and may mean another address elsewhere (Debian puts a host's own name at 127.0.1.1), it listens on all of them.
     """
-    if ranks.n_nodes == 1:
-        sock = socket.create_server(("127.0.0.1", 0), backlog=ranks.tp)
-        return sock, "127.0.0.1", sock.getsockname()[1]
-    with contextlib.suppress(OSError):
-        family, _, _, _, address = socket.getaddrinfo(ranks.master, 0, type=socket.SOCK_STREAM)[0]
-        if not ipaddress.ip_address(address[0]).is_loopback:
-            sock = socket.create_server((address[0], 0), family=family, backlog=ranks.tp)
-            return sock, ranks.master, sock.getsockname()[1]
-    sock = socket.create_server(("", 0), backlog=ranks.tp)
-    return sock, ranks.master, sock.getsockname()[1]
+    host = "127.0.0.1" if n_nodes == 1 else master
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        if host in ("localhost", address[0]) or not ipaddress.ip_address(address[0]).is_loopback:
+            return socket.create_server((address[0], port), family=family)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL and not isinstance(error, socket.gaierror):
+            raise                                           # a port that is taken, say
+    return socket.create_server(("", port))
 
 
 def call(host: str, port: int) -> Line:

@@ -5,6 +5,7 @@
 compares it with NCCL before anyone relies on it. Never run on GPUs so far; the tests stand in for `memory` and `ops`.
 """
 
+import contextlib
 import os
 from typing import Any
 
@@ -28,8 +29,11 @@ class OneShot:
     def __init__(self, group: dist.ProcessGroup, tp: int, device: torch.device, memory: Any = symmetric_memory, ops: Any = None):
         self.group, self.tp, self.device = group, tp, device
         self.ops = ops or torch.ops.symm_mem
-        self._buffer = memory.empty(MAX_BYTES, dtype=torch.uint8, device=device)
-        memory.rendezvous(self._buffer, group.group_name)
+        self._memory, self._buffer = memory, memory.empty(MAX_BYTES, dtype=torch.uint8, device=device)
+
+    def map(self) -> None:
+        """Maps all ranks' buffers, waiting for every one of them."""
+        self._memory.rendezvous(self._buffer, self.group.group_name)
 
     def sums(self, x: torch.Tensor) -> bool:
         """Whether `sum` can take x."""
@@ -59,13 +63,16 @@ def open_one_shot(group: dist.ProcessGroup, control: dist.ProcessGroup, rank: in
                   memory: Any = symmetric_memory, ops: Any = None) -> OneShot | None:
     """Every rank of one node calls it once. -> None on all ranks if any of them cannot, or gets another sum than the
     group's own."""
-    right = False
-    try:
-        one = OneShot(group, tp, device, memory, ops) if os.environ.get("LLAMA_TP_SHARED") != "0" else None
-    except Exception:                                       # no NVLink, no such driver, another torch: build says so
-        one = None
-    if _all(one is not None, control):
-        right = all([_same(one, rank, n) for n in (8, 4096, MAX_BYTES // 2)])      # a list: every rank sums all three
+    one, mapped, right = None, False, False
+    with contextlib.suppress(Exception):                    # no NVLink, no such driver, another torch: build says so
+        if os.environ.get("LLAMA_TP_SHARED") != "0":
+            one = OneShot(group, tp, device, memory, ops)
+    if _all(one is not None, control):                      # or those that can would wait in `map` for one that cannot
+        with contextlib.suppress(Exception):
+            one.map()
+            mapped = True
+        if _all(mapped, control):
+            right = all([_same(one, rank, n) for n in (8, 4096, MAX_BYTES // 2)])      # a list: every rank sums all three
     return one if _all(right, control) else None
 
 

@@ -6,6 +6,7 @@ other ranks whether there is one; where there is none, collectives use gloo.
 """
 
 import ctypes
+import fcntl
 import mmap
 import os
 import tempfile
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from llama_tp.native.library import load
+from llama_tp.parallel import private_folder
 
 MAX_RANKS = 64                  # shared.cpp's
-FOLDER = "/dev/shm"
+FOLDER, PREFIX = "/dev/shm", "llama_tp-ranks-"
 FOREVER_S = 1e9
 
 
@@ -92,10 +94,12 @@ def open_rooms(rank: int, tp: int, timeout_s: float, store: dist.Store, control:
 def _create(n_bytes: int) -> tuple[int | None, str]:
     """A file of zeros that only this user may open, its pages reserved: writing to a full /dev/shm would be a SIGBUS."""
     try:
-        file, path = tempfile.mkstemp(prefix="llama_tp-", dir=FOLDER)
+        private_folder.sweep_files(FOLDER, PREFIX)
+        file, path = tempfile.mkstemp(prefix=PREFIX, dir=FOLDER)
     except OSError:
         return None, ""
     try:
+        fcntl.flock(file, fcntl.LOCK_EX)                    # the mapping keeps it: a sweep elsewhere sees that it is needed
         os.posix_fallocate(file, 0, n_bytes)
     except OSError:
         os.close(file)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_tp.protocol.batch_lines import Defaults, custom_id_of, lines_of, order_of, read_line
+from llama_tp.protocol.batch_lines import custom_id_of, lines_of, order_of, read_line
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Order, ServedModel
-from llama_tp.text.grammar import Grammars
+from llama_tp.text.grammar_pool import GrammarPool
 
 MAX_SHOWN = 20          # bad lines listed one by one
 
@@ -30,7 +31,7 @@ class Checked:
         self.shown = sorted(self.shown)[:MAX_SHOWN]
 
 
-def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -> Checked:
+def check_lines(path: str, model: ServedModel, defaults: SamplingDefaults, key: bytes) -> Checked:
     """Reads every line as it will be run: its shape, its fields, its length in tokens, its custom_id."""
     checked, forms = Checked(), _Forms(model)
     numbers, hashes, wrong = array("Q"), array("Q"), bytearray()        # 17 bytes a line, where the ids would be a hundred
@@ -46,6 +47,7 @@ def check_lines(path: str, model: ServedModel, defaults: Defaults, key: bytes) -
         except RequestError as error:
             checked.bad(number, error)
             wrong[-1] = True
+    forms.close()
     ids = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
     order = np.argsort(ids, kind="stable")
     again = order[1:][ids[order[1:]] == ids[order[:-1]]].tolist()
@@ -60,15 +62,19 @@ class _Forms:
     """The forms of answers that lines ask for: each is compiled once, most jobs having one or two."""
 
     def __init__(self, model: ServedModel):
-        self._model, self._grammars, self._good = model, None, set()
+        self._model, self._pool, self._good = model, None, set()
 
     def check(self, order: Order) -> None:
         """Raises RequestError for a form that cannot be followed."""
         form = order.requests[0].params.form
         if hash(form) not in self._good:
-            self._grammars = self._grammars or Grammars(self._model.tokenizer)
-            check_form(order.form_field, form, self._grammars)
+            self._pool = self._pool or GrammarPool(self._model.tokenizer)
+            check_form(order.form_field, form, self._pool)
             self._good.add(hash(form))
+
+    def close(self) -> None:
+        if self._pool:
+            self._pool.close()
 
 
 def duplicate_id() -> RequestError:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_tp.protocol.batch_check import check_lines
-from llama_tp.protocol.batch_lines import Defaults, beginning, created_of, custom_id_of, lines_of
+from llama_tp.protocol.batch_lines import beginning, created_of, custom_id_of, lines_of
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.journal import Journal, differences, read_job, write_job
 from llama_tp.protocol.order import ServedModel
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import open_regular
 
 ANEW = "to begin anew, remove the output and its .job file, or name another --output"
 SAMPLES, SAMPLE_BYTES = 64, 4096        # of each weight file: fine-tuned models differ in their numbers alone
@@ -35,7 +37,7 @@ class Job:
 
     input: str
     model: ServedModel
-    defaults: Defaults
+    defaults: SamplingDefaults
     key: bytes
     sidecar: Path
     description: dict
@@ -87,7 +89,7 @@ class Job:
             self.target.becomes(self.old.path)
 
 
-def open_job(input: str, output: str, model: ServedModel, defaults: Defaults, made_of: dict, skip_bad: bool,
+def open_job(input: str, output: str, model: ServedModel, defaults: SamplingDefaults, made_of: dict, skip_bad: bool,
              retry_failed: bool, tell) -> Job:
     """Locks the output, checks the input's lines unless that has been done, and counts what is done.
 
@@ -140,7 +142,7 @@ def _description(journal: Journal, sidecar: Path, made_of: dict) -> dict | None:
     return old
 
 
-def _checked(input: str, model: ServedModel, defaults: Defaults, made_of: dict, key: bytes, skip_bad: bool, tell) -> dict:
+def _checked(input: str, model: ServedModel, defaults: SamplingDefaults, made_of: dict, key: bytes, skip_bad: bool, tell) -> dict:
     started = time.monotonic()
     checked = check_lines(input, model, defaults, key)
     if not checked.n_lines:
@@ -183,7 +185,7 @@ def sampled_digest(folder: str, names: list[str], state: bytes) -> str:
     for name in sorted(names):
         path = os.path.join(folder, name)
         size = os.path.getsize(path)
-        with open(path, "rb") as f:
+        with open(open_regular(path), "rb") as f:
             for i in range(SAMPLES):
                 f.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
                 digest.update(f.read(SAMPLE_BYTES))
@@ -191,9 +193,10 @@ def sampled_digest(folder: str, names: list[str], state: bytes) -> str:
 
 
 def tokenizer_digest(model: ServedModel) -> str:
-    """A digest of what the tokenizer does: which ids, with which bytes, end where."""
+    """A digest of what the tokenizer does: which ids, with which bytes, begin and end where."""
     tokenizer = model.tokenizer
-    digest = hashlib.sha256(repr((tokenizer.specials, tokenizer.bos_id, tokenizer.stop_ids)).encode())
+    around = [tokenizer.encode(text, bos=True) for text in ("", "a")]
+    digest = hashlib.sha256(repr((tokenizer.specials, around, tokenizer.stop_ids)).encode())
     for i in range(tokenizer.n_vocab):
         data = tokenizer.token_bytes(i)
         digest.update(len(data).to_bytes(4, "little") + data)

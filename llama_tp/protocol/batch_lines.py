@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, error_body, invalid, status_of, unsupported
 from llama_tp.protocol.fields import PATHS, ChatBody, CompletionBody, check_body
 from llama_tp.protocol.order import Order, ServedModel, prepare
@@ -20,25 +21,6 @@ MAX_LINE_BYTES = 64 << 20
 MAX_ID_CHARS = 512
 _ID_PREFIX = {"chat": "chatcmpl", "completion": "cmpl"}
 _KEYS = {"custom_id", "method", "url", "body"}
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a line that does not say it means. None in the first three: for OpenAI's lines what OpenAI says, for plain ones
-    what `generate` does (0.6, 0.9, as many tokens as the context holds)."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    max_tokens: int | None = None
-
-    def fill(self, data: dict, plain: bool, longest: int) -> dict:
-        """The body `data` with its gaps filled."""
-        known = {"temperature": self.temperature, "top_p": self.top_p, "max_tokens": self.max_tokens}
-        if plain:
-            known = {"temperature": 0.6, "top_p": 0.9, "max_tokens": longest} | {k: v for k, v in known.items() if v is not None}
-        if data.get("max_completion_tokens") is not None:
-            known["max_tokens"] = None
-        return data | {name: value for name, value in known.items() if value is not None and data.get(name) is None}
 
 
 @dataclass(frozen=True)
@@ -105,9 +87,11 @@ def read_line(raw: bytes, number: int) -> Line:
     return Line(custom_id, PATHS[data["url"]], data["body"], False)
 
 
-def order_of(line: Line, model: ServedModel, defaults: Defaults, key: bytes) -> Order:
+def order_of(line: Line, model: ServedModel, defaults: SamplingDefaults, key: bytes) -> Order:
     """What the engine is to run for a line. Raises RequestError for a body that cannot be run."""
-    body: ChatBody | CompletionBody = check_body(line.kind, defaults.fill(line.data, line.plain, model.max_seq_len))
+    # a plain line means what `generate` does where nobody says anything: as many tokens as the context holds
+    below = {"temperature": 0.6, "top_p": 0.9, "max_tokens": model.max_seq_len} if line.plain else {}
+    body: ChatBody | CompletionBody = check_body(line.kind, defaults.fill(line.data, line.kind, below))
     if body.stream:
         raise unsupported("stream", "found true", "a batch writes whole replies: leave it out")
     reply_id = f"{_ID_PREFIX[line.kind]}-{_hash(key, line.custom_id, 'reply')[:24]}"

@@ -54,6 +54,8 @@ class Body(_Shape):
     return_token_ids: bool = False
     response_format: dict[str, Any] | None = None           # OpenAI's
     structured_outputs: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] = {}               # for the chat template, and the next: refused where it reads them
+    reasoning_effort: str | None = None                     # OpenAI's
     regex: str | None = None
     grammar: str | None = None
 

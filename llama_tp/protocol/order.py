@@ -40,7 +40,11 @@ class ServedModel:
         name: as the replies say it.
         max_seq_len: longest sequence, prompt and output; the scheduler's `max_len` where that is less.
         n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's `n_vocab`.
-        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog`.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's `encode_dialog` and
+            `reads`.
+        aliases: other names that it is listed under.
+        strict_name: a request for any other name is refused. Else every name will do, as there is one model: clients have theirs
+            built in ("dummy", "tgi", "gpt-4o").
     """
 
     name: str
@@ -49,10 +53,27 @@ class ServedModel:
     n_vocab: int
     limits: Limits = Limits()
     chat: object | None = None
+    aliases: tuple[str, ...] = ()
+    strict_name: bool = False
     special_names: dict[int, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "special_names", {i: name for name, i in self.tokenizer.specials.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    def check_name(self, wanted: str | None) -> None:
+        """Raises RequestError for a name that is not served."""
+        if self.strict_name and wanted is not None and wanted not in self.names:
+            raise no_model(wanted, self.names)
+
+
+def no_model(wanted: str, names: tuple[str, ...]) -> RequestError:
+    """The refusal of a name that is not served."""
+    return RequestError("no such model", f"found {wanted[:80]!r}", f"this server has {' and '.join(map(repr, names))}"[:200],
+                        param="model", code="model_not_found", status=404)
 
 
 @dataclass(frozen=True)
@@ -98,8 +119,9 @@ class Order:
 def prepare(body: ChatBody | CompletionBody, model: ServedModel, id: str, seed: int | None = None) -> Order:
     """The order of a checked body. `seed` is used if the body brings none: prompt i gets seed + i.
 
-    Raises RequestError for what `model` cannot run: too long, too many, ids outside the vocabulary, no chat format.
+    Raises RequestError for what `model` cannot run: another model, too long, too many, ids outside the vocabulary, no chat format.
     """
+    model.check_name(body.model)
     _check_counts(body, model.limits)
     common = dict(id=id, stream=body.stream, include_usage=body.stream_options.include_usage,
                   continuous_usage=body.stream_options.continuous_usage_stats, with_ids=body.return_token_ids)
@@ -113,6 +135,7 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
     for name in ("add_special_tokens", "echo"):
         if getattr(body, name):
             raise unsupported(name, "found true", "leave it out")
+    _check_template_fields(body, model)
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "top_logprobs needs logprobs", "logprobs is not true", "set logprobs")
     wanted = (body.top_logprobs or 0) if body.logprobs else None
@@ -121,6 +144,17 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
     params = _params(body, model, max_tokens=max_tokens, logprobs=wanted, form=form)
     request = _request("messages", common["id"], 0, _chat_ids(body, model, tools), _seeded(params, seed, 0), model)
     return Order("chat", requests=(request,), logprobs=wanted, tools=tools, form_field=form_field, **common)
+
+
+def _check_template_fields(body: ChatBody, model: ServedModel) -> None:
+    """Refuses what is meant for the chat template and would change what it writes; what no template asks for changes nothing."""
+    chat = model.chat or ChatFormat
+    if body.reasoning_effort is not None and chat.reads("reasoning_effort"):
+        raise unsupported("reasoning_effort", f"found {body.reasoning_effort[:80]!r}", "the chat template reads it: leave it out")
+    for name, value in body.chat_template_kwargs.items():
+        if value is not None and chat.reads(name):
+            raise unsupported(f"chat_template_kwargs.{name[:64]}", f"found {str(value)[:80]!r}",
+                              "the chat format is the server's own: leave it out")
 
 
 def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[int]:

@@ -12,7 +12,10 @@ from llama_tp.protocol.errors import RequestError, unsupported
 
 HARMLESS = frozenset((
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction",
-    "request_id", "priority", "spaces_between_special_tokens"))
+    "request_id", "priority", "spaces_between_special_tokens",
+    "guided_decoding_backend",                              # which library keeps a form: the same texts, whichever
+    "include_reasoning", "thinking_token_budget",           # of what a Llama does not write
+    "mm_processor_kwargs", "media_io_kwargs"))              # of pictures, which are refused themselves
 
 _STRUCTURED = "use structured_outputs, which replaced it"
 _TEMPLATE = "the chat format is the server's own: leave it out"
@@ -23,9 +26,9 @@ _IDS = "ask for return_token_ids instead"
 # Name -> (values that ask for nothing, what to do instead of anything else). None always asks for nothing.
 REFUSED: dict[str, tuple[tuple, str]] = {
     "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED), "guided_decoding_backend": ((), _STRUCTURED),
+    "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED),
     "guided_whitespace_pattern": ((), _STRUCTURED),
-    "chat_template": ((), _TEMPLATE), "chat_template_kwargs": (({},), _TEMPLATE), "documents": (([],), _TEMPLATE),
+    "chat_template": ((), _TEMPLATE), "tool_prompt": ((), _TEMPLATE), "documents": (([],), _TEMPLATE),
     "use_beam_search": ((False,), _SAMPLER), "length_penalty": ((1, 1.0), _SAMPLER), "early_stopping": ((False,), _SAMPLER),
     "typical_p": ((1, 1.0), _SAMPLER), "top_a": ((0, 0.0), _SAMPLER), "bad_words": (([],), "use logit_bias"),
     "allowed_token_ids": ((), "use logit_bias"), "logits_processors": (([],), _SAMPLER),
@@ -37,8 +40,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     "prompt_embeds": ((), "send text or token ids: no tensors are read from requests"),
     "cache_salt": ((), "prompts that begin alike share their cache for all who may ask"),
     "suffix": (("",), "the model continues text and does not fill gaps: put all of it in the prompt"),
-    "modalities": ((["text"],), _TEXT_ONLY), "audio": ((), _TEXT_ONLY), "mm_processor_kwargs": (({},), _TEXT_ONLY),
-    "reasoning_effort": (("none",), "the model has no such setting: leave it out"),
+    "modalities": ((["text"],), _TEXT_ONLY), "audio": ((), _TEXT_ONLY),
     "verbosity": (("medium",), "the model has no such setting: leave it out"),
     "web_search_options": ((), "nothing is fetched from elsewhere: leave it out"),
     "functions": (([],), "use tools, which replaced it"), "function_call": (("none",), "use tool_choice, which replaced it"),

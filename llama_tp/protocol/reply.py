@@ -64,7 +64,10 @@ class Chunks:
                 for i in range(self.order.n_choices)]
 
     def take(self, delta: Delta) -> list[dict]:
-        """The chunks of what one sample gained. Raises RequestError (500) if the engine has given the sample up."""
+        """The chunks of what one sample gained. Raises RequestError if the engine has given the sample up: 500, or 400 where the
+        request was at fault."""
+        if delta.refused:
+            raise RequestError(*delta.refused, code="invalid_value")
         if delta.finish_reason == "abort":
             raise RequestError("the engine ended this request", delta.error or "it was aborted", status=500, code="engine_error")
         number = self._numbers[delta.request_id]

@@ -15,22 +15,28 @@ from importlib import metadata
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
+from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
-from llama_tp.protocol.forms import check_form
-from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
+from llama_tp.protocol.forms import check_form, too_many_forms
+from llama_tp.protocol.order import Limits, Order, ServedModel, no_model, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
 from llama_tp.server.desk import WHY_NOT, Desk
 from llama_tp.server.gate import Gate, bug, carried, reply_of
+from llama_tp.server.metrics import content_type
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar import Grammars
+from llama_tp.text.grammar import Form
+from llama_tp.text.grammar_pool import N_QUICK, N_SLOW, Busy, GrammarPool
 from llama_tp.text.token_table import Tokenizer
 
+MAX_TRIALS = 64         # forms that are tried, or wait for it: the last of them waits for two seconds if the others are hostile
 SMALL_BYTES = 8192      # a body up to this is read and tokenized on the event loop: a thread would take longer
 
 
@@ -49,12 +55,18 @@ class Served:
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
     chat: object | None = None              # what encodes dialogs, as ServedModel's
+    aliases: tuple[str, ...] = ()           # as ServedModel's, and the next
+    strict_name: bool = False
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     started: int = field(default_factory=lambda: int(time.time()))
     n_prompts: int = 0
     clock: Callable[[], float] = time.time
     new_id: Callable[[], str] = lambda: uuid.uuid4().hex
     # one: it and the event loop take turns at the interpreter's lock, and a second would not make it more
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "llama_tp texts"))
+    # these wait for other processes, and take no turns
+    form_threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(N_QUICK + N_SLOW, "llama_tp forms"))
+    n_trials: int = 0
 
     async def call(self, n_bytes: int, work):
         """`work()`, in a thread if it is about so many bytes that the event loop should not wait for it, or may run a template."""
@@ -64,14 +76,32 @@ class Served:
         return await asyncio.get_running_loop().run_in_executor(self.threads, carried(work))
 
     @functools.cached_property
-    def grammars(self) -> Grammars:
-        """Made with the first form: it reads the whole vocabulary. Raises UserError without llguidance."""
-        return Grammars(self.tokenizer)
+    def forms(self) -> GrammarPool:
+        """Made with the first form: its process reads the whole vocabulary. Raises UserError where forms cannot be followed."""
+        return GrammarPool(self.tokenizer, nice=5)
+
+    async def try_form(self, param: str, form: Form) -> None:
+        """Raises RequestError for a form that cannot be followed; 429 when too many wait for this to be found out."""
+        if self.n_trials >= MAX_TRIALS:
+            raise too_many_forms(param, Busy("too many forms of answers wait to be checked", f"the most is {MAX_TRIALS}",
+                                             "ask again a little later"))
+        pool = self.forms
+        self.n_trials += 1
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.form_threads, carried(lambda: check_form(param, form, pool)))
+        finally:
+            self.n_trials -= 1
+
+    def close(self) -> None:
+        """Ends the processes that try forms."""
+        if "forms" in vars(self):
+            self.forms.close()
 
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
         info = self.desk.ready()
-        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat)
+        return ServedModel(self.name, self.tokenizer, info["max_model_len"], info["n_vocab"], self.limits, self.chat, self.aliases,
+                           self.strict_name)
 
     def next_seed(self) -> int:
         self.n_prompts += self.limits.max_prompts           # one request's prompts take seed, seed + 1, ...
@@ -90,8 +120,9 @@ def version() -> str:
         return "unknown"
 
 
-def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True) -> Gate:
-    """The whole application behind its gate."""
+def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20, with_page: bool = True,
+              allow_origins: tuple[str, ...] = ()) -> ASGIApp:
+    """The whole application behind its gate, and in front of it, where pages of other origins may ask, what tells browsers so."""
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json is all that tools need
     app = FastAPI(title="llama_tp", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False)
     app.add_exception_handler(UserError, _on_user_error)
@@ -104,7 +135,12 @@ def build_app(served: Served, keys: tuple[str, ...] = (), max_body_bytes: int = 
     _add_watching(app, served)
     if with_page:
         app.get("/", include_in_schema=False)(lambda: Response(page(), media_type="text/html", headers=headers()))
-    return Gate(app, served.desk.metrics, keys, max_body_bytes)
+    gate = Gate(app, served.desk.metrics, keys, max_body_bytes)
+    if not allow_origins:
+        return gate
+    # a browser asks first without the key that the request will have; keys are headers, so there are no credentials to allow
+    return CORSMiddleware(gate, allow_origins, allow_methods=("GET", "POST"), allow_headers=("*",),
+                          expose_headers=("x-request-id", "retry-after"))
 
 
 def _add_completions(app: FastAPI, served: Served) -> None:
@@ -114,13 +150,10 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         order_id = f"{prefix}-{served.new_id()}"
 
         def order() -> Order:
-            body = check_body(kind, read_json(data))
-            if body.model not in (None, served.name):
-                raise no_model(body.model, served.name)
-            return prepare(body, model, order_id, seed)
+            return prepare(check_body(kind, served.defaults.fill(read_json(data), kind)), model, order_id, seed)
         made = await served.call(len(data), order)
         if made.form_field:
-            await served.in_thread(lambda: check_form(made.form_field, made.requests[0].params.form, served.grammars))
+            await served.try_form(made.form_field, made.requests[0].params.form)
         return await answer(made, model, served.desk, request, int(served.clock()), served.fingerprint())
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
@@ -135,22 +168,25 @@ def _add_completions(app: FastAPI, served: Served) -> None:
 
 
 def _add_models(app: FastAPI, served: Served) -> None:
-    def card() -> dict:
-        served.model()
-        return {"id": served.name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": served.name,
-                "parent": None, "max_model_len": served.desk.info["max_model_len"]}
+    neutral = {name: ChatBody.model_fields[name].default for name in KEYS.values()}
+
+    def cards() -> dict[str, dict]:
+        model, means = served.model(), neutral | served.defaults.of("chat")
+        return {name: {"id": name, "object": "model", "created": served.started, "owned_by": "llama_tp", "root": model.name,
+                       "parent": None, "max_model_len": model.max_seq_len, "default_sampling_params": means}
+                for name in model.names}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The one model that is served."""
-        return json_reply({"object": "list", "data": [card()]})
+        """The one model that is served, under each of its names."""
+        return json_reply({"object": "list", "data": list(cards().values())})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        """The same, by its name."""
-        if name != served.name:
-            raise no_model(name, served.name)
-        return json_reply(card())
+        """The same, by one of its names."""
+        if name not in (known := cards()):
+            raise no_model(name, tuple(known))
+        return json_reply(known[name])
 
 
 def _add_tokens(app: FastAPI, served: Served) -> None:
@@ -177,6 +213,14 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
 def _add_watching(app: FastAPI, served: Served) -> None:
     desk = served.desk
 
+    @app.get("/livez")
+    async def livez() -> Response:
+        """200 as long as this process does its work, also without ranks, which it starts again itself: to end it then would lose
+        the requests that wait."""
+        if desk.dead:
+            raise RequestError(WHY_NOT["dead"], "", "", code="dead", status=503)
+        return json_reply({"status": "ok"})
+
     @app.get("/health")
     async def health() -> Response:
         """200 when requests are taken, else 503."""
@@ -187,6 +231,9 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         raise error
 
     app.head("/health", include_in_schema=False)(health)    # what some load balancers ask with
+    app.api_route("/readyz", methods=["GET", "HEAD"], include_in_schema=False)(health)           # Kubernetes' name for it
+    app.api_route("/ping", methods=["GET", "HEAD", "POST"], include_in_schema=False)(health)     # vLLM's, for SageMaker
+    app.head("/livez", include_in_schema=False)(livez)
 
     @app.get("/load")
     async def load() -> Response:
@@ -196,9 +243,10 @@ def _add_watching(app: FastAPI, served: Served) -> None:
                            "waiting": stats.get("n_waiting", 0), "kv_use": stats.get("kv_use", 0.0)})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(desk.metrics.text(desk), media_type="text/plain; version=0.0.4; charset=utf-8")
+    async def metrics(request: Request) -> Response:
+        """For Prometheus; in OpenMetrics where the Accept header asks for it."""
+        accept = request.headers.get("accept", "")
+        return Response(desk.metrics.text(desk, accept), headers={"content-type": content_type(accept), "vary": "accept"})
 
     @app.get("/version")
     async def own_version() -> Response:
@@ -216,11 +264,6 @@ async def body_of(request: Request) -> bytes:
     async for piece in request.stream():
         data += piece
     return bytes(data)
-
-
-def no_model(wanted: str, name: str) -> RequestError:
-    return RequestError("no such model", f"found {wanted[:80]!r}", f"this server has {name!r}", param="model",
-                        code="model_not_found", status=404)
 
 
 def _documented(shape: type) -> dict:

@@ -69,6 +69,7 @@ class Flight:
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
         self.n_output = 0                                   # ids of all samples
         self.arrived = time.monotonic()
+        self.n_longest = 0                                  # ids of the longest sample that has finished
         self.begun_at = 0.0                                 # when a sample of it first had a row
         self.first_at = 0.0                                 # when its first token came
         self.last_at = [0.0] * request.params.n             # when each sample's last one came

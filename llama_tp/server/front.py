@@ -1,6 +1,6 @@
 """From flags to a running server, and its end: the ranks' supervisor and the HTTP server side by side on one event loop.
 
-SIGTERM or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
+SIGTERM, SIGHUP or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
 signal ends it at once.
 """
 
@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import uvicorn
 
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
 from llama_tp.server.connections import Connection, ConnectionLimits, Connections, LogLimit, backlog_of, most_connections
@@ -26,7 +27,8 @@ from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
-SWITCH_S = 0.0001               # a thread that reads or tokenizes gives way to the loop after this, at each of its system calls
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SWITCH_S = 0.0001               # a thread that reads or tokenizes gives way to the event loop after this, at each system call of that
 SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
 STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
 M_MMAP_THRESHOLD = -3           # of glibc's mallopt
@@ -39,8 +41,11 @@ class FrontOptions:
 
     Args:
         command: what starts the ranks.
-        name: of the model, as clients say it.
+        name: of the model, as clients say it; aliases, strict_name: as ServedModel's.
+        metrics_prefix: as Metrics' prefix.
+        allow_origins: of web pages that may ask.
         drain_s: for what runs to finish, once asked to end.
+        defaults: what requests mean that do not say it.
         chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
     """
 
@@ -60,6 +65,11 @@ class FrontOptions:
     seed: int = 1
     with_page: bool = True
     chat: object | None = None
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    aliases: tuple[str, ...] = ()
+    strict_name: bool = False
+    metrics_prefix: str = "llama_tp"
+    allow_origins: tuple[str, ...] = ()
 
 
 def run(options: FrontOptions) -> None:
@@ -70,6 +80,8 @@ def run(options: FrontOptions) -> None:
     sock = listen(options.host, options.port, backlog)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
+    if not options.keys and "*" in options.allow_origins:
+        note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
     sys.setswitchinterval(SWITCH_S)
     give_memory_back()
     resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -104,10 +116,11 @@ class _Http(uvicorn.Server):
 
 
 async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name), stale_s=STALE * options.policy.silence_s,
+    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s,
                 max_scores=options.max_queue_logprobs)
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat)
-    app = build_app(served, options.keys, options.max_body_bytes, options.with_page)
+    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
+                    options.aliases, options.strict_name, options.defaults)
+    app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)
     # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
     http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
                                 lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,
@@ -116,11 +129,12 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]:      # nohup wants no SIGHUP
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    note(f"listening on http://{host}:{port} (model {options.name!r}); /health is 503 until the model has loaded")
+    names = " and ".join(map(repr, (options.name, *options.aliases)))
+    note(f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has loaded")
     ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
     watching = asyncio.create_task(connections.watch(http.server_state.connections))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
@@ -135,6 +149,7 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
         http.should_exit = True
         ready.cancel()
         ending.cancel()
+        served.close()
         results = await asyncio.gather(ranks, serving, return_exceptions=True)
         watching.cancel()
     for result in results:
@@ -147,7 +162,7 @@ async def _say_ready(desk: Desk) -> None:
         await asyncio.sleep(0.05)
     info = desk.info
     note(f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and {desk.max_queue} waiting, context of "
-         f"{info['max_model_len']} tokens (context_window={info['max_model_len']}, is_chat_model=True for LlamaIndex)")
+         f"{info['max_model_len']} tokens")
 
 
 async def _drain(options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task) -> None:

@@ -20,8 +20,8 @@ from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
 LOG = logging.getLogger("llama_tp.server")
-OPEN = frozenset(("/", "/health"))                          # need no key; everything else does
-HANDLERS = frozenset(("/", "/health", "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
+OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))                          # need no key; everything else does
+HANDLERS = frozenset((*OPEN, "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
                       "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
 BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
@@ -116,8 +116,8 @@ class Gate:
         finally:
             body.release()
             handler = scope["path"] if scope["path"] in HANDLERS else "other"
-            self.metrics.http.labels(handler, scope["method"] if scope["method"] in ("GET", "POST") else "other", status).inc()
-            self.metrics.http_s.labels(handler).observe(time.monotonic() - started)
+            method = scope["method"] if scope["method"] in ("GET", "POST") else "other"
+            self.metrics.replied(handler, method, status, time.monotonic() - started)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raises RequestError for a missing or wrong key, and for a body that says itself that it is too long."""

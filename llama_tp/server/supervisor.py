@@ -1,35 +1,33 @@
 """Starts the ranks, watches them, starts them again when they end, and leaves nothing of them behind.
 
-The ranks are one torchrun, whose rank 0 connects to our socket. That it ends is the sign that something was wrong: the
-engine's own watch ends the job when a rank dies or hangs. Only when all of it is silent in the middle of work (every
-process stopped, or a single rank that hangs) does this module end it.
+The ranks are one `llama_tp.launch`, whose rank 0 connects to our socket. That it ends is the sign that something was wrong: the
+engine's own watch ends the job when a rank dies or hangs. Only when all of it is silent in the middle of work, or does not come
+to an end with loading (every process stopped, or a single rank that hangs), does this module end it.
 
 A start that never gets ready is not repeated before the ranks have been ready once: the same flags would fail again.
 Knows no HTTP; what the messages say is the desk's business.
 """
 
 import asyncio
-import collections
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_tp.parallel.private_folder import PrivateFolder, sweep
 from llama_tp.server.desk import Desk
 from llama_tp.server.link import BrokenFrame, ServerEnd
 from llama_tp.spec.errors import UserError
 
 LINK = "LLAMA_TP_LINK"          # the socket's path, in the environment of the ranks: marks all that we have started
 RANKS_ERROR = re.compile(r"(?:\[rank \d+\] )?error: (.*)")     # as cli and health print it
-LOOK_S = 0.05                   # how often the torchrun process is looked at
+LOOK_S = 0.05                   # how often the launcher is looked at
 ENDING_S = 5.0                  # from the first sign of an end until what is left is killed
 STOPPING_S = 15.0               # the same where we ask them to end
 LONGEST_PATH = 100              # of a unix socket: the kernel's limit is 108
@@ -38,20 +36,22 @@ LONGEST_PATH = 100              # of a unix socket: the kernel's limit is 108
 @dataclass(frozen=True)
 class Policy:
     """When to start the ranks again: at most `max_restarts` times in `window_s`, `backoff_s` after the first end and twice
-    as long after each other; and when to end them, after `silence_s` without a word in the middle of work."""
+    as long after each other; and when to end them: after `silence_s` without a word in the middle of work, or when they are not
+    ready `load_s` after their start."""
 
     max_restarts: int = 5
     window_s: float = 600.0
     backoff_s: float = 1.0
     longest_backoff_s: float = 30.0
     silence_s: float = 330.0
+    load_s: float = 3630.0
 
 
 class Supervisor:
     """The ranks' keeper.
 
     Args:
-        command: what starts them (a torchrun line).
+        command: what starts them.
         desk: told of ranks that come and go, and of what they say.
         policy: when to start them again.
         env: of the ranks, besides this process's.
@@ -63,24 +63,25 @@ class Supervisor:
         self.ended_at: list[float] = []                     # of the ends that count against max_restarts
         self._env = env or {}
         self._link: ServerEnd | None = None
-        self._connected = False                             # rank 0 has been there since the last start
+        self._connected = self._loaded = False              # rank 0 has been there since the last start, and was ready
         self._left_at: float | None = None                  # and has gone again
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Keeps ranks running until `stop`. Raises UserError when it gives up; in any case nothing of them is left."""
-        self._folder = tempfile.mkdtemp(prefix="llama_tp-")
-        self._path = os.path.join(self._folder, "link")
+        folder = PrivateFolder()
+        self._path = os.path.join(folder.path, "link")
         try:
             if len(self._path) > LONGEST_PATH:
-                raise UserError("the folder for temporary files has too long a name", self._folder, "set TMPDIR to a shorter one")
+                raise UserError("the folder for temporary files has too long a name", folder.path, "set TMPDIR to a shorter one")
             listener = await asyncio.start_unix_server(self._on_connect, self._path)
             async with listener:
                 while not self._stopping.is_set():
                     await self._one_life()
         finally:
             end_all(f"{LINK}={self._path}")
-            shutil.rmtree(self._folder, ignore_errors=True)
+            folder.remove()
+            sweep()                                         # a launcher that had to be killed has left its own
 
     def stop(self) -> None:
         """Lets `run` end the ranks, in good order where they have got so far, and return."""
@@ -88,11 +89,11 @@ class Supervisor:
 
     async def _one_life(self) -> None:
         """Starts the ranks, stays until they have ended, and waits before the next start or raises UserError."""
-        started, self._connected, self._left_at = time.monotonic(), False, None
+        started, self._connected, self._loaded, self._left_at = time.monotonic(), False, False, None
         self.n_starts += 1
         ranks = Process(self.command, {**self._env, LINK: self._path})
         try:
-            await self._until_end(ranks)
+            await self._until_end(ranks, load_by=started + self.policy.load_s)
         finally:
             self._hang_up()
             self.desk.detach()
@@ -115,8 +116,8 @@ class Supervisor:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait_s)
 
-    async def _until_end(self, ranks: "Process") -> None:
-        """Returns when the torchrun process has ended, or has to be killed."""
+    async def _until_end(self, ranks: "Process", load_by: float) -> None:
+        """Returns when the launcher has ended, or has to be killed."""
         while ranks.is_alive():
             now = time.monotonic()
             if self._stopping.is_set():
@@ -126,6 +127,9 @@ class Supervisor:
                 ranks.ask_to_end(ENDING_S)                  # it says why, and torchrun ends the others
             elif self.desk.silent_s > self.policy.silence_s:
                 ranks.errors.append(f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s")
+                return
+            elif now > load_by and not self._loaded:
+                ranks.errors.append(f"the ranks have not been ready within {self.policy.load_s:g} s of their start")
                 return
             if now > ranks.end_by:
                 return
@@ -146,6 +150,7 @@ class Supervisor:
         try:
             while (message := await link.take()) is not None and self._link is link:     # unless hung up on meanwhile
                 if message["is"] == "ready":
+                    self._loaded = True
                     self.desk.attach(link, {key: value for key, value in message.items() if key != "is"})
                 else:
                     self.desk.hear(message)
@@ -159,15 +164,13 @@ class Supervisor:
 
 
 class Process:
-    """One torchrun, in a session of its own, so that a Ctrl-C meant for us does not reach it. Its stderr is passed on as it
-    comes, but for what tells the end, which is kept: `reason` puts that into one line."""
+    """The launcher of the ranks, in a session of its own, so that a Ctrl-C meant for us does not reach it. Its stderr is passed on
+    as it comes, but for the errors that tell why it ends, which are kept: `reason` puts that into one line."""
 
     def __init__(self, command: list[str], env: dict[str, str]):
-        # torchrun prints a banner when it sets this itself; the ranks take LLAMA_TP_THREADS or share the cores
-        defaults = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+        defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE,
                                          env={**defaults, **os.environ, **env}, start_new_session=True)
-        self.said: collections.deque[str] = collections.deque(maxlen=80)
         self.errors: list[str] = []                         # what ranks have said of the end
         self.end_by = float("inf")
         self._pump = threading.Thread(target=self._pass_on, daemon=True)
@@ -177,14 +180,14 @@ class Process:
         return self._process.poll() is None
 
     def ask_to_end(self, within_s: float, signalled: bool = False) -> None:
-        """Sets the time by which it will be killed; if `signalled`, has torchrun end the ranks now. Later calls do nothing."""
+        """Sets the time by which it will be killed; if `signalled`, has the launcher end the ranks now. Later calls do nothing."""
         if self.end_by == float("inf"):
             self.end_by = time.monotonic() + within_s
             if signalled:
                 self._process.terminate()
 
     def end(self, mark: str) -> None:
-        """Kills what is left of the job, and collects torchrun."""
+        """Kills what is left of the job, and collects the launcher."""
         if self.is_alive():
             self._process.kill()
         end_all(mark)
@@ -192,35 +195,18 @@ class Process:
         self._pump.join(2)
 
     def reason(self) -> str:
-        """Why it ended: the error that a rank printed, or what torchrun said, or its code."""
-        if self.errors:
-            return self.errors[0]
-        failed = [line for line in self.said if "failed (exitcode" in line]
-        return "a rank " + failed[0].partition("failed ")[2] if failed else f"torchrun left with code {self._process.returncode}"
+        """Why it ended: the first error that was printed, or its code."""
+        return self.errors[0] if self.errors else f"the launcher left with code {self._process.returncode}"
 
     def _pass_on(self) -> None:
-        """The thread that reads its stderr. A traceback is held back until its last line, as it may be torchrun's own: with that
-        and more it ends after every failure, all of which `reason` says in one line."""
-        held: list[str] = []
-        is_over = False                                     # torchrun has begun to tell of it
+        """The thread that reads its stderr."""
         for raw in self._process.stderr:
             line = raw.decode(errors="replace").rstrip("\n")
-            self.said.append(line)
             told = RANKS_ERROR.match(line)
             if told and len(self.errors) < 10:
                 self.errors.append(told[1])
-            elif is_over or "torch/distributed/elastic" in line:
-                is_over = is_over or bool(held)
-                held = []
-            elif line.startswith("Traceback (most recent call last)"):
-                show(held)
-                held = [line]
-            elif held and line.startswith(" "):
-                held.append(line)
             else:
-                show([*held, line])
-                held = []
-        show(held)
+                show([line])
 
 
 def end_all(mark: str) -> None:

@@ -62,9 +62,9 @@ def _check(data: dict, route: str, model: ServedModel) -> None:
     if unknown:
         raise RequestError(f"{unknown[0][:64]!r} is no field of this request", "", "leave it out", param=unknown[0][:64],
                            code="unknown_parameter")
-    if data.get("model") not in (None, model.name):
-        raise RequestError("no such model", f"found {shown(data['model'])!r}", f"this server has {model.name!r}", param="model",
-                           code="model_not_found", status=404)
+    if not isinstance(data.get("model"), str | None):
+        raise _wrong("model", "model must be a text", f"found {shown(data['model'])!r}")
+    model.check_name(data.get("model"))
 
 
 def _flag(data: dict, name: str, default: bool) -> bool:

@@ -4,14 +4,24 @@ Sources: meta-llama/llama-models `models/llama3/args.py` (key names, FFN width r
 `LlamaConfig` (HF names, rope spellings). Nothing is looked up by model name: the file is the truth.
 """
 
-import json
 import os
 from dataclasses import dataclass, fields, replace
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import REQUIRED, Fields, key_name, read_json, short
 
 MAX_TP = 256                    # beyond any Llama's head count: bounds the search for possible degrees
 DETERMINISTIC_CHUNKS = 8        # K-chunks of a row-parallel product; tp 1, 2, 4 and 8 share one summation tree
+
+# No file may say more: far beyond every model there is (the largest has 126 layers, 128 heads, a width of 16,384), and small enough
+# that the weight table and its check stay a matter of milliseconds.
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_WIDTH = 1 << 20             # dim, head_dim and what the FFN's width is rounded to
+MAX_ROWS = 1 << 26              # of the vocabulary, and of the FFN
+MAX_POSITIONS = 1 << 31
+
+META_FOLDERS = ("", "original", "original/mp8", "original/mp16")        # mp16 last: it stores KV heads twice
 
 
 @dataclass(frozen=True)
@@ -98,23 +108,12 @@ def ffn_width(dim: int, multiplier: float | None, multiple_of: int) -> int:
     return multiple_of * -(-hidden // multiple_of)
 
 
-def _number(raw: dict, key: str, kind: type, where: str, default=None):
-    """`raw[key]` as a finite positive `kind`, or a UserError naming file and key."""
-    value = raw.get(key, default)
-    if value is None:
-        raise UserError(f"{where} lacks the key {key!r}", f"it has {', '.join(sorted(raw)) or 'no keys'}",
-                        "take the file again from where the checkpoint came from")
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-    if not good or (kind is int and value != int(value)):
-        raise UserError(f"{where}: {key} must be a positive {'whole number' if kind is int else 'number'}",
-                        f"found {value!r}", "correct the file or download it again")
-    return kind(value)
-
-
 def _checked(config: ModelConfig, where: str) -> ModelConfig:
     if config.n_heads % config.n_kv_heads:
         raise UserError(f"{where}: the KV heads must divide the query heads",
                         f"found {config.n_heads} query heads and {config.n_kv_heads} KV heads", "correct the file")
+    if config.ffn_dim > MAX_ROWS:
+        raise UserError(f"{where}: no FFN is so wide", f"ffn_dim would be {config.ffn_dim:,}", "correct the file")
     if config.head_dim % 2:
         raise UserError(f"{where}: the head width must be even for rotary positions", f"found {config.head_dim}",
                         "correct the file")
@@ -147,39 +146,55 @@ def from_params(raw: dict, vocab_size: int | None = None, where: str = "params.j
         raw = nested
     for key, what in _META_REFUSED.items():
         if raw.get(key):
-            raise UserError(f"{where} asks for {what}, which llama_tp does not run", f"key {key!r}",
+            raise UserError(f"{where} asks for {what}, which llama_tp does not run", f"{key} = {short(raw[key])}",
                             "use the bf16 text checkpoint of this model")
-    dim, n_heads = _number(raw, "dim", int, where), _number(raw, "n_heads", int, where)
-    if "head_dim" not in raw and dim % n_heads:
-        raise UserError(f"{where}: the heads must divide the model width", f"found dim {dim} and n_heads {n_heads}",
-                        "correct the file")
     if raw.get("vocab_size", -1) == -1:
         raw = {**raw, "vocab_size": vocab_size}
-    multiplier = raw.get("ffn_dim_multiplier")
-    ffn = raw.get("ffn_dim") or ffn_width(dim, multiplier and _number(raw, "ffn_dim_multiplier", float, where),
-                                          _number(raw, "multiple_of", int, where, 256))
-    scaling, notes = _meta_scaling(raw, dim, where)
+    params = Fields(raw, where)
+    dim, n_heads = params.whole("dim", most=MAX_WIDTH), params.whole("n_heads", most=MAX_HEADS)
+    width = ffn_width(dim, params.number("ffn_dim_multiplier", None, least=1e-3, most=1024),
+                      params.whole("multiple_of", 256, most=MAX_WIDTH))
+    scaling, notes = _meta_scaling(params, dim)
     unknown = sorted(set(raw) - _META_KNOWN)
     if unknown:
-        notes += (f"{where}: keys without a meaning here were ignored: {', '.join(unknown)}",)
+        some = [key_name(key) for key in unknown[:10]] + ["..."] * (len(unknown) > 10)
+        notes += (f"{where}: keys without a meaning here were ignored: {', '.join(some)}",)
     return _checked(ModelConfig(
-        dim=dim, n_layers=_number(raw, "n_layers", int, where), n_heads=n_heads,
-        n_kv_heads=_number(raw, "n_kv_heads", int, where, n_heads), head_dim=raw.get("head_dim") or dim // n_heads,
-        ffn_dim=ffn, vocab_size=_number(raw, "vocab_size", int, where), norm_eps=_number(raw, "norm_eps", float, where, 1e-5),
-        rope_theta=_number(raw, "rope_theta", float, where, 10000.0),
-        rope_scaling=scaling, max_context=raw.get("max_context") or (131072 if scaling else 8192), notes=notes,
+        dim=dim, n_layers=params.whole("n_layers", most=MAX_LAYERS), n_heads=n_heads,
+        n_kv_heads=params.whole("n_kv_heads", n_heads, most=MAX_HEADS), head_dim=_head_dim(params, dim, n_heads),
+        ffn_dim=params.whole("ffn_dim", width, most=MAX_ROWS), vocab_size=params.whole("vocab_size", most=MAX_ROWS),
+        norm_eps=params.number("norm_eps", 1e-5, least=1e-30, most=1), rope_theta=_theta(params, 10000.0), rope_scaling=scaling,
+        max_context=params.whole("max_context", 131072 if scaling else 8192, most=MAX_POSITIONS), notes=notes,
     ), where)
 
 
-def _meta_scaling(raw: dict, dim: int, where: str) -> tuple[RopeScaling | None, tuple[str, ...]]:
+def _head_dim(config: Fields, dim: int, n_heads: int) -> int:
+    """The heads' own width, where the file says it, else their share of the model's."""
+    found = config.whole("head_dim", None, most=MAX_WIDTH)
+    if found is None and dim % n_heads:
+        raise UserError(f"{config.where}: the heads must divide the model width", f"found a width of {dim} and {n_heads} heads",
+                        "correct the file")
+    return found or dim // n_heads
+
+
+def _theta(config: Fields, default: float) -> float:
+    return config.number("rope_theta", default, least=1, most=1e30)
+
+
+def _factor(config: Fields, key: str, default=REQUIRED) -> float:
+    return config.number(key, default, least=1e-6, most=1e6)
+
+
+def _meta_scaling(params: Fields, dim: int) -> tuple[RopeScaling | None, tuple[str, ...]]:
     """Meta's files say only *that* RoPE is scaled. The factor is 32 for 3.2 1B and 3B (dim 2048, 3072), else 8:
     Meta's own code uses 8 for all, which is wrong for those two (llama-models issues 166 and 241)."""
-    if not raw.get("use_scaled_rope"):
+    if not params.flag("use_scaled_rope"):
         return None, ()
-    if "rope_scaling_factor" in raw:
-        return RopeScaling(_number(raw, "rope_scaling_factor", float, where)), ()
+    factor = _factor(params, "rope_scaling_factor", None)
+    if factor is not None:
+        return RopeScaling(factor), ()
     factor = 32.0 if dim in (2048, 3072) else 8.0
-    return RopeScaling(factor), (f"RoPE scaling factor {factor:g} inferred from dim {dim} ({where} does not say it; "
+    return RopeScaling(factor), (f"RoPE scaling factor {factor:g} inferred from dim {dim} ({params.where} does not say it; "
                                  f"--rope_factor overrides)",)
 
 
@@ -193,45 +208,49 @@ _HF_REFUSED = {"quantization_config": "quantised weights", "compression_config":
 def from_hf(raw: dict, where: str = "config.json") -> ModelConfig:
     """ModelConfig from an HF config of the Llama architecture. Raises UserError for anything that would be ignored
     and matters: biases, quantisation, another architecture, an unknown rope type."""
-    kind = raw.get("model_type")
-    if kind != "llama":
-        raise UserError(f"{where} is not a Llama", f"model_type is {kind!r}", "point --ckpt_dir at a Llama 3 folder")
+    if raw.get("model_type") != "llama":
+        raise UserError(f"{where} is not a Llama", f"model_type is {short(raw.get('model_type'))}",
+                        "point --ckpt_dir at a Llama 3 folder")
     for key, what in _HF_REFUSED.items():
         if raw.get(key):
-            raise UserError(f"{where} asks for {what}, which llama_tp does not run", f"{key} = {str(raw[key])[:80]}",
+            raise UserError(f"{where} asks for {what}, which llama_tp does not run", f"{key} = {short(raw[key])}",
                             "use the plain bf16 safetensors checkpoint of this model")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: only the silu activation is a Llama's", f"hidden_act is {raw['hidden_act']!r}",
+    config = Fields(raw, where)
+    if config.text("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: only the silu activation is a Llama's", f"hidden_act is {short(raw['hidden_act'])}",
                         "point --ckpt_dir at a Llama 3 folder")
-    dim, n_heads = _number(raw, "hidden_size", int, where), _number(raw, "num_attention_heads", int, where)
-    if raw.get("head_dim") is None and dim % n_heads:
-        raise UserError(f"{where}: the heads must divide the model width",
-                        f"found hidden_size {dim} and num_attention_heads {n_heads}", "correct the file")
-    rope = raw.get("rope_parameters") or {}                     # transformers 5 keeps theta in here too
-    scaling = raw.get("rope_scaling") or rope
-    theta = _number({"rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0))}, "rope_theta", float, where)
+    dim, n_heads = config.whole("hidden_size", most=MAX_WIDTH), config.whole("num_attention_heads", most=MAX_HEADS)
+    max_context = config.whole("max_position_embeddings", 2048, most=MAX_POSITIONS)
+    # rope_scaling wins; transformers 5 writes rope_parameters, which has rope_theta in it.
+    rope = config.object("rope_scaling" if raw.get("rope_scaling") is not None else "rope_parameters")
+    for each in (config, rope):
+        if each.number("partial_rotary_factor", 1.0, least=0, most=1) != 1.0:
+            raise each.wrong("partial_rotary_factor", "1: a Llama rotates the whole head")
     return _checked(ModelConfig(
-        dim=dim, n_layers=_number(raw, "num_hidden_layers", int, where), n_heads=n_heads,
-        n_kv_heads=_number(raw, "num_key_value_heads", int, where, n_heads),
-        head_dim=_number(raw, "head_dim", int, where, dim // n_heads) if raw.get("head_dim") else dim // n_heads,
-        ffn_dim=_number(raw, "intermediate_size", int, where), vocab_size=_number(raw, "vocab_size", int, where),
-        norm_eps=_number(raw, "rms_norm_eps", float, where, 1e-6), rope_theta=theta, rope_scaling=_hf_scaling(scaling, where),
-        max_context=_number(raw, "max_position_embeddings", int, where, 2048), tied=bool(raw.get("tie_word_embeddings")),
+        dim=dim, n_layers=config.whole("num_hidden_layers", most=MAX_LAYERS), n_heads=n_heads,
+        n_kv_heads=config.whole("num_key_value_heads", n_heads, most=MAX_HEADS), head_dim=_head_dim(config, dim, n_heads),
+        ffn_dim=config.whole("intermediate_size", most=MAX_ROWS), vocab_size=config.whole("vocab_size", most=MAX_ROWS),
+        norm_eps=config.number("rms_norm_eps", 1e-6, least=1e-30, most=1),
+        rope_theta=_theta(rope, _theta(config, 10000.0)), rope_scaling=_hf_scaling(config, rope, max_context),
+        max_context=max_context, tied=config.flag("tie_word_embeddings"),
     ), where)
 
 
-def _hf_scaling(raw: dict, where: str) -> RopeScaling | None:
-    kind = raw.get("rope_type", raw.get("type", "default"))
-    if kind in ("default", None):
+def _hf_scaling(config: Fields, rope: Fields, max_context: int) -> RopeScaling | None:
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"{where}: only the llama3 kind of RoPE scaling is supported", f"rope_type is {kind!r}",
+        raise UserError(f"{rope.where}: only the llama3 kind of RoPE scaling is supported", f"rope_type is {short(kind)}",
                         "use a Llama 3 checkpoint")
-    where = f"{where} rope_scaling"
-    return RopeScaling(
-        _number(raw, "factor", float, where), _number(raw, "low_freq_factor", float, where, 1.0),
-        _number(raw, "high_freq_factor", float, where, 4.0),
-        _number(raw, "original_max_position_embeddings", int, where, 8192))
+    low, high = _factor(rope, "low_freq_factor", 1.0), _factor(rope, "high_freq_factor", 4.0)
+    if low >= high:
+        raise UserError(f"{rope.where}: high_freq_factor must be above low_freq_factor", f"found {high:g} and {low:g}",
+                        "correct the file")
+    # A key of the config itself comes first, and the longest context last, as in transformers' standardize_rope_params.
+    key = "original_max_position_embeddings"
+    original = rope.whole(key, max_context, most=MAX_POSITIONS)
+    return RopeScaling(_factor(rope, "factor"), low, high, config.whole(key, original, most=MAX_POSITIONS))
 
 
 def folded(config: ModelConfig, repeat: int) -> ModelConfig:
@@ -244,10 +263,11 @@ def with_rope_factor(config: ModelConfig, factor: float | None) -> ModelConfig:
     """The config with the user's RoPE factor in place of the file's (None: unchanged)."""
     if factor is None:
         return config
+    factor = _factor(Fields({"--rope_factor": factor}, "the launch"), "--rope_factor")
     if config.rope_scaling is None:
         raise UserError("--rope_factor has nothing to change", "this checkpoint does not scale its RoPE",
                         "leave the flag out")
-    return replace(config, rope_scaling=replace(config.rope_scaling, factor=float(factor)))
+    return replace(config, rope_scaling=replace(config.rope_scaling, factor=factor))
 
 
 def as_params(config: ModelConfig) -> dict:
@@ -259,12 +279,20 @@ def as_params(config: ModelConfig) -> dict:
 
 
 def check_launch(ckpt_dir: str, tp: int) -> None:
-    """Refuses an impossible tp from the JSON alone, before torch is imported: a launch of eight ranks then ends in a
-    second. Anything else that is wrong with the folder is left for `open_checkpoint` to explain."""
-    for name, read in (("config.json", from_hf), ("params.json", from_params), ("original/params.json", from_params)):
+    """Refuses an impossible tp, and a config that cannot be read, from the JSON alone, before torch is imported: a launch of eight
+    ranks then ends in a second. Any other thing that is wrong with the folder is left for `open_checkpoint` to explain, which may
+    still use Meta's files where config.json is of no use."""
+    failure = None
+    for name in ("config.json", *(os.path.join(folder, "params.json") for folder in META_FOLDERS)):
+        path = os.path.join(ckpt_dir, name)
+        if not os.path.lexists(path):
+            continue
         try:
-            with open(os.path.join(ckpt_dir, name), encoding="utf-8-sig") as f:
-                config = read(json.load(f), vocab_size=1) if read is from_params else read(json.load(f))
-        except (OSError, ValueError, UserError, AttributeError):
+            raw = read_json(path)
+            config = from_hf(raw, path) if name == "config.json" else from_params(raw, 1, path)
+        except UserError as error:
+            failure = failure or error
             continue
         return config.check_tp(tp)
+    if failure:
+        raise failure

@@ -4,7 +4,11 @@ Every message has the same three parts: *what is wrong - what was found - what t
 and leave with a non-zero code; the Python API raises it. Anything else that escapes is our bug and keeps its traceback.
 """
 
+import contextlib
+import os
 from itertools import islice
+
+TOLD = "LLAMA_TP_TOLD"          # in the environment of ranks: a file that says that somebody has told why the job ends
 
 
 def shown(value: object, most: int = 80) -> str:
@@ -33,3 +37,10 @@ class UserError(Exception):
     def __init__(self, what: str, found: str = "", fix: str = ""):
         self.what, self.found, self.fix = what, found, fix
         super().__init__(" - ".join(part for part in (what, found, fix) if part))
+
+
+def mark_told() -> None:
+    """Lets the launcher know that the reason for the end has been printed: it need not look for one."""
+    if os.environ.get(TOLD):
+        with contextlib.suppress(OSError), open(os.environ[TOLD], "w"):
+            pass

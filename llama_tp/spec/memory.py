@@ -9,6 +9,11 @@ from llama_tp.spec.weights import table
 GIB = 1 << 30
 
 
+def counted(n: int) -> str:
+    """A number of parameters for people: 8.03 B, 3.73 M."""
+    return next((f"{n / size:.2f} {letter}" for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if n >= size), str(n))
+
+
 def weight_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
     """Resident weights of one rank, padding included (all ranks hold the same)."""
     total = 0

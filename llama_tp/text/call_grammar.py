@@ -6,7 +6,7 @@ it. What it finds goes to `out`. Knows nothing of pieces and of who drives it: s
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_tp.text.call_syntax import QUOTES, SPACE, Reader, Reject, escaped, object_in, python_calls, to_json
 
@@ -14,6 +14,7 @@ CODE = "code_interpreter"
 BUILT_IN = ("brave_search", "wolfram_alpha", CODE)      # the tools that Llama 3.1 knows without a schema
 MAX_NAME = 128
 _NAME = re.compile(r"[\w.:/\-]+")
+_MEANS = {"name": "name", "function": "name", "parameters": "arguments", "arguments": "arguments", "type": "type", "id": "id"}
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class _Enough(Exception):
 
 @dataclass
 class _Found:
-    """What a JSON object has said so far."""
+    """What a JSON object has said so far; `arguments` are JSON text, unless they have `streamed`."""
 
+    said: set[str] = field(default_factory=set)
     name: str | None = None
     arguments: str | None = None
-    kind: str = ""
     streamed: bool = False
 
 
@@ -118,7 +119,8 @@ class CallGrammar:
             yield from self._built_in()
 
     def _json_call(self, found: _Found | None = None):
-        """{"name": "f", "parameters": {...}}, or the inner one of {"function": {...}}."""
+        """{"name": "f", "parameters": {...}}, or the inner one of {"function": {...}}. An object that says anything else, or
+        anything twice, is none; behind arguments that have streamed, what it says else is left as content."""
         r = self.reader
         inner, found = found is not None, found or _Found()
         yield from r.expect("{")
@@ -128,20 +130,12 @@ class CallGrammar:
             yield from r.space()
             yield from r.expect(":")
             yield from r.space()
-            if key in ("name", "function") and r.ch and r.ch in QUOTES:
-                found.name = yield from r.text()
-            elif key == "function" and r.ch == "{" and not inner:
+            if key == "function" and r.ch == "{" and not inner:
                 yield from self._json_call(found)
-            elif key in ("parameters", "arguments") and r.ch == "{" and found.name is not None and not found.streamed:
-                found.streamed = True
-                yield from self._streamed_arguments(found.name)
+                if found.name is None:
+                    raise Reject
             else:
-                pieces: list[str] = []
-                yield from r.value(pieces.append)
-                if key in ("parameters", "arguments"):
-                    found.arguments = "".join(pieces)
-                elif key == "type":
-                    found.kind = "".join(pieces)
+                yield from self._said(_MEANS.get(key), found)
             yield from r.space()
             if r.ch == ",":
                 yield
@@ -154,14 +148,36 @@ class CallGrammar:
         if not inner:
             r.accept()
 
+    def _said(self, what: str | None, found: _Found):
+        """The value of a key of a JSON call."""
+        r = self.reader
+        if what is None or what in found.said:
+            raise Reject
+        found.said.add(what)
+        if what == "name":
+            found.name = yield from r.text()
+            if not self._callable(found.name):
+                raise Reject
+        elif what == "arguments" and r.ch == "{" and found.name is not None:
+            found.streamed = True
+            yield from self._streamed_arguments(found.name)
+        else:
+            pieces: list[str] = []
+            yield from r.value(pieces.append)
+            value = "".join(pieces)
+            if what == "arguments":
+                found.arguments = value
+            elif what == "type" and value != '"function"' or what == "id" and not value.startswith('"'):
+                raise Reject
+
     def _whole_call(self, found: _Found) -> None:
-        """A JSON call whose arguments could not stream: they came before the name, as a string, or not at all."""
-        arguments = found.arguments or "null"
-        if arguments == "null" and (self._parameters is not None or found.kind == '"function"'):
+        """A JSON call whose arguments could not stream: they came before the name, as a string, as null, or not at all."""
+        arguments = found.arguments
+        if arguments == "null" or arguments is None and "type" in found.said:
             arguments = "{}"
-        elif arguments.startswith('"'):
+        elif arguments and arguments.startswith('"'):
             arguments = object_in(arguments)
-        if not arguments.startswith("{") or not self._callable(found.name):
+        if found.name is None or not arguments or not arguments.startswith("{"):
             raise Reject
         self._call(found.name, arguments)
 
@@ -230,8 +246,11 @@ class CallGrammar:
         r.accept()
 
     def _built_in(self):
-        """NAME.call(query="..."); a quote that no bracket follows belongs to the query. One that runs to the end of the section
-        is no call, nor is any that the same text begins further on: read again for each, it would take quadratic time."""
+        """NAME.call(query="..."), the query as it is: Meta's form has no escapes.
+
+        Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which models put there. A query that
+        runs to the end of the section is no call, nor is any that the same text begins further on: read again for each, it would
+        take quadratic time."""
         r = self.reader
         name = yield from r.name()
         yield from r.expect(".call(query=")
@@ -247,11 +266,11 @@ class CallGrammar:
                 query.append(quote)
             elif r.ch == "\\":
                 yield
+                if r.ch != quote:
+                    query.append("\\")
                 if r.ch and r.ch in quote + "\\":
                     query.append(r.ch)
                     yield
-                else:
-                    query.append("\\")
             elif r.ch:
                 query.append(r.ch)
                 yield

@@ -170,7 +170,8 @@ class Reader:
             self.held.append(self.ch)
 
     def python(self, closers: list[str], out: Callable[[str], None]):
-        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends *on* that bracket."""
+        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends *on* that bracket. Comments are
+        rejected: nobody would see them."""
         while True:
             if self.ch and self.ch in QUOTES:
                 yield from self._python_string(out)
@@ -178,7 +179,7 @@ class Reader:
             out(self.ch)
             if self.ch and self.ch in "([{":
                 closers.append(_CLOSING[self.ch])
-            elif not self.ch or len(closers) > MAX_PYTHON_DEPTH or self.ch in ")]}" and closers.pop() != self.ch:
+            elif not self.ch or self.ch == "#" or len(closers) > MAX_PYTHON_DEPTH or self.ch in ")]}" and closers.pop() != self.ch:
                 raise Reject
             if not closers:
                 return
@@ -215,14 +216,21 @@ def to_json(value: object) -> str:
 
 
 def object_in(string: str) -> str:
-    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none."""
+    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none, or one that says a key twice."""
     try:
-        found = json.loads(json.loads(string))
+        found = json.loads(json.loads(string), object_pairs_hook=_unique)
         if isinstance(found, dict):
             return to_json(found)
     except (ValueError, RecursionError):
         raise Reject from None
     raise Reject
+
+
+def _unique(items: list[tuple[str, object]]) -> dict:
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def python_calls(text: str, parameters_of: Callable[[str], list[str] | None]) -> list[tuple[str, str]]:
@@ -265,5 +273,7 @@ def _literal(node: ast.expr) -> object:
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(item) for item in node.elts]
     if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys):
-        return {key.value: _literal(value) for key, value in zip(node.keys, node.values)}
+        found = {key.value: _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+        if len(found) == len(node.keys):
+            return found
     raise Reject

@@ -10,7 +10,8 @@ Tools, as Meta's page on Llama 3.1 prompts lays them out (llama-models, llama3_1
   * offered: "Environment: ipython" opens the system message, "Tools: brave_search, wolfram_alpha" follows it for built-in ones, and
     functions are described as JSON in a user message of their own behind it, or in the system message. No dates are added.
   * called: a function as {"type": "function", "name": ..., "parameters": ...} <|eot_id|>; a built-in tool as <|python_tag|>
-    NAME.call(query="...") or code, <|eom_id|>. llama-models writes the tag before code only, and <|eom_id|> where told to.
+    NAME.call(query="...") or code, <|eom_id|>, the text as it is, without escapes. llama-models writes the tag before code only,
+    also before content that stands beside it (the model had written that first), and <|eom_id|> where told to.
   * answered: by a message of the role `ipython`, also spelled `tool`.
 What the model writes is read by `tool_calls`.
 """
@@ -45,6 +46,9 @@ Dialog = list[Message]
 _HEADER_ROLE = {"system": "system", "user": "user", "assistant": "assistant", "ipython": "ipython", "tool": "ipython"}
 _MORE_KEYS = {"assistant": {"tool_calls"}, "ipython": {"tool_call_id", "name"}, "tool": {"tool_call_id", "name"}}
 _CONTROL = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+# Variables of the templates that Hugging Face's folders of Llama 3, 3.1 and 3.2 bring, with `strftime_now` a function.
+_TEMPLATES_READ = frozenset(("messages", "tools", "add_generation_prompt", "bos_token", "custom_tools", "builtin_tools",
+                             "tools_in_user_message", "date_string", "strftime_now", "documents"))
 
 # Meta's words, on which the models were trained.
 TOOL_PROMPT = ("Answer the user's question by making use of the following functions if needed.\n"
@@ -64,6 +68,12 @@ class ChatFormat:
         self._bos, self._start, self._end, self._eot = (tokenizer.special_id(name) for name in _CONTROL)
         self._eom = tokenizer.specials.get("<|eom_id|>", self._eot)         # Llama 3 has neither of these two
         self._python_tag = [tokenizer.specials["<|python_tag|>"]] if "<|python_tag|>" in tokenizer.specials else []
+
+    @staticmethod
+    def reads(name: str) -> bool:
+        """Whether a value of this name would change what Llama 3's own templates write, beside messages and tools. Here nothing can
+        be set."""
+        return name in _TEMPLATES_READ
 
     def encode_header(self, role: str) -> list[int]:
         """Ids that open a message of `role`."""
@@ -141,7 +151,8 @@ def tool_name(tool: Mapping) -> str:
 
 
 def call_text(name: str, arguments: str | Mapping) -> str:
-    """A call as the model writes it. Arguments that are no JSON object stand in it as a string: the model broke them."""
+    """A call as the model writes it. Arguments that are no JSON object stand in it as a string: the model broke them. Of a built-in
+    tool's, only the query or the code has a place."""
     if isinstance(arguments, str):
         try:
             found = json.loads(arguments or "{}")
@@ -151,12 +162,8 @@ def call_text(name: str, arguments: str | Mapping) -> str:
     if isinstance(arguments, Mapping) and name in BUILT_IN:
         key = "code" if name == CODE else "query"
         if isinstance(text := arguments.get(key), str):
-            return text if name == CODE else f'{name}.call(query="{_quoted(text)}")'
+            return text if name == CODE else f'{name}.call(query="{text}")'
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
-
-
-def _quoted(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def _named_call(call: object) -> tuple[str, str | Mapping]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.regular_file import read_file
 
 HELP = """\
 /set              show the settings
@@ -24,6 +25,7 @@ Ctrl-C stops an answer. // sends a leading /."""
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int, "stop": str,
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float}
 ROLES = ("system", "user", "assistant")
+MAX_SAVED = 64 << 20            # bytes of a saved conversation
 
 
 class Outcome(NamedTuple):
@@ -151,25 +153,28 @@ class Conversation:
     def _save(self, rest: str) -> Outcome:
         if not rest:
             return Outcome("/save needs a file")
+        asked = [] if self.unanswered is None else [{"role": "user", "content": self.unanswered}]
+        messages = self.messages + asked
         try:
             with open(os.path.expanduser(rest), "w", encoding="utf-8") as f:
-                json.dump({"system": self.system, "settings": self.settings, "messages": self.messages}, f,
-                          ensure_ascii=False, indent=1)
+                json.dump({"system": self.system, "settings": self.settings, "messages": messages}, f, ensure_ascii=False, indent=1)
         except OSError as error:
             return Outcome(f"cannot write {rest}: {error.strerror}")
-        return Outcome(f"saved {len(self.messages)} messages")
+        return Outcome(f"saved {_counted(len(messages))}")
 
     def _load(self, rest: str) -> Outcome:
         if not rest:
             return Outcome("/load needs a file")
         self.load(rest)
-        return Outcome(f"loaded {len(self.messages)} messages")
+        if self.unanswered is None:
+            return Outcome(f"loaded {_counted(len(self.messages))}")
+        return Outcome(f"loaded {_counted(len(self.messages) + 1)}; /retry asks the last question")
 
     def load(self, path: str) -> None:
-        """Goes on with what /save wrote, or with a bare list of messages. UserError, and no change, for anything else."""
+        """Goes on with what /save wrote, or with a bare list of messages; a question at its end is for /retry. UserError, and no
+        change, for anything else."""
         try:
-            with open(os.path.expanduser(path), encoding="utf-8") as f:
-                found = json.load(f)
+            found = json.loads(read_file(os.path.expanduser(path), MAX_SAVED).decode("utf-8"))
             found = {"messages": found} if isinstance(found, list) else found
             messages = [{"role": one["role"], "content": one["content"]} for one in found["messages"]]
             settings = {name: _setting(name, value) for name, value in found.get("settings", {}).items()}
@@ -178,11 +183,15 @@ class Conversation:
                 raise ValueError("a message is not a role and a text")
             if system is not None and not isinstance(system, str):
                 raise ValueError("the system message is no text")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is no saved conversation", f"{type(error).__name__}: {error}"[:200],
                             "name a file that /save wrote") from None
-        self.messages, self.settings, self.unanswered = messages, settings, None
-        self.system = system or self.system
+        self.unanswered = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
+        self.messages, self.settings, self.system = messages, settings, system or self.system
+
+
+def _counted(n: int) -> str:
+    return f"{n} message{'s' if n != 1 else ''}"
 
 
 def _setting(name: str, value: object) -> float | int | str:

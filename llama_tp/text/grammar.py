@@ -5,11 +5,16 @@ can travel; `Grammars` belongs to a tokenizer and turns forms into a `Constraint
 may come if bit i % 32 of word i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
 complete, other special tokens never. Where the form leaves one text only, the mask asks for the tokenizer's own spelling of it.
 
-What a client sends can be slow only up to a bound: its size, and llguidance's limits on the size of a grammar (compiling: the
-worst found took 0.4 s, so call it off the event loop) and on the work for one mask (the worst found took 0.3 s; beyond the limit
-comes an error that ends this sample alone). References in a schema to other documents are not followed. Knows no sampling.
-"""
+JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let a model that is pushed off its
+way write them for ever. Llama's own JSON has the blank, as json.dumps writes it; xgrammar's fixed format has it too, llguidance's
+has none. Either forces tokens on a model that has learnt the other, so both may come, and a text has at most one blank for each ,
+and :.
 
+What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What repeats too much is refused here
+(`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents
+are not followed. Knows no sampling. """
+
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +23,14 @@ import numpy as np
 
 from llama_tp.spec.errors import UserError
 from llama_tp.text.call_grammar import BUILT_IN
+from llama_tp.text.repetition import check_regex, check_schema, checked_lark
 from llama_tp.text.token_table import Tokenizer
 
 MAX_SOURCE = 1 << 16                                    # characters of a schema, regex or grammar
 MAX_TOOLS = 128                 # OpenAI's bound
 MAX_CALLS = 32                  # in one answer that has to call: a model that cannot end would go on to max_tokens
-# Free whitespace between JSON tokens lets a model that is pushed off its way write blanks for ever.
-_JSON_OPTIONS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}", "lenient": False,
-                 "json_allow_general_unicode_escapes": True}    # models have learnt these, too
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}      # regexes
+_JSON_OPTIONS = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}     # models have learnt these, too
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,24 @@ def json_object() -> Form:
 
 def json_schema(schema: object) -> Form:
     """JSON that a schema allows: response_format json_schema. UserError unless `schema` is an object of bearable size."""
-    return Form("json", _source("the JSON schema", _json(schema)))
+    if isinstance(schema, Mapping):                         # x-guidance: the client's own options of llguidance, blanks included
+        schema = {key: value for key, value in schema.items() if key != "x-guidance"}
+    source = _source("the JSON schema", _json(schema))
+    check_schema(schema)
+    return Form("json", source)
 
 
 def regex(pattern: object) -> Form:
     """Text that a whole regex matches (Rust's syntax: no look-around, no back-references)."""
-    return Form("regex", _source("the regex", pattern))
+    source = _source("the regex", pattern)
+    check_regex(source)
+    return Form("regex", source)
 
 
 def lark(grammar: object) -> Form:
-    """Text of a grammar in llguidance's variant of Lark, with a rule `start`."""
-    return Form("lark", _source("the grammar", grammar))
+    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is compact unless it says
+    otherwise."""
+    return Form("lark", checked_lark(_source("the grammar", grammar), _COMPACT))
 
 
 def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False) -> Form:
@@ -78,6 +90,14 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
     return lark("\n".join([start, f"call: {calls}", *rules]))
 
 
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raises UserError where no form can be followed: without llguidance, or with a tokenizer that cannot end an answer."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise UserError("structured output needs llguidance", "it is not installed", "pip install 'llama_tp[serve]'")
+    if not tokenizer.stop_ids:
+        raise UserError("structured output needs a token that ends an answer", "this tokenizer has none", "check --tokenizer_path")
+
+
 class Grammars:
     """Forms for one tokenizer. Building it reads the whole vocabulary (0.3 s for Llama 3's): keep it.
 
@@ -85,14 +105,8 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        try:
-            import llguidance
-        except ImportError:
-            raise UserError("structured output needs llguidance", "it is not installed",
-                            "pip install 'llama_tp[serve]'") from None
-        if not tokenizer.stop_ids:
-            raise UserError("structured output needs a token that ends an answer", "this tokenizer has none",
-                            "check --tokenizer_path")
+        check_tokenizer(tokenizer)
+        import llguidance
         self.n_vocab, self.stop_ids = tokenizer.n_vocab, tokenizer.stop_ids
         self._matcher = llguidance.LLMatcher
         self._limits = llguidance.LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
@@ -191,7 +205,7 @@ def _json(schema: object, options: dict | None = None) -> str:
 
 def _source(what: str, text: object) -> str:
     if not isinstance(text, str) or not text:
-        raise UserError(f"{what} must be a text", f"found {type(text).__name__}", "pass a string that is not empty")
+        raise UserError(f"{what} must be a text that is not empty", f"found {text!r}"[:80], "correct it, or leave it out")
     if len(text) > MAX_SOURCE:
         raise UserError(f"{what} is too long", f"{len(text):,} characters", f"the most is {MAX_SOURCE:,}")
     return text

@@ -10,6 +10,8 @@ import re
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
+MOST_GAPS = 1 << 20             # ids without a token
+MOST_GROWTH = 4096              # Llama's normalizers put one character in front and replace one by one: 4
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -20,7 +22,9 @@ class HfTokenizer(Tokenizer):
         data: content of tokenizer.json; where: its name for messages.
         tokenizer_config, generation_config, config: the JSON files of these names, {} where there is none.
 
-    bos_id is what tokenizer.json itself puts first; else the configs' bos token, unless they say it is not added.
+    What stands around a prompt (BOS, nothing, an EOS) is decided by the post-processor of tokenizer.json alone. transformers 5 does
+    not look at add_bos_token or the class where there is such a file, whatever it saved there before.
+    bos_id is what the post-processor puts first; else the bos token that the configs name, which begins empty prompts only.
     stop_ids are generation_config's eos_token_id, else config's, else tokenizer_config's eos_token.
     The space that sentencepiece puts before a text's first word stays in decoded text: a completion needs it.
 
@@ -38,19 +42,64 @@ class HfTokenizer(Tokenizer):
             library = tokenizers.Tokenizer.from_str(text)
             # As the library read it: Python's JSON takes half a second for the whole file of a Llama 3.
             decoder = json.loads(library.decoder.__getstate__()) if library.decoder else None
-        except Exception as error:                          # the library raises bare Exception
+            _check_growth(json.loads(library.normalizer.__getstate__()) if library.normalizer else {})
+            for adds in (False, True):                      # some files are found to be broken only here
+                library.encode("a", add_special_tokens=adds)
+        except BaseException as error:                      # the library raises bare Exception
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
                             "download it again, or write it with a current transformers") from None
+        _make_special(library, tokenizer_config)
         library.encode_special_tokens = True                # "<|eot_id|>" in a text is seven plain characters and more
         library.no_truncation()
         library.no_padding()
+        if getattr(library.model, "dropout", None):         # of merges, in training
+            library.model.dropout = None
         vocab = library.get_vocab(with_added_tokens=True)
         specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
+        if not vocab or max(vocab.values()) - len(vocab) > MOST_GAPS:
+            raise UserError(f"{where}: its ids leave too many gaps", f"{len(vocab):,} tokens, the highest id is "
+                            f"{max(vocab.values(), default=-1):,}", "download it again")
         super().__init__(
             _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
             _bos_id(library, specials, tokenizer_config, generation_config, config),
             _stop_ids(library, tokenizer_config, generation_config, config),
-            to_ids=lambda text: library.encode(text, add_special_tokens=False).ids)
+            to_ids=lambda text: _ids(library, text, False), to_prompt_ids=lambda text: _ids(library, text, True))
+
+
+def _ids(library, text: str, adds_specials: bool) -> list[int]:
+    try:
+        return library.encode(text, add_special_tokens=adds_specials).ids
+    except BaseException as error:
+        if not _is_panic(error):
+            raise
+        raise UserError("the tokenizer breaks down over this text", f"{error}"[:200], "check its tokenizer.json") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code has panicked: pyo3's exception for it is no Exception, and no module has it."""
+    return type(error).__name__ == "PanicException"
+
+
+def _check_growth(normalizer: dict) -> None:
+    """Raises ValueError for a normalizer that makes a text MOST_GROWTH times as long: few replacements of "a" by a thousand take
+    all memory, and the library then ends the process."""
+    growth, steps = 1, [normalizer]
+    while steps:
+        step = steps.pop()
+        steps += step.get("normalizers", [])
+        growth *= 1 + len(step.get("content") or step.get("prepend") or "")
+        if growth > MOST_GROWTH:
+            raise ValueError(f"its normalizer makes texts more than {MOST_GROWTH:,} times as long")
+
+
+def _make_special(library, tokenizer_config: dict) -> None:
+    """Makes added tokens special that tokenizer_config names as such, as transformers does: it saves them with special false where
+    a training script added them as words. Other names change nothing."""
+    named = {_name(value) for key, value in tokenizer_config.items() if key.endswith("_token")}
+    added = {token.content for token in library.get_added_tokens_decoder().values() if not token.special}
+    library.add_special_tokens(sorted(named & added))
 
 
 def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
@@ -94,13 +143,9 @@ def _sentencepiece(token: str) -> bytes:
 
 def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict,
             config: dict) -> int | None:
-    plain, whole = library.encode("a", add_special_tokens=False).ids, library.encode("a", add_special_tokens=True).ids
-    if whole[:len(plain)] != plain:                         # tokenizer.json's own template puts something first
+    plain, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    if whole[:len(plain)] != plain:
         return whole[0]
-    # GPT-2's class (SmolLM and others) names a bos token and never adds it.
-    by_default = not str(tokenizer_config.get("tokenizer_class", "")).startswith("GPT2")
-    if not tokenizer_config.get("add_bos_token", by_default):
-        return None
     candidates = (_named_id(library, tokenizer_config.get("bos_token")), generation_config.get("bos_token_id"),
                   config.get("bos_token_id"))
     # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer can be the one.
@@ -118,7 +163,13 @@ def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: 
     return ids
 
 
-def _named_id(library, token: str | dict | None) -> int | None:
-    """Id of a token that tokenizer_config.json names, as a string or as {"content": string}."""
-    name = token.get("content") if isinstance(token, dict) else token
+def _named_id(library, token: object) -> int | None:
+    """Id of a token that tokenizer_config.json names."""
+    name = _name(token)
     return library.token_to_id(name) if name else None
+
+
+def _name(token: object) -> str:
+    """A token as tokenizer_config.json writes it: a string, or {"content": string}; else ""."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else ""

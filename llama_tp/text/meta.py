@@ -12,9 +12,11 @@ from collections.abc import Iterator
 import tiktoken
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import short
 from llama_tp.text.token_table import Tokenizer
 
 N_SPECIALS = 256
+MAX_TOKENS = 1 << 20            # the largest vocabulary of this kind, o200k, has 200,000
 _NAMED = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
           "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
           "<|eot_id|>", "<|python_tag|>", "<|image|>")
@@ -66,6 +68,8 @@ def _parse(data: bytes, where: str) -> dict[bytes, int]:
     """token -> rank of a tokenizer.model, with ranks 0..n-1 and all 256 single bytes, so that any text has ids."""
     again = "the file may be cut short: download it again"
     ranks: dict[bytes, int] = {}
+    if data.count(b"\n") > MAX_TOKENS:
+        raise UserError(f"{where} has more than {MAX_TOKENS:,} lines, one a token", f"{len(data):,} bytes", again)
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
@@ -76,7 +80,7 @@ def _parse(data: bytes, where: str) -> dict[bytes, int]:
             raise UserError(f"{where}: line {number} is not \"base64 rank\"", f"found {line[:60]!r}", again) from None
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{where}: the ranks must be 0 to n-1, each once",
-                        f"found {len(ranks):,} tokens and a highest rank of {max(ranks.values()):,}", again)
+                        f"found {len(ranks):,} tokens and a highest rank of {short(max(ranks.values()))}", again)
     lacking = sum(bytes([value]) not in ranks for value in range(256))
     if lacking:
         raise UserError(f"{where}: every single byte must be a token", f"{lacking} of 256 are missing among "

@@ -14,19 +14,22 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import read_json
+from llama_tp.spec.regular_file import read_file
 from llama_tp.text.chat_format import check_dialog
-from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.token_table import Tokenizer, well_formed
 
 MAX_TEMPLATE = 1 << 18                                  # characters of source
 MAX_SIZE = 1 << 22                                      # characters or items of anything that it makes
 MAX_S = 2.0
+_MARK = "\ud800"                                        # a lone surrogate: no well-formed text holds it
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")       # a tag that only training uses
 
 
@@ -37,29 +40,39 @@ def open_template(ckpt_dir: str, tokenizer: Tokenizer, now: datetime.datetime | 
 
 
 def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
-    """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template:
-    chat_template.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is broken, or if jinja2 is
-    missing; needs no tokenizer, and is quick."""
-    folder = Path(ckpt_dir)
-    config_file, file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    try:
-        config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
-        found = file.read_text("utf-8") if file.is_file() else config.get("chat_template")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"the chat template of {ckpt_dir} cannot be read", str(error), "download its JSON files again") from None
-    if isinstance(found, list):                         # several, by name
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
-    sources = found if isinstance(found, dict) else {"default": found}
-    if not isinstance(sources.get("default"), str):
+    """(source, source for dialogs with tools if that is another, bos_token and so on) of a folder's template: chat_template.jinja
+    and additional_chat_templates/tool_use.jinja, else chat_template in tokenizer_config.json. UserError if it has none, if it is
+    broken, or if jinja2 is missing; needs no tokenizer, and is quick."""
+    config, sources = _read(ckpt_dir)
+    source, tool_source = sources.get("default"), sources.get("tool_use")
+    if not isinstance(source, str) or not isinstance(tool_source, str | None):
         raise UserError(f"{ckpt_dir} has no chat template",
                         "neither chat_template.jinja nor chat_template in tokenizer_config.json",
                         "name a Hugging Face folder that has one, or leave out --chat_template hf")
-    tokens = {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-    tool_source = sources.get("tool_use")
-    for source in (sources["default"], tool_source):
-        if source is not None:
-            _compiled(source)
-    return sources["default"], tool_source, tokens
+    for each in filter(None, (source, tool_source)):
+        _compiled(each)
+    return source, tool_source, {name: _spelling(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+
+def _read(folder: str) -> tuple[dict, dict]:
+    """A folder's tokenizer_config.json, and its templates by name."""
+    where = os.path.join(folder, "tokenizer_config.json")
+    config = read_json(where) if os.path.lexists(where) else {}
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        named = {one["name"]: one["template"] for one in named if isinstance(one, dict) and isinstance(one.get("name"), str)
+                 and "template" in one}
+    paths = {"default": os.path.join(folder, "chat_template.jinja"),
+             "tool_use": os.path.join(folder, "additional_chat_templates", "tool_use.jinja")}
+    found = {name: _source(path) for name, path in paths.items() if os.path.lexists(path)}
+    return config, found or (named if isinstance(named, dict) else {"default": named})
+
+
+def _source(path: str) -> str:
+    try:
+        return read_file(path, 4 * MAX_TEMPLATE).decode("utf-8")
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read", str(error), "download it again, or use --chat_template meta") from None
 
 
 class ChatTemplate:
@@ -79,6 +92,7 @@ class ChatTemplate:
         self._sources = (source, tool_source)
         self._template = _compiled(source)
         self._tool_template = self._template if tool_source is None else _compiled(tool_source)
+        self._words = frozenset(re.findall(r"\w+", f"{source} {tool_source or ''}"))
         self._tokens, self._now = dict(tokens or {}), now
         names = sorted(tokenizer.specials, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, names)) or r"(?!)")
@@ -89,15 +103,18 @@ class ChatTemplate:
         refuses the dialog (its own words) or goes over a limit."""
         check_dialog(messages)
         messages = [_as_templates_expect(message, strip) for message in messages]
-        mark = _unused_character(json.dumps([messages, tools], ensure_ascii=False, default=str))
-        messages, tools = (_guarded(value, self._special, mark) for value in (messages, tools))
+        messages, tools = (_guarded(value, self._special) for value in (messages, tools))
         text = self._render(messages, tools, add_generation_prompt, self._now or datetime.datetime.now())
         ids, end = [], 0
         for special in self._special.finditer(text):
-            ids += self.tokenizer.encode(text[end:special.start()].replace(mark, ""))
+            ids += self.tokenizer.encode(text[end:special.start()].replace(_MARK, ""))
             ids.append(self.tokenizer.special_id(special[0]))
             end = special.end()
-        return ids + self.tokenizer.encode(text[end:].replace(mark, ""))
+        return ids + self.tokenizer.encode(text[end:].replace(_MARK, ""))
+
+    def reads(self, name: str) -> bool:
+        """Whether the template mentions `name`: then a value for it could change what is written."""
+        return name in self._words
 
     def digest(self) -> str:
         """Of all that the ids follow from, beside the dialog, the tokenizer and the time."""
@@ -256,15 +273,10 @@ def _with_object(call: Mapping) -> dict:
     return {**call, "function": function}
 
 
-def _unused_character(text: str) -> str:
-    """A private-use character that `text` does not hold."""
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
-
-
-def _guarded(value, special: re.Pattern, mark: str):
-    """`value` with `mark` inside each spelling of a special token, in whatever texts it holds."""
+def _guarded(value, special: re.Pattern):
+    """`value` with the mark inside each spelling of a special token, and nowhere else, in whatever texts it holds."""
     if isinstance(value, str):
-        return special.sub(lambda name: name[0][:1] + mark + name[0][1:], value)
+        return special.sub(lambda name: name[0][:1] + _MARK + name[0][1:], well_formed(value))
     if isinstance(value, Mapping):
-        return {_guarded(key, special, mark): _guarded(one, special, mark) for key, one in value.items()}
-    return [_guarded(one, special, mark) for one in value] if isinstance(value, (list, tuple)) else value
+        return {_guarded(key, special): _guarded(one, special) for key, one in value.items()}
+    return [_guarded(one, special) for one in value] if isinstance(value, (list, tuple)) else value

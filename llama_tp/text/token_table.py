@@ -16,24 +16,29 @@ class Tokenizer:
     Args:
         token_bytes: the bytes of every id, b"" for specials and for ids that the file leaves out.
         specials: name -> id of the control tokens.
-        bos_id: the id that begins every prompt, None where the model was trained without one.
+        bos_id: the beginning-of-text token, None where the model has none.
         stop_ids: the ids that end a completion.
         to_ids: well-formed text -> ids, never a special id.
+        to_prompt_ids: the same with the special ids that the model expects around a prompt; `bos_id` in front unless given.
     """
 
-    def __init__(self, token_bytes: list[bytes], specials: dict[str, int], bos_id: int | None,
-                 stop_ids: Iterable[int], to_ids: Callable[[str], list[int]]):
+    def __init__(self, token_bytes: list[bytes], specials: dict[str, int], bos_id: int | None, stop_ids: Iterable[int],
+                 to_ids: Callable[[str], list[int]], to_prompt_ids: Callable[[str], list[int]] | None = None):
         self.n_vocab = len(token_bytes)
         self.specials = specials
         self.bos_id = bos_id
         self.stop_ids = tuple(sorted(set(stop_ids)))
+        self.source: tuple[str | None, str] | None = None   # what `open_tokenizer` was given, for other processes to open it again
         self._token_bytes = token_bytes
-        self._to_ids = to_ids
+        self._to_ids, self._to_prompt_ids = to_ids, to_prompt_ids or self._after_bos
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of `text`, after `bos_id` if `bos` and the model has one. Never reads special tokens out of the text."""
-        ids = self._to_ids(_well_formed(text))
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        """Ids of `text`; with `bos` those of a prompt, BOS in front where the model expects one. Never reads special tokens out of
+        the text. An empty prompt is `bos_id` where there is one, also for a model that expects none before a text: as in
+        transformers' generate()."""
+        if not bos:
+            return self._to_ids(well_formed(text))
+        return self._to_prompt_ids(well_formed(text)) or self._after_bos("")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without the specials; bytes that are no UTF-8 become U+FFFD. UserError for an unknown id."""
@@ -53,8 +58,11 @@ class Tokenizer:
                             "check --tokenizer_path")
         return self.specials[name]
 
+    def _after_bos(self, text: str) -> list[int]:
+        return ([] if self.bos_id is None else [self.bos_id]) + self._to_ids(text)
 
-def _well_formed(text: str) -> str:
+
+def well_formed(text: str) -> str:
     """Surrogate pairs joined and lone surrogates replaced, as tiktoken does it; other text is returned as it is."""
     try:
         text.encode("utf-8")

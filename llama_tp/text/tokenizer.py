@@ -4,10 +4,12 @@ Which file it is decides its content, not its name: Meta's tokenizer.model and s
 What the kinds do with their content is in `meta` and `hf`.
 """
 
-import json
+import os
 from pathlib import Path
 
 from llama_tp.spec.errors import UserError
+from llama_tp.spec.json_file import Fields, read_json
+from llama_tp.spec.regular_file import list_folder, read_file
 from llama_tp.text.hf import HfTokenizer
 from llama_tp.text.meta import TiktokenTokenizer
 from llama_tp.text.token_table import Tokenizer
@@ -15,6 +17,8 @@ from llama_tp.text.token_table import Tokenizer
 # In this order. HF repositories keep Meta's files under original/; the 405B's are one folder deeper.
 PLACES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model", "original/mp16/tokenizer.model",
           "original/mp8/tokenizer.model")
+MAX_BYTES = 64 << 20            # the largest known, Gemma's tokenizer.json, has 33 MB
+MAX_IDS = 1000                  # in a list of stop ids
 
 
 def open_tokenizer(path: str | None, ckpt_dir: str) -> Tokenizer:
@@ -23,27 +27,37 @@ def open_tokenizer(path: str | None, ckpt_dir: str) -> Tokenizer:
     Stop ids and the beginning of a prompt come from the small JSON files beside it or in `ckpt_dir`. Raises UserError,
     naming file and fix, for a missing, cut, foreign (sentencepiece) or undownloaded (LFS pointer, web page) file.
     """
+    tokenizer = _open(path, ckpt_dir)
+    tokenizer.source = (path, ckpt_dir)
+    return tokenizer
+
+
+def _open(path: str | None, ckpt_dir: str) -> Tokenizer:
     place = Path(path or ckpt_dir)
-    if place.is_file():
+    if place.is_dir():
+        candidates = [place / name for name in PLACES if os.path.lexists(place / name)]
+    elif os.path.lexists(place):
         candidates = [place]
-    elif place.is_dir():
-        candidates = [place / name for name in PLACES if (place / name).is_file()]
     else:
         raise UserError(f"there is no tokenizer at {place}", "no such file or folder",
                         "give --tokenizer_path a tokenizer.model, a tokenizer.json or a folder that holds one")
     if not candidates:
-        names = sorted(entry.name for entry in place.iterdir())
+        names = list_folder(str(place))
         raise UserError(f"no tokenizer in {place}",
                         f"looked for {', '.join(PLACES[:3])}; the folder has {', '.join(names[:10]) or 'no files'}",
                         "download tokenizer.model into it or give --tokenizer_path")
     for file in candidates:
-        data = _read(file)
+        data = read_file(str(file), MAX_BYTES)
         if _is_sentencepiece(data):                         # HF folders of Llama 2 keep a tokenizer.json beside it
             continue
         beside, ckpt = [file.parent, Path(ckpt_dir)], [Path(ckpt_dir), file.parent]     # where to look first
         if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            return HfTokenizer(data, str(file), _settings("tokenizer_config.json", beside),
-                               _settings("generation_config.json", ckpt), _settings("config.json", ckpt))
+            names = _settings("tokenizer_config.json", beside)
+            ids = [_settings(name, ckpt) for name in ("generation_config.json", "config.json")]
+            _check_names(names)
+            for each in ids:
+                _check_ids(each)
+            return HfTokenizer(data, str(file), names.raw, *(each.raw for each in ids))
         return TiktokenTokenizer(data, str(file), stop_at_eom=_is_llama_3_1(_settings("params.json", ckpt)))
     raise UserError(f"{candidates[0]} is a sentencepiece tokenizer (Llama 1 and 2), which llama_tp does not read",
                     "no tokenizer.json beside it",
@@ -63,49 +77,40 @@ def check_vocab(tokenizer: Tokenizer, config_vocab_size: int) -> None:
                         "give --tokenizer_path the tokenizer that came with the checkpoint")
 
 
-def _read(file: Path) -> bytes:
-    """Content of `file`, if it is what it claims to be and not what stands in for it after a failed download."""
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {file}", error.strerror or str(error), "check its permissions") from None
-    start = data[:200].lstrip().lower()
-    if not start:
-        raise UserError(f"{file} is empty", f"{len(data)} bytes", "download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise UserError(f"{file} is a Git LFS pointer, not the file itself", f"{len(data)} bytes",
-                        "run `git lfs pull` in that folder")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UserError(f"{file} is a web page, not the file itself", f"it begins with {data[:40]!r}",
-                        "download it again: is HF_TOKEN set and the licence accepted?")
-    return data
-
-
 def _is_sentencepiece(data: bytes) -> bool:
     """A protobuf: its first field is a piece, newline-tagged, and Llama's first pieces are <unk> and control bytes.
     A tiktoken file or JSON has none of the control bytes."""
     return data[:1] == b"\n" and any(value < 9 for value in data[:200])
 
 
-def _settings(name: str, folders: list[Path]) -> dict:
-    """The JSON object called `name` in the first of `folders` that has one, {} if none has."""
+def _settings(name: str, folders: list[Path]) -> Fields:
+    """The JSON object called `name` in the first of `folders` that has one, an empty one if none has."""
     for folder in folders:
-        if (folder / name).is_file():
-            try:
-                found = json.loads(_read(folder / name).decode("utf-8-sig"))
-            except ValueError as error:
-                raise UserError(f"{folder / name} is not JSON", str(error),
-                                "correct the file or download it again") from None
-            if not isinstance(found, dict):
-                raise UserError(f"{folder / name} must hold a JSON object", f"found a {type(found).__name__}",
-                                "correct the file or download it again")
-            return found
-    return {}
+        path = str(folder / name)
+        if os.path.lexists(path):
+            return Fields(read_json(path), path)
+    return Fields({}, name)
 
 
-def _is_llama_3_1(params: dict) -> bool:
+def _check_names(config: Fields) -> None:
+    """tokenizer_config.json names a token as a text, or as {"content": text}."""
+    for key in ("bos_token", "eos_token"):
+        if isinstance(config.raw.get(key), dict):
+            config.object(key).text("content", None)
+        else:
+            config.text(key, None)
+
+
+def _check_ids(config: Fields) -> None:
+    for key in ("bos_token_id", "eos_token_id"):
+        found = config.raw.get(key)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if len(ids) > MAX_IDS or any(type(i) is not int or not -1 <= i < 1 << 31 for i in ids):     # -1: none
+            raise config.wrong(key, "a token id or a list of them")
+
+
+def _is_llama_3_1(params: Fields) -> bool:
     """Llama 3.1 and later scale their RoPE, and only they were trained to end a tool call with <|eom_id|>. Without a
     params.json: yes, as a Llama 3 never emits that id."""
-    nested = params.get("model")
-    params = nested if isinstance(nested, dict) else params
-    return not params or bool(params.get("use_scaled_rope"))
+    params = params.object("model") if isinstance(params.raw.get("model"), dict) else params
+    return not params.raw or params.flag("use_scaled_rope")

@@ -2,8 +2,9 @@
 
 What Llama 3 models write, several in one message if need be:
 
-    {"type": "function", "name": "f", "parameters": {...}}      JSON: also "function" for "name" (or around both) and "arguments"
-                                                                for "parameters"; several in a row, with or without ; or ,
+    {"type": "function", "name": "f", "parameters": {...}}      JSON: also "function" for "name" (or around both), "arguments" for
+                                                                "parameters", and an "id"; any other key makes it no call;
+                                                                several in a row, with or without ; or ,
     [{"name": "f", "parameters": {...}}, ...]                   the same as a list
     <function=f>{...}</function>                                anywhere in a text
     [f(x=1, y="a"), g()]                                        a list of Python calls
@@ -13,8 +14,8 @@ What Llama 3 models write, several in one message if need be:
 The text goes character by character through a generator that reads like a grammar (`call_grammar.section`). What may still
 turn out not to be a call is held; a `Reject` sends it through again as content or code. Hence any cutting of a text into pieces
 gives the same message, in time linear in its length. A JSON or <function=> call is certain at the { of its arguments, and they
-stream from there; if they are broken or cut short they come out as the model wrote them (OpenAI warns its callers of that). All
-other text that is no call is content, unchanged.
+stream from there; if they are broken or cut short they come out as the model wrote them (OpenAI warns its callers of that), and
+another key behind them is content. All other text that is no call is content, unchanged.
 
 Knows no tokens: who feeds it says where <|python_tag|> stood.
 """

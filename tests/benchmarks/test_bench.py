@@ -6,10 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from llama_tp.benchmarks.ceiling import Ceiling
+from llama_tp.benchmarks.latency import latency
 from llama_tp.benchmarks.table import markdown
+from llama_tp.benchmarks.throughput import throughput
+from llama_tp.parallel.groups import single_rank
+from llama_tp.spec.errors import UserError
+from llama_tp.spec.weights import table
+from tests import reference
+from tests.engines import engine
 from tests.ranks import torchrun
+from tests.shapes import SHRUNK
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ["--ckpt_dir", "checkpoints/demo", "--device", "cpu", "--n_runs", "1", "--input_len", "16", "--output_len", "8"]
@@ -31,9 +40,12 @@ def test_latency_prints_card_table_and_json(tmp_path):
     assert "ceiling of each of 1 rank(s)" in done.stdout and "| batch |" in done.stdout
     assert result == json.loads((tmp_path / "one.json").read_text())
     assert [run["batch_size"] for run in result["runs"]] == [1, 3] and result["tp"] == 1 and not result["simulated"]
+    limits = Ceiling(**result["ceiling"])
     for run in result["runs"]:
+        n, n_in, n_out = run["batch_size"], run["input_len"], run["output_len"]
         assert len(run["latencies"]) == 1 and 0 < run["median_tpot_ms"] < 1e3 * run["avg_latency"]
-        assert run["median_tpot_ms"] > run["floor_tpot_ms"] > 0 and run["median_ttft_ms"] > run["floor_ttft_ms"] > 0
+        assert run["floor_tpot_ms"] == pytest.approx(1e3 * limits.decode_s(n, n_in + n_out // 2))
+        assert run["floor_ttft_ms"] == pytest.approx(1e3 * limits.prefill_s(n * n_in))
 
 
 def test_throughput_counts_all_tokens():
@@ -48,9 +60,18 @@ def test_startup_compares_with_reading():
     assert result["process_to_first_token_s"] >= result["import_s"] + result["load_s"] + result["first_token_s"]
 
 
+def test_a_model_whose_logits_are_not_finite_is_not_measured():
+    config, limits = SHRUNK["8b"], Ceiling(1e9, 1e9, 1, 1, 2, 1, 1)
+    weights = reference.random_weights(table(config))
+    weights["norm.weight"] = torch.full_like(weights["norm.weight"], float("nan"))
+    for measure in (lambda one: latency(one, limits, [2], 8, 4, 1), lambda one: throughput(one, limits, 2, 8, 4, 0.0, 2)):
+        with pytest.raises(UserError, match="cannot be measured - .*not finite"):
+            measure(engine(single_rank(), config, weights=dict(weights)))
+
+
 def test_two_ranks_measure_together():
     with torchrun(2, ["-m", "llama_tp.bench", "latency", *DEMO, "--batch_size", "2"]) as job:
-        assert job.wait(120) == 0, job.stderr
+        assert job.wait() == 0, job.stderr
         assert last_line(job.stdout)["tp"] == 2
 
 

@@ -10,8 +10,10 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import threading
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import open_checkpoint
+from llama_tp.protocol.batch_job import sampled_digest
 from llama_tp.spec.errors import UserError
 from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
@@ -169,6 +172,45 @@ def big_endian(folder):
     rezipped(folder, zipfile.ZIP_STORED, lambda name, data: b"big" if name.endswith("byteorder") else data)
 
 
+def with_pickle(raw):
+    """Another pickle in the place of that of shard 1."""
+    return lambda folder: rezipped(folder, zipfile.ZIP_STORED, lambda name, data: raw if name.endswith("data.pkl") else data)
+
+
+def key_of_nested_pairs(deep=32):
+    """A key that takes 2^32 steps to hash: a pair of the same pair, and so on, 32 deep."""
+    return with_pickle(b"\x80\x02})q\x00" + b"h\x00\x86q\x00" * deep + b"Ns.")
+
+
+def record_twice(folder):
+    with warnings.catch_warnings(), zipfile.ZipFile(folder / P1, "a", zipfile.ZIP_STORED) as archive:
+        warnings.simplefilter("ignore")
+        archive.writestr("consolidated.01/data/0", b"x" * 64)
+
+
+def directory_of(n):
+    """A zip whose directory has n entries, all of one local header."""
+    def damage(folder):
+        local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, 0, 0, 1, 0) + b"a"
+        entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0) + b"a"
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, n & 0xFFFF, n & 0xFFFF, n * len(entry), len(local), 0)
+        (folder / P1).write_bytes(local + entry * n + end)
+    return damage
+
+
+def record_beyond_the_end(folder):
+    """The zip's directory says that a record is two gigabytes long."""
+    raw = bytearray((folder / P1).read_bytes())
+    at = raw.rindex(b"consolidated.01/data/0") - 46            # where its entry in the directory begins
+    raw[at + 20:at + 28] = struct.pack("<2L", 0x7FFFFFFF, 0x7FFFFFFF)
+    (folder / P1).write_bytes(raw)
+
+
+def many_keys(n):
+    more = {f"x{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(n)}
+    return edited_header(lambda header: header | more)
+
+
 def record_cut_short(folder):
     """A zip in good order, one of whose records is shorter than the pickle says."""
     rezipped(folder, zipfile.ZIP_STORED, lambda name, data: data[:-8] if name.endswith("data/0") else data)
@@ -223,6 +265,21 @@ DAMAGE = [
     ("meta: compressed", "meta", rezipped, [P1, "compressed", AGAIN]),
     ("meta: big-endian", "meta", big_endian, [P1, "big-endian"]),
     ("meta: record cut short", "meta", record_cut_short, [P1, "outside of its record", AGAIN]),
+    ("meta: key of nested pairs", "meta", key_of_nested_pairs(), [P1, "key must be a text, found a tuple", "safetensors"]),
+    ("meta: bytearray of a terabyte", "meta",
+     with_pickle(b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\1\x85R."), [P1, "builtins.bytearray"]),
+    ("meta: a million steps", "meta", with_pickle(b"\x80\x02](" + b"N" * 500_000 + b"e."), [P1, "steps"]),
+    ("meta: a pickle of 20 MB", "meta", with_pickle(b"\x80\x02" + bytes(20_000_000)), [P1, "plausible size", AGAIN]),
+    ("meta: a dict in itself", "meta", with_pickle(b"\x80\x02}q\0X\1\0\0\0ah\0s."), [P1, "a is not a plain tensor", "dict"]),
+    ("meta: a key of control characters", "meta", with_pickle(b"\x80\x02}X\5\0\0\0\x1b[31mNs."), [P1, r"'\\x1b\[31m'"]),
+    ("meta: a million records", "meta", directory_of(1_000_000), [P1, "damaged", "47,000,000 bytes", AGAIN]),
+    ("meta: a record twice", "meta", record_twice, [P1, "twice", AGAIN]),
+    ("meta: a record beyond the end", "meta", record_beyond_the_end, [P1, "cut short", "data/0 would end at byte 2147"]),
+    *[(f"meta: n_layers of {n:.0e}", "meta", params(n_layers=n), ["params.json", "n_layers", "to 1,024"])
+      for n in (10**5, 10**9, 10**300)],
+    ("meta: n_layers of 10^400", "meta", params(n_layers=10**400), ["params.json", "n_layers", "found 1000"]),
+    ("meta: n_layers of 1000", "meta", params(n_layers=1000), ["missing", r"layers\.2\.", "in all"]),
+    ("meta: a head of -16", "meta", params(head_dim=-16), ["params.json", "head_dim", "-16"]),
     ("meta: not a dict", "meta", lambda f: torch.save([Z(1)], f / P1), [P1, "dict"]),
     ("meta: a nested dict", "meta", with_tensors(P1, put("model", {"a": Z(1)})), [P1, "model", "plain tensor"]),
     ("meta: a sparse tensor", "meta", with_tensors(P1, put(NORM, Z(64).to_sparse())), [P1, "plain tensor"]),
@@ -261,6 +318,20 @@ DAMAGE = [
     ("hf: header too deep", "hf", edited_header(lambda h: b'{"a":' * 100000), [ONE, "damaged header"]),
     ("hf: key twice in a header", "hf", edited_header(twice), [ONE, "twice", AGAIN]),
     ("hf: entry is no object", "hf", edited_header(lambda h: h | {"x": 5}), [ONE, "entry for x"]),
+    ("hf: 100,000 keys", "hf", many_keys(100_000), [ONE, "header that does not belong", "at most 1,0[0-9,]+ are read"]),
+    ("hf: 2,000 keys", "hf", many_keys(2000), [r"2,0\d\d tensors and more", "has 21 -"]),
+    ("hf: a header of lists", "hf", edited_header(lambda h: b'{"a":[' + b"[]," * 400_000 + b"[]]}"), [ONE, "header"]),
+    ("hf: a key of a megabyte", "hf", edited_header(lambda h: h | {"\x1b[31m" * 10**5: 5}), [ONE, r"entry for '\\x1b"]),
+    ("hf: a shape of 10,000 numbers", "hf", entry(lambda e: e.update(shape=[10**4000] * 50)), [ONE, "shape"]),
+    ("hf: a size of 10^4000", "hf", entry(lambda e: e.update(shape=[10**4000])), [ONE, "shape is"]),
+    ("hf: 10^5 layers", "hf", hf_config(num_hidden_layers=10**5), ["config.json", "num_hidden_layers", "to 1,024"]),
+    ("hf: 10^400 layers", "hf", hf_config(num_hidden_layers=10**400), ["config.json", "num_hidden_layers", "found 1000"]),
+    ("hf: head_dim is a text", "hf", hf_config(head_dim="16"), ["config.json", "head_dim", "'16'"]),
+    *[(f"hf: {name} is /dev/zero", "hf", replaced(name, lambda path: path.symlink_to("/dev/zero")), [name, "device"])
+      for name in ("config.json", INDEX, TWO)],
+    ("hf: an index of a terabyte", "hf", lambda f: os.truncate(f / INDEX, 1 << 40), [INDEX, "too large"]),
+    ("hf: 99,999 files", "hf", lambda f: [(f / INDEX).unlink(), (f / ONE).rename(f / "a-00001-of-99999.safetensors")],
+     ["99998 of 99999 safetensors files are missing"]),
     ("hf: overlap", "hf", edited_header(overlapping), [ONE, "overlaps"]),
     ("hf: hole", "hf", entry(lambda e: e.update(shape=[1], dtype="BF16", data_offsets=[0, 2])), [ONE, "hole"]),
     ("hf: offsets past the end", "hf",
@@ -303,6 +374,19 @@ DAMAGE = [
 ]
 
 
+@pytest.fixture
+def soon():
+    """Ends a test that would go on for ever: opening takes milliseconds, this a minute."""
+    def ring(*_):
+        raise TimeoutError("it did not end within a minute")
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("layout, damage, says", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
 def test_damage_is_one_clear_error(sound, tmp_path, monkeypatch, layout, damage, says):
     folder = tmp_path / "ckpt"
@@ -324,6 +408,16 @@ def test_the_sentinel_works(tmp_path, monkeypatch):
     torch.save({"norm.weight": Touch()}, tmp_path / P1)
     torch.load(tmp_path / P1, weights_only=False)
     assert (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.usefixtures("soon")
+def test_what_lies_beside_the_weights_is_not_opened(sound, tmp_path):
+    shutil.copytree(sound["hf"], tmp_path / "ckpt")
+    for name in ("training_args.pth", "other.safetensors", "optimizer.pth"):
+        os.mkfifo(tmp_path / "ckpt" / name)
+    source = open_checkpoint(tmp_path / "ckpt")
+    assert source.weight_files() == [ONE, TWO] and len(run(source)) == 21
+    assert sampled_digest(source.folder, source.weight_files(), b"") == sampled_digest(str(sound["hf"]), [TWO, ONE], b"")
 
 
 @pytest.mark.parametrize("names", [(), ("pytorch_model.bin", "config.json"), ("model.gguf",),

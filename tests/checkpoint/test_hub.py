@@ -71,3 +71,12 @@ def test_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"llama_tp\[hf\]"):
         open_checkpoint("org/name")
+
+
+@pytest.mark.parametrize("name", ["org/" + "n" * 10**6, "o" * 10**6 + "/name", "org/a..b", "org/name\x1b[31m", "org/../name",
+                                  "org/n\0", "", "/" * 5000, "org/name/more", "org//name", "é/ü"])
+def test_a_hostile_name_is_asked_for_or_refused_in_one_short_error(name, hub):
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(fetch(name))
+    assert len(str(caught.value)) < 1000 + min(len(name), 5000) and caught.value.fix
+    assert all(repo == name and "/" in name and "\x1b" not in name for repo, _ in hub.asked)

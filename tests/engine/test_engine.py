@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.runner import Runner
 from llama_tp.parallel.groups import single_rank
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.weights import table
 from tests import reference
-from tests.engines import engine, serve
+from tests.engines import WholeLogits, alphabet, engine, serve
+from tests.ranks import run
 from tests.shapes import SHRUNK
 
 CONFIG = SHRUNK["8b"]
@@ -61,6 +63,45 @@ def test_logprobs_of_prompt_and_output():
     assert [delta.logprobs[0].logprob for delta in deltas] == pytest.approx(
         [float(raw[149 + i, token]) for i, token in enumerate(tokens)], abs=1e-4)
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
+
+
+N_IDS, SHORT = 150, [(7 * k) % 150 for k in range(10)]   # of the 264 rows of the embedding: the others have no text
+
+
+def answers_with_fewer_ids(ranks, runner):
+    """{name: tokens}, and {name: logprobs of the prompt and of the output}, of a tokenizer that does not know all rows."""
+    ways = {"greedy": {"temperature": 0.0}, "whole": {"temperature": 2.0, "top_p": 1.0, "seed": 3},
+            "shortlist": {"temperature": 1.5, "top_k": 20, "seed": 4}}
+    plain = [(name, SHORT, {**params, "max_tokens": 8}) for name, params in ways.items()]
+    scored = [(f"{name} scored", ids, {**params, "logprobs": 3, "prompt_logprobs": 3}) for name, ids, params in plain]
+    got = serve(ranks, [*plain, *scored], config=CONFIG, tokenizer=alphabet(N_IDS), runner=runner)
+    if got is None:
+        return None
+    scores: dict = {}
+    for delta in got[2]:
+        scores.setdefault(delta.request_id, []).extend([*(delta.prompt_logprobs or ()), *delta.logprobs])
+    return {name: ids for (name, _), ids in got[0].items()}, scores
+
+
+def test_rows_without_text_count_in_logprobs_and_are_never_chosen():
+    """As transformers and vLLM: log_softmax over all rows of the checkpoint's embedding. The same at tp 1 and 2, sharded or not."""
+    [(tokens, scores)] = run(1, answers_with_fewer_ids, Runner)
+    best = reference.logits(WEIGHTS, CONFIG, SHORT)
+    assert (best.argmax(-1) >= N_IDS).any()                 # the rows without text would matter
+    for name in ("greedy", "whole", "shortlist"):
+        ids, scored = tokens[name], scores[f"{name} scored"]
+        assert ids == tokens[f"{name} scored"] and len(ids) == 8 and max(ids) < N_IDS
+        raw = torch.log_softmax(reference.logits(WEIGHTS, CONFIG, SHORT + ids), -1)
+        for i, entry in enumerate(scored[1:]):
+            assert entry.token == (SHORT + ids)[i + 1] and entry.logprob == pytest.approx(float(raw[i, entry.token]), abs=1e-4)
+            values, at = raw[i, :N_IDS].topk(3)
+            assert [token for token, _ in entry.top] == at.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
+    assert run(1, answers_with_fewer_ids, WholeLogits)[0] == (tokens, scores)
+    two = run(2, answers_with_fewer_ids, Runner)[0]
+    assert two[0] == tokens and run(2, answers_with_fewer_ids, WholeLogits)[0] == two
+    assert [each.logprob for each in two[1]["whole scored"][1:]] == pytest.approx(
+        [each.logprob for each in scores["whole scored"][1:]], abs=1e-4)
 
 
 def test_logprobs_of_the_prompt_come_once_also_when_the_end_follows_the_first_token():

@@ -267,6 +267,18 @@ def test_a_prompt_that_cannot_fit_is_refused_with_both_numbers():
     assert scheduler.n_waiting == 0 and scheduler.plan() is None
 
 
+def test_a_prompt_that_is_too_long_is_told_what_would_help():
+    def told(max_context):
+        with pytest.raises(UserError) as info:
+            Scheduler(BlockManager(8, 4, True), 2, 16, 16, max_context=max_context).check_fits(20)
+        return info.value
+    more = told(32)
+    assert more.fix == "shorten the prompt or raise --max_seq_len, at most to 32" and "max_seq_len 16" in more.found
+    for max_context in (16, 20):                            # 20 would not hold it either
+        none = told(max_context)
+        assert "raise" not in none.fix and "shorten the prompt" in none.fix and f"trained for {max_context} positions" in none.fix
+
+
 def test_stop_frees_row_and_blocks_at_once():
     world = World()
     sequence = world.add([1, 2, 0])

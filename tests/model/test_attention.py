@@ -71,3 +71,19 @@ def test_a_nan_left_behind_reaches_nobody():
     cache.clear([0, 2, cache.empty])
     spans = [Span(0, 20, 1, [0, 2])]
     assert attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, cache.empty, CPU)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("G", [1, 2, 3, 4])
+def test_a_row_has_its_bits_in_any_chunk_at_any_head_width(G, dtype):
+    """40 rows across the end of a tile, cut into two at every place. (At head widths 6 and 10 a row's bits depended on whether its
+    place in the product is odd: torch 2.13, Zen 5.)"""
+    n, start, blocks = 40, 236, list(range(18))
+    for head_dim in (*range(2, 17, 2), 20, 24, 32, 64, 128):
+        k_cache, v_cache = caches(2, head_dim, dtype)
+        q = torch.randn(n, 2 * G, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
+        whole = attend(q, k_cache, v_cache, plan([Span(0, start, n, blocks)], 2 * G, S, EMPTY, CPU))
+        for cut in range(1, n):
+            parts = [attend(q[at:end], k_cache, v_cache, plan([Span(0, start + at, end - at, blocks)], 2 * G, S, EMPTY, CPU))
+                     for at, end in ((0, cut), (cut, n))]
+            assert torch.equal(torch.cat(parts), whole), (head_dim, cut)

@@ -11,14 +11,15 @@ from llama_tp.model.fused import NAMES, fuse
 from llama_tp.model.kernels import TorchKernels
 from llama_tp.parallel.groups import single_rank
 from tests.engines import engine
+from tests.ranks import run
 from tests.shapes import SHRUNK
 
 CONFIG = SHRUNK["8b"]
 PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)]
 
 
-def engine_with(kernels, dtype=torch.float32):
-    return engine(single_rank(), CONFIG, dtype, kernels=kernels)
+def engine_with(kernels, dtype=torch.float32, ranks=None):
+    return engine(ranks or single_rank(), CONFIG, dtype, kernels=kernels)
 
 
 def logits(one) -> dict:
@@ -57,3 +58,13 @@ def test_what_cannot_be_compiled_stays_as_it_is(compiler, reason):
     why = fuse(one.runner.model, compiler)
     assert why and re.search(reason, why)
     assert not set(NAMES) & set(vars(one.runner.model.kernels)) and one.runner.model.kernels.name == "torch"
+
+
+def compiled_on_one(ranks) -> tuple:
+    one = engine_with(TorchKernels(), ranks=ranks)
+    why = fuse(one.runner.model, fails if ranks.rank else lambda function, options: function)
+    return why, one.runner.model.kernels.name
+
+
+def test_what_cannot_be_compiled_on_one_rank_stays_on_all_and_is_told_once():
+    assert run(2, compiled_on_one) == [(None, "torch"), ("RuntimeError: no compiler here", "torch")]

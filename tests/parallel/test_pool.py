@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.ranks import RankFailed, marked, run, torchrun
+from tests.ranks import PATIENCE_S, RankFailed, marked, run, torchrun
 
 
 def rank_of(ranks):
@@ -26,13 +26,13 @@ def dies_on_one(ranks):
         os._exit(3)
 
 
-@pytest.mark.parametrize("fn, said", [(fails_on_one, "rank 1:.*ValueError: boom"),
-                                      (hangs_on_one, r"no answer from ranks \[1\]"),
-                                      (dies_on_one, "a rank of the pool died")])
-def test_a_failure_is_told_and_the_next_pool_is_fresh(fn, said):
+@pytest.mark.parametrize("fn, timeout, said", [(fails_on_one, PATIENCE_S, "rank 1:.*ValueError: boom"),
+                                               (hangs_on_one, 3, r"no answer from ranks \[1\]"),
+                                               (dies_on_one, PATIENCE_S, "a rank of the pool died")])
+def test_a_failure_is_told_and_the_next_pool_is_fresh(fn, timeout, said):
     assert run(2, rank_of) == [0, 1]
     with pytest.raises(RankFailed, match=f"(?s){said}"):
-        run(2, fn, timeout=2)
+        run(2, fn, timeout=timeout)
     assert run(2, rank_of) == [0, 1]
 
 

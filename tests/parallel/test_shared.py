@@ -35,7 +35,7 @@ def sums_are_the_tree(ranks) -> bool:
 
 @pytest.mark.parametrize("tp", TPS)
 def test_sums_are_the_tree_of_every_size(tp):
-    assert all(run(tp, sums_are_the_tree, timeout=120))
+    assert all(run(tp, sums_are_the_tree))
 
 
 def a_long_mix(ranks) -> bool:
@@ -59,7 +59,7 @@ def a_long_mix(ranks) -> bool:
 
 @pytest.mark.parametrize("tp", TPS)
 def test_a_long_mix_of_operations(tp):
-    assert all(run(tp, a_long_mix, timeout=120))
+    assert all(run(tp, a_long_mix))
 
 
 def late(ranks) -> str:

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_tp.protocol import batch_lines
-from llama_tp.protocol.batch_lines import (Defaults, answer, beginning, created_of, custom_id_of, has_failed, lines_of, order_of,
+from llama_tp.protocol.batch_lines import (answer, beginning, created_of, custom_id_of, has_failed, lines_of, order_of,
                                            read_line, refusal)
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from tests.protocol.served import MODEL, USER
 
@@ -53,7 +54,7 @@ def test_raw_lines_that_are_refused(raw, said):
 
 def test_what_a_line_does_not_say():
     def params(data, **defaults):
-        return order_of(read(data), MODEL, Defaults(**defaults), KEY).requests[0].params
+        return order_of(read(data), MODEL, SamplingDefaults(flags=defaults), KEY).requests[0].params
     for data, expected in [({"prompt": "x"}, (0.6, 0.9, 256)), ({"messages": USER}, (0.6, 0.9, 256)), (OPENAI, (1, 1, None)),
                            (OPENAI | {"url": "/v1/completions", "body": {"prompt": "x"}}, (1, 1, 16))]:
         found = params(data)
@@ -66,9 +67,20 @@ def test_what_a_line_does_not_say():
         assert (found.temperature, found.top_p, found.max_tokens) == (0, 0.5, 9)
 
 
+def test_what_the_models_own_file_says_for_lines_that_do_not():
+    def params(data):
+        file = {"temperature": 0.7, "top_k": 5, "max_tokens": 50}
+        return order_of(read(data), MODEL, SamplingDefaults(file, {"temperature": 0.1}), KEY).requests[0].params
+    for data, expected in [({"prompt": "x"}, (0.1, 0.9, 5, 256)), ({"messages": USER}, (0.1, 0.9, 5, 50)),
+                           (OPENAI, (0.1, 1, 5, 50)),
+                           (OPENAI | {"url": "/v1/completions", "body": {"prompt": "x", "top_k": 2}}, (0.1, 1, 2, 16))]:
+        found = params(data)
+        assert (found.temperature, found.top_p, found.top_k, found.max_tokens) == expected
+
+
 def test_ids_and_seeds_follow_from_the_job_and_the_custom_id_alone():
     def made(data, key, number=7):
-        order = order_of(read(data, number), MODEL, Defaults(), key)
+        order = order_of(read(data, number), MODEL, SamplingDefaults(), key)
         return order.id, order.requests[0].params.seed
     assert made(OPENAI, KEY) == made(OPENAI, KEY, 8) == made(OPENAI | {"body": {"messages": USER, "n": 2}}, KEY)
     others = [made(OPENAI, KEY), made(OPENAI, OTHER), made(OPENAI | {"custom_id": "b"}, KEY), made({"prompt": "x"}, KEY)]
@@ -80,7 +92,7 @@ def test_ids_and_seeds_follow_from_the_job_and_the_custom_id_alone():
 
 def test_a_stream_makes_no_sense_in_a_file():
     with pytest.raises(RequestError, match="stream is not supported"):
-        order_of(read(OPENAI | {"body": {"messages": USER, "stream": True}}), MODEL, Defaults(), KEY)
+        order_of(read(OPENAI | {"body": {"messages": USER, "stream": True}}), MODEL, SamplingDefaults(), KEY)
 
 
 @given(st.text(min_size=1, max_size=20), st.dictionaries(st.text(), st.text() | st.floats(allow_nan=False, allow_infinity=False)))

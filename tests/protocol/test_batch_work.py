@@ -14,8 +14,8 @@ import pytest
 from llama_tp.protocol import batch_work, journal
 from llama_tp.protocol.batch_check import MAX_SHOWN, check_lines
 from llama_tp.protocol.batch_job import open_job, sampled_digest, tokenizer_digest
-from llama_tp.protocol.batch_lines import Defaults
 from llama_tp.protocol.batch_work import Work
+from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.journal import Journal
 from llama_tp.protocol.order import ServedModel
 from llama_tp.spec.errors import UserError
@@ -36,7 +36,7 @@ def write_input(path: Path, n: int) -> Path:
 
 
 def opened(folder: Path, made_of: dict = MADE_OF, skip_bad: bool = False, retry_failed: bool = False, told: list | None = None):
-    return open_job(str(folder / "in"), str(folder / "out"), MODEL, Defaults(), made_of, skip_bad, retry_failed,
+    return open_job(str(folder / "in"), str(folder / "out"), MODEL, SamplingDefaults(), made_of, skip_bad, retry_failed,
                     ([] if told is None else told).append)
 
 
@@ -213,11 +213,11 @@ def test_two_processes_cannot_write_one_file(tmp_path, whole, monkeypatch):
 def test_bad_lines_are_counted_and_the_first_are_listed(tmp_path):
     good, bad = '{"prompt": "x", "custom_id": "%s"}\n', "nonsense\n"
     (tmp_path / "in").write_text(good % "a" + bad * 30 + good % "a" + good % "b" + good % "line-3" + '{"custom_id": "b"}\n')
-    checked = check_lines(str(tmp_path / "in"), MODEL, Defaults(), b"k" * 32)
+    checked = check_lines(str(tmp_path / "in"), MODEL, SamplingDefaults(), b"k" * 32)
     assert (checked.n_lines, checked.n_bad) == (35, 30 + 2 + 1) and len(checked.shown) == MAX_SHOWN
     nested = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "custom_id": 1}}\n'
     (tmp_path / "b").write_text(nested + good % "a")             # bad, and still the first of its name
-    assert check_lines(str(tmp_path / "b"), MODEL, Defaults(), b"k" * 32).duplicates == {2}
+    assert check_lines(str(tmp_path / "b"), MODEL, SamplingDefaults(), b"k" * 32).duplicates == {2}
     (tmp_path / "b").unlink()
     assert [number for number, _ in checked.shown] == list(range(2, 2 + MAX_SHOWN)) and checked.duplicates == {32, 34, 35}
     told: list[str] = []
@@ -247,7 +247,8 @@ def test_digests_see_what_matters(tmp_path):
     stops = Tokenizer([b"a", b"b"], {}, None, (1,), lambda text: [])
     other = Tokenizer([b"a", b"b"], {}, None, (0,), lambda text: [])
     joined = Tokenizer([b"ab", b""], {}, None, (1,), lambda text: [])
-    assert len({tokenizer_digest(ServedModel("x", each, 9, 2)) for each in (stops, other, joined)}) == 3
+    begins = Tokenizer([b"a", b"b"], {}, None, (1,), lambda text: [], lambda text: [1])
+    assert len({tokenizer_digest(ServedModel("x", each, 9, 2)) for each in (stops, other, joined, begins)}) == 4
 
 
 BIG = """

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.order import prepare
 from llama_tp.protocol.reading import MAX_PARTS, read_json
 from llama_tp.protocol.refused import HARMLESS, REFUSED
+from llama_tp.text.chat_format import ChatFormat
 from tests.protocol.served import MODEL, USER, chat, completion
 
 BASE = {"chat": {"messages": USER}, "completion": {"prompt": "x"}}
@@ -40,6 +42,39 @@ def test_fields_that_would_change_the_output_are_refused_by_name(kind, name):
     said = refused(kind, **{name: {"odd": 1}})
     assert said["param"] == name and said["message"].startswith(f"{name} is not supported")
     assert said["code"] == "unsupported_parameter" and said["type"] == "invalid_request_error"
+
+
+class Template:
+    """An HF folder's template that reads two variables."""
+
+    encode_dialog = ChatFormat(MODEL.tokenizer).encode_dialog
+
+    @staticmethod
+    def reads(name: str) -> bool:
+        return name in ("enable_thinking", "reasoning_effort")
+
+
+def asked(order) -> list[tuple]:
+    """All that its answers depend on."""
+    return [(request.prompt_ids, request.params) for request in order.requests]
+
+
+def test_what_is_meant_for_a_chat_template_is_taken_where_none_reads_it():
+    harmless = {"chat_template_kwargs": {"enable_thinking": False, "thinking": {"any": [1]}, "": 1}, "reasoning_effort": "high"}
+    assert asked(chat(**harmless)) == asked(chat()) and asked(completion(**harmless)) == asked(completion())
+    for name in ("date_string", "tools_in_user_message", "builtin_tools", "messages", "bos_token"):
+        assert asked(chat(chat_template_kwargs={name: None})) == asked(chat())
+        said = refused("chat", chat_template_kwargs={"other": 1, name: "x"})
+        assert said["param"] == f"chat_template_kwargs.{name}" and said["code"] == "unsupported_parameter"
+    own = replace(MODEL, chat=Template())
+    for fields, param in [({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs.enable_thinking"),
+                          ({"reasoning_effort": "low"}, "reasoning_effort")]:
+        with pytest.raises(RequestError) as caught:
+            prepare(check_body("chat", BASE["chat"] | fields), own, "id")
+        assert caught.value.param == param
+    prepare(check_body("chat", BASE["chat"] | {"chat_template_kwargs": {"date_string": "x"}}), own, "id")
+    assert refused("chat", reasoning_effort=5)["param"] == "reasoning_effort"
+    assert refused("chat", chat_template_kwargs=[1])["param"] == "chat_template_kwargs"
 
 
 def test_a_switch_is_no_number_where_fields_are_refused():

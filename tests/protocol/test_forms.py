@@ -9,6 +9,7 @@ from llama_tp.protocol.fields import check_body
 from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Order, ServedModel, prepare
 from llama_tp.text.grammar import Grammars
+from llama_tp.text.grammar_pool import GrammarPool
 from tests.protocol.served import TOKENIZER, USER
 
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llama_tp[serve]'")
@@ -34,6 +35,13 @@ def grammars() -> Grammars:
     return Grammars(TOKENIZER)
 
 
+@pytest.fixture(scope="module")
+def pool() -> GrammarPool:
+    pool = GrammarPool(TOKENIZER)
+    yield pool
+    pool.close()
+
+
 def fits(order, text: str, grammars: Grammars) -> bool:
     """Whether the form lets the text be written and end there."""
     constraint = grammars.start(order.requests[0].params.form)
@@ -49,7 +57,21 @@ def fits(order, text: str, grammars: Grammars) -> bool:
     ({"response_format": {"type": "json_object"}}, ['{"x": [1]}', "{}"], ["[1]", "x", '{"x"']),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}},
      ['{"a": 5}'], ['{"a": "5"}', "{}"]),
+    # instructor's, huggingface_hub's for OpenAI's json_schema, TGI's own, whose schemas need not say that they are of objects
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, ['{"a": 5}'], ['{"a": "5"}', "{}"]),
+    ({"response_format": {"type": "json_object", "value": SCHEMA}}, ['{"a": 5}'], ['{"a": "5"}', "{}"]),
+    ({"response_format": {"type": "json_object", "schema": {"properties": {"a": {"type": "integer"}}}, "value": None}},
+     ['{"a": 5}', "{}"], ['{"a": "5"}', "5", "[1]"]),
+    ({"response_format": {"type": "json_object", "schema": {"$ref": "#/$defs/A", "$defs": {"A": SCHEMA}}}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json_object", "schema": {}}}, ["{}"], ["5"]),
+    ({"response_format": {"type": "json", "value": SCHEMA}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json", "value": json.dumps(SCHEMA)}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json_schema", "value": {"name": "s", "schema": SCHEMA}}}, ['{"a": 5}'], ["{}"]),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": None}}}, ["{}"], ["5"]),
+    ({"response_format": {"type": "regex", "value": "a+"}}, ["aaa"], ["", "b"]),
     ({"structured_outputs": {"json": SCHEMA}}, ['{"a": 5}'], ["{}"]),
+    ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, ['{"a": 5}'], ["{}"]),
     ({"structured_outputs": {"json_object": True}}, ["{}"], ["5"]),
     ({"structured_outputs": {"choice": ["a.b", "c_[d]", "é f"]}}, ["a.b", "c_[d]", "é f"], ["axb", "a.bc", "c_d"]),
     ({"structured_outputs": {"regex": "a+"}}, ["aaa"], ["", "b"]), ({"regex": "[0-9]{2}"}, ["42"], ["4", "423"]),
@@ -79,9 +101,25 @@ def test_nothing_asked_is_nothing_demanded():
 
 
 @pytest.mark.parametrize("fields, param", [
-    ({"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": SCHEMA}}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "odd": 1}}}, "response_format.json_schema.odd"),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": [1]}}}, "response_format"),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA, "value": SCHEMA}}, "response_format.schema"),
+    ({"response_format": {"type": "json_object", "schema": [1]}}, "response_format"),
+    ({"response_format": {"type": "json_object", "value": "{"}}, "response_format"),
+    ({"response_format": {"type": "json_object", "json_schema": {"name": "s", "schema": SCHEMA}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "odd": 1}}, "response_format.odd"),
+    ({"response_format": {"type": "text", "schema": SCHEMA}}, "response_format.schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}, "strict": True}},
+     "response_format.strict"),
+    ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, "response_format.schema"),
+    ({"response_format": {"type": "json"}}, "response_format.value"),
+    ({"response_format": {"type": "regex"}}, "response_format.value"),
+    ({"response_format": {"type": "regex", "value": 5}}, "response_format"),
+    ({"response_format": {"type": ["text"]}}, "response_format.type"),
+    ({"response_format": {"type": "structural_tag", "format": {}}}, "response_format.type"),
+    ({"response_format": {}}, "response_format.type"),
     ({"structured_outputs": {"json": SCHEMA, "regex": "a"}}, "structured_outputs"),
     ({"structured_outputs": {"xml": "a"}}, "structured_outputs"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
@@ -96,9 +134,9 @@ def test_what_is_wrong_is_named(fields, param):
 
 
 @pytest.mark.parametrize("fields", [{"regex": "("}, {"grammar": "start: nothing"}, {"response_format": {
-    "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}}])
-def test_what_cannot_be_followed_is_said_when_it_is_compiled(fields, grammars):
+    "type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nonsense"}}}}, {"regex": ".*" * 3000}])
+def test_what_cannot_be_followed_is_said_when_it_is_tried(fields, pool):
     order = chat(**fields)
     with pytest.raises(RequestError) as caught:
-        check_form(order.form_field, order.requests[0].params.form, grammars)
-    assert caught.value.param == next(iter(fields)) and json.dumps(caught.value.found)
+        check_form(order.form_field, order.requests[0].params.form, pool)
+    assert caught.value.status == 400 and caught.value.param == next(iter(fields)) and json.dumps(caught.value.found)

@@ -9,6 +9,7 @@ import time
 import openai
 import pytest
 
+from tests.ranks import PATIENCE_S
 from tests.servers import pretending
 
 KEYS = {"Authorization": "Bearer k2"}
@@ -26,7 +27,9 @@ def server():
 
 @pytest.fixture(scope="module")
 def locked():
-    with pretending("live", keys=["k1", "k2", "schlüssel"]) as one:
+    with pretending("live", keys=["k1", "k2", "schlüssel"], aliases=["other/one"], strict_name=True, metrics_prefix="vllm",
+                    allow_origins=["https://app.example", "http://localhost:3000"],
+                    defaults={"file": {"temperature": 0.6, "top_p": 0.9, "max_tokens": 5}, "flags": {"top_p": 0.8}}) as one:
         yield one
 
 
@@ -47,9 +50,8 @@ def is_openai_error(status: int, body: dict, code: int) -> dict:
 def raw(server, data: bytes) -> bytes:
     """What comes back for bytes on the wire."""
     host, port = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as sock:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as sock:
         sock.sendall(data)
-        sock.settimeout(10)
         got = b""
         while piece := sock.recv(65536):
             got += piece
@@ -100,7 +102,7 @@ def test_requests_without_a_seed_differ_and_seeds_repeat(client):
     (b"", 400, None), (b"{", 400, None), (b"[]", 400, None), (b"\xff\xfe", 400, None), (b"[" * 99_000, 400, None),
     ({}, 400, "prompt"), ({"prompt": "x", "n": 10**6}, 400, "n"), ({"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
     ({"prompt": "x", "temperature": True}, 400, "temperature"), (b'{"prompt": "x", "temperature": NaN}', 400, None),
-    ({"prompt": "x", "model": "../../etc/passwd"}, 404, "model"), ({"prompt": [[]]}, 400, "prompt"),
+    ({"prompt": "x", "model": 5}, 400, "model"), ({"prompt": [[]]}, 400, "prompt"),
     ({"prompt": []}, 400, "prompt"),
     ({"prompt": [2048]}, 400, "prompt"), ({"prompt": [-1]}, 400, "prompt"), ({"prompt": [True]}, 400, "prompt"),
     ({"prompt": ["x"] * 17}, 400, "prompt"), ({"prompt": "x", "logit_bias": {"2048": 1}}, 400, "logit_bias"),
@@ -170,6 +172,44 @@ def test_models_tokens_and_version(server):
         is_openai_error(*server.post(path, body), 400)
 
 
+@pytest.mark.parametrize("name", [None, "", "dummy", "tgi", "gpt-4o", "../../etc/passwd"])
+def test_any_name_will_do_for_the_one_model(name, server):
+    named = {} if name is None else {"model": name}
+    status, reply = server.post("/v1/completions", {"prompt": [9, 5], "max_tokens": 1, **named})
+    assert status == 200 and reply["model"] == "fake"       # which model it was, not which was asked for
+    assert server.post("/tokenize", {"prompt": "x", **named})[0] == server.post("/detokenize", {"tokens": [9], **named})[0] == 200
+    if name:                                                # who asks whether there is such a model wants to know
+        is_openai_error(*server.get_json(f"/v1/models/{name}"), 404)
+
+
+def test_strict_names_and_aliases(locked):
+    def status(name: str | None) -> int:
+        named = {} if name is None else {"model": name}
+        asked = {"/v1/completions": {"prompt": [9], "max_tokens": 1}, "/tokenize": {"prompt": "x"}, "/detokenize": {"tokens": [9]}}
+        codes = {locked.post(path, {**body, **named}, **KEYS)[0] for path, body in asked.items()}
+        return codes.pop() if len(codes) == 1 else codes
+    assert [status(name) for name in ("fake", "other/one", None, "dummy", "")] == [200, 200, 200, 404, 404]
+    error = is_openai_error(*locked.post("/v1/completions", {"prompt": "x", "model": "dummy"}, **KEYS), 404)
+    assert error["code"] == "model_not_found" and "'fake' and 'other/one'" in error["message"]
+    cards = json.loads(locked.get("/v1/models", **KEYS)[2])["data"]
+    assert [(card["id"], card["root"]) for card in cards] == [("fake", "fake"), ("other/one", "fake")]
+    assert json.loads(locked.get("/v1/models/other/one", **KEYS)[2]) == cards[1]
+    reply = locked.post("/v1/completions", {"prompt": [9, 5], "max_tokens": 1, "model": "other/one"}, **KEYS)[1]
+    assert reply["model"] == "fake"
+
+
+def test_what_requests_do_not_say(locked, server):
+    """The fake ranks hear of the length alone; what the rest does, tests/protocol/test_defaults.py knows."""
+    card = json.loads(locked.get("/v1/models/fake", **KEYS)[2])["default_sampling_params"]
+    assert card == {"temperature": 0.6, "top_p": 0.8, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 5}
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    for fields, n in (({}, 5), ({"max_tokens": 2}, 2), ({"max_completion_tokens": 7}, 7)):
+        assert locked.post("/v1/chat/completions", chat | fields, **KEYS)[1]["usage"]["completion_tokens"] == n
+    assert locked.post("/v1/completions", {"prompt": [9]}, **KEYS)[1]["usage"]["completion_tokens"] == 16
+    card = json.loads(server.get("/v1/models")[2])["data"][0]["default_sampling_params"]
+    assert (card["temperature"], card["top_p"], card["max_tokens"]) == (1.0, 1.0, None)
+
+
 def test_openapi_describes_the_bodies(server):
     paths = json.loads(server.get("/openapi.json")[2])["paths"]
     for path, field in (("/tokenize", "prompt"), ("/detokenize", "tokens")):
@@ -180,7 +220,7 @@ def test_openapi_describes_the_bodies(server):
 
 
 @pytest.mark.parametrize("method, path", ROUTES)
-def test_every_route_but_two_needs_a_key(method, path, locked):
+def test_every_route_but_the_open_ones_needs_a_key(method, path, locked):
     head = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n"
     for line in ["", "Authorization: Bearer wrong\r\n", "Authorization: k1\r\n", "Authorization: Bearer \r\n",
                  "Authorization: Basic k1\r\n", "Authorization: Bearer schl\xc3ssel\r\n"]:
@@ -192,7 +232,15 @@ def test_every_route_but_two_needs_a_key(method, path, locked):
 
 def test_the_list_of_routes_is_whole(locked):
     known = {path.replace("{name}", "fake") for path in json.loads(locked.get("/openapi.json", **KEYS)[2])["paths"]}
-    assert known | {"/openapi.json"} == {path for _, path in ROUTES} | {"/health"}
+    assert known | {"/openapi.json"} == {path for _, path in ROUTES} | {"/health", "/livez"}
+
+
+def test_probes_need_no_key_and_take_what_their_senders_send(locked):
+    for path, methods in [("/health", "GET HEAD"), ("/readyz", "GET HEAD"), ("/livez", "GET HEAD"), ("/ping", "GET HEAD POST")]:
+        for method in methods.split():
+            head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            reply = raw(locked, head.encode())
+            assert reply.startswith(b"HTTP/1.1 200"), (method, path, reply)
 
 
 @pytest.mark.parametrize("path", ["/v1/../health", "/health/", "/HEALTH", "/%2fhealth", "//health", "/health?x=1", "/?/v1/models"])
@@ -202,7 +250,12 @@ def test_no_spelling_of_a_path_gets_past_the_key(path, locked):
         assert status == (200 if path in ("/health?x=1", "/?/v1/models") else 401), host
 
 
+def test_the_ready_line_says_what_everybody_wants_to_know(server):
+    server.wait_for("ready: 2 rank(s), up to 8 samples at once and 24 waiting, context of 512 tokens\n")
+
+
 def test_a_client_that_goes_is_forgotten(server, client):
+    before = server.n_aborted()
     wish = dict(model="fake", prompt=[1, 5], n=8, max_tokens=400)                   # prompts that begin with 1 take 20 ms a step
     stream = client.completions.create(**wish, stream=True)
     next(iter(stream))
@@ -210,10 +263,8 @@ def test_a_client_that_goes_is_forgotten(server, client):
     stream.close()
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).completions.create(**wish)
-    deadline = time.monotonic() + 5
-    while (load := json.loads(server.get("/load")[2]))["server_load"] or load["running"]:
-        assert time.monotonic() < deadline, load
-        time.sleep(0.02)
+    server.wait_idle()
+    assert server.n_aborted() == before + 16                # none ran to its end
 
 
 def test_what_does_not_fit_in_the_queue_is_429(server, client):
@@ -224,7 +275,7 @@ def test_what_does_not_fit_in_the_queue_is_429(server, client):
     error = is_openai_error(status, json.loads(body), 429)
     assert error["type"] == "rate_limit_error" and headers["retry-after"] == "1"
     stream.close()
-    time.sleep(0.2)
+    server.wait_idle()
     assert client.completions.create(model="fake", prompt=[9], max_tokens=1).choices
     page = server.get("/metrics")[2].decode()
     assert 'llama_tp:admission_rejections_total{model_name="fake",reason="queue_full"} 1.0' in page
@@ -241,11 +292,44 @@ def test_metrics_count(server, client):
     before = [value(name) for name in names]
     client.completions.create(model="fake", prompt=[[9, 5, 6], [9, 5]], n=2, max_tokens=5)
     assert [value(name) - was for name, was in zip(names, before)] == [20, 5, 2, 2, 16, 4, 4, 2, 2, 2, 25]
+    page = server.get("/metrics")[2].decode()
+    assert "request_max_num_generation_tokens_sum" in page and "request_inference_time_seconds_count" in page
+    accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+    status, headers, body = server.request("/metrics", None, {"Accept": accept})
+    assert status == 200 and headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert body.endswith(b"# EOF\n") and b"\nllama_tp:generation_tokens_total{" in body
     n_series = len(server.get("/metrics")[2].splitlines())
     for i in range(50):
         server.get(f"/path{i}")
         server.post("/v1/completions", {"prompt": "x", "model": f"model{i}"})
     assert len(server.get("/metrics")[2].splitlines()) < n_series + 40
+
+
+def test_pages_of_other_origins_are_asked_in_where_they_are_allowed(locked, server):
+    """What a browser sends before, and with, a request of a page from elsewhere; it shows the page the answer only if it may."""
+    def asked(one, path: str, origin: str, method: str = "POST", headers: str = "authorization,content-type,x-stainless-os"):
+        lines = [f"OPTIONS {path} HTTP/1.1", "Host: x", f"Origin: {origin}", f"Access-Control-Request-Method: {method}",
+                 f"Access-Control-Request-Headers: {headers}", "Content-Length: 0", "", ""]
+        head, _, _ = raw(one, "\r\n".join(lines).encode()).decode().lower().partition("\r\n\r\n")
+        return int(head.split()[1]), dict(line.split(": ", 1) for line in head.split("\r\n")[1:])
+    for origin in ("https://app.example", "http://localhost:3000"):
+        status, headers = asked(locked, "/v1/chat/completions", origin)             # without the key, which comes later
+        assert status == 200 and headers["access-control-allow-origin"] == origin
+        assert "post" in headers["access-control-allow-methods"] and "authorization" in headers["access-control-allow-headers"]
+        assert "access-control-allow-credentials" not in headers
+    assert asked(locked, "/v1/chat/completions", "https://app.example", "DELETE")[0] == 400
+    for origin in ("https://evil.example", "https://app.example.evil.example", "http://app.example", "null"):
+        status, headers = asked(locked, "/v1/chat/completions", origin)
+        assert status == 400 and "access-control-allow-origin" not in headers
+    body = {"prompt": [9], "max_tokens": 1}
+    for keys, code in ((KEYS, 200), ({}, 401)):             # a refusal is shown to the page, too
+        status, headers, _ = locked.request("/v1/completions", json.dumps(body).encode(), {
+            "Content-Type": "application/json", "Origin": "https://app.example", **keys})
+        assert status == code and headers["access-control-allow-origin"] == "https://app.example"
+        assert "x-request-id" in headers["access-control-expose-headers"] and "x-request-id" in headers
+    assert "access-control-allow-origin" not in locked.get("/health", Origin="https://evil.example")[1]
+    assert asked(server, "/v1/completions", "https://app.example")[0] == 405            # off unless asked for
+    assert "access-control-allow-origin" not in server.get("/health", Origin="https://app.example")[1]
 
 
 def test_streams_go_on_over_a_death_and_later_ones_are_told_to_wait():
@@ -261,12 +345,13 @@ def test_before_and_after_the_ranks(tmp_path):
         server.wait_listening()
         status, headers, body = server.get("/health")
         assert is_openai_error(status, json.loads(body), 503)["code"] == "loading" and headers["retry-after"] == "5"
+        assert [server.get(path)[0] for path in ("/readyz", "/ping", "/livez")] == [503, 503, 200]
         for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
             assert is_openai_error(*server.post(path, {}), 503)["message"].startswith("the model is loading")
         assert server.get("/v1/models")[0] == 503 and server.get("/metrics")[0] == 200
         assert server.end(signal.SIGINT) == 0
     with pretending("never", ready=False) as server:
-        assert server.process.wait(20) == 1
+        assert server.process.wait(PATIENCE_S) == 1
         assert [line for line in server.stderr.splitlines() if line.startswith("error: ")] == [
             "error: the weights are damaged - found none - download them again"]
 
@@ -279,22 +364,45 @@ def test_the_end_of_the_ranks_is_told_in_the_stream():
             for chunk in client.completions.create(model="fake", prompt=[9, 5], max_tokens=400, stream=True):
                 texts.append(chunk.choices[0].text)
         assert len(texts) >= 7
-        assert server.process.wait(20) == 1
+        assert server.process.wait(PATIENCE_S) == 1
 
 
-def test_sigterm_lets_streams_finish_and_takes_no_more():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_streams_finish_and_takes_no_more(number):
     with pretending("slow") as server:
         client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=60)
         stream = client.completions.create(model="fake", prompt="O", max_tokens=60, stream=True)
         chunks = [next(iter(stream))]
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(number)
         server.wait_for("ending: 1 requests")
-        assert server.get("/health")[0] == 503
+        assert server.get("/health")[0] == 503 and server.get("/livez")[0] == 200
         status, body = server.post("/v1/completions", {"prompt": "x"})
         assert status == 503 and body["error"]["code"] == "engine_unavailable"
         chunks += list(stream)
         assert chunks[-1].choices[0].finish_reason == "length"
-        assert server.process.wait(20) == 0, server.stderr
+        assert server.process.wait(PATIENCE_S) == 0, server.stderr
+
+
+def test_a_server_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)       # as nohup does; a process that is started inherits it
+    try:
+        with pretending("live") as server:
+            server.process.send_signal(signal.SIGHUP)
+            assert server.post("/v1/completions", {"prompt": "x", "max_tokens": 5})[0] == 200
+            assert server.end() == 0 and server.stderr.count("ending: ") == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_a_killed_server_leaves_goes_at_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pretending("live") as server:
+        server.process.kill()
+        server.process.wait()
+        [left] = tmp_path.glob("llama_tp-*")
+    with pretending("live") as server:
+        assert not left.exists() and len(list(tmp_path.glob("llama_tp-*"))) == 1
+        assert server.end() == 0 and not list(tmp_path.glob("llama_tp-*"))
 
 
 def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
@@ -308,7 +416,7 @@ def test_a_second_signal_ends_at_once_with_an_error_in_the_stream():
         with pytest.raises(openai.APIError, match="shut down"):
             for _ in stream:
                 pass
-        assert server.process.wait(20) == 0, server.stderr
+        assert server.process.wait(PATIENCE_S) == 0, server.stderr
 
 
 def test_a_drain_that_takes_too_long_is_cut():

@@ -9,6 +9,7 @@ import pytest
 
 from llama_tp.server import gate
 from llama_tp.server.metrics import Metrics
+from tests.ranks import PATIENCE_S
 from tests.servers import pretending
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY\r\nContent-Type: application/json\r\n"
@@ -35,23 +36,23 @@ def test_a_body_that_is_small_enough_and_unwanted_neither(server):
 
 
 def test_a_client_that_asks_first_is_told_at_once(server):
-    with socket.create_connection(server.url[7:].split(":"), 5) as s:
+    with socket.create_connection(server.url[7:].split(":"), PATIENCE_S) as s:
         s.sendall((HEAD + "Content-Length: 200000\r\nExpect: 100-continue\r\n\r\n").encode())
         assert s.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_client_that_goes_while_it_sends_is_no_failure_of_ours(server):
-    with socket.create_connection(server.url[7:].split(":"), 5) as s:
+    with socket.create_connection(server.url[7:].split(":"), PATIENCE_S) as s:
         s.sendall((HEAD + "Content-Length: 1000\r\n\r\n{").encode())
-    deadline, text = time.monotonic() + 20, b""
+    text = b""
     while b'status="499"' not in text:
-        assert time.monotonic() < deadline, text
+        time.sleep(0.02)
         text = server.get("/metrics", Authorization="Bearer KEY")[2]
     assert "Traceback" not in server.stderr and b'status="500"' not in text
 
 
 def test_health_can_be_asked_for_with_head(server):
-    with socket.create_connection(server.url[7:].split(":"), 5) as s:
+    with socket.create_connection(server.url[7:].split(":"), PATIENCE_S) as s:
         s.sendall(b"HEAD /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         reply = b"".join(iter(lambda: s.recv(1000), b""))
     assert reply.startswith(b"HTTP/1.1 200") and reply.endswith(b"\r\n\r\n")
@@ -161,6 +162,6 @@ def test_a_body_that_stops_coming_is_given_up(monkeypatch):
         async def send(message):
             sent.append(message)
         scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"content-length", b"9")]}
-        await asyncio.wait_for(gate.Gate(app, Metrics("x"))(scope, pieces.get, send), 5)
+        await asyncio.wait_for(gate.Gate(app, Metrics("x"))(scope, pieces.get, send), PATIENCE_S)
     asyncio.run(main())
     assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "request_timeout"

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.ranks import PATIENCE_S
 from tests.servers import pretending
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -41,7 +42,7 @@ def opened(browser, server, **options):
 
 def until(tab, expression: str) -> None:
     """Waits for it to be true. Playwright's own wait is an eval in the page, which the page's policy forbids."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not tab.evaluate(expression):
         assert time.monotonic() < deadline, tab.inner_text("body")
         time.sleep(0.05)
@@ -58,6 +59,12 @@ def test_the_policy_lets_exactly_the_page_s_own_script_and_style_run(server):
     assert not re.search(rb"https?://|//[a-z]+\.[a-z]|\son\w+=|\sstyle=", body), "nothing from elsewhere, nothing inline"
 
 
+def test_sampling_is_left_to_the_server_unless_somebody_chooses(server):
+    fields = dict(re.findall(r'<input id="(\w+)"([^>]*)>', server.get("/")[2].decode()))
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        assert "value=" not in fields[name], name
+
+
 def test_without_the_page_there_is_none():
     with pretending("live", with_page=False) as server:
         assert server.get("/")[0] == 404
@@ -66,6 +73,7 @@ def test_without_the_page_there_is_none():
 def test_a_conversation_with_keys_alone(browser, server):
     tab, complaints = opened(browser, server)
     until(tab, "document.getElementById('name').textContent === 'fake'")
+    until(tab, "document.getElementById('temperature').placeholder === '1'")                # the server's own
     tab.keyboard.type("hello")                              # the field has the focus from the start
     tab.keyboard.press("Enter")
     until(tab, "document.querySelectorAll('article').length === 2")
@@ -101,6 +109,45 @@ def test_what_a_model_writes_is_text_and_an_error_is_said(browser, server):
     tab.fill("#text", "x")
     tab.press("#text", "Enter")
     until(tab, "/temperature must be/.test(document.querySelector('article.assistant .error')?.textContent)")
+
+
+def test_several_turns_fit_and_an_error_is_seen_whole(browser):
+    """Answers of at most a quarter of the context, unless their reader wants others; the demo's has 512 tokens."""
+    with pretending("live") as server:
+        tab, complaints = opened(browser, server, viewport={"width": 800, "height": 400})
+        def ask(text: str, ends: str) -> None:
+            n = tab.locator("article.assistant").count()
+            tab.fill("#text", text)
+            tab.press("#text", "Enter")
+            until(tab, f"/{ends}/.test(document.querySelectorAll('article.assistant small')[{n}]?.textContent)")
+            until(tab, "!document.getElementById('send').disabled")
+        ask("one", "128 tokens.*by the limit")                  # at once, before the page has looked around
+        ask("two", "128 tokens.*by the limit")
+        tab.evaluate("document.getElementById('max_tokens').value = ''")            # as many as fit
+        ask("three", r"\d+ tokens.*by the limit")
+        assert complaints == []
+        ask("four", "the prompt is too long.*Clear")
+        error, talk = tab.locator("article.assistant .error").bounding_box(), tab.locator("main").bounding_box()
+        assert talk["y"] <= error["y"] and error["y"] + error["height"] <= talk["y"] + talk["height"]
+        assert tab.input_value("#text") == "four"               # to be sent again, after Clear
+        tab.click("#clear")
+        ask("four", "by the limit")
+
+
+def test_a_reply_that_breaks_off_or_is_no_json_is_an_error(browser):
+    """A server that is killed in mid-answer, and a proxy's page in the place of a reply."""
+    with pretending("slow") as server:
+        tab, _ = opened(browser, server)
+        tab.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body="<h1>Bad Gateway</h1>"))
+        tab.fill("#text", "x")
+        tab.press("#text", "Enter")
+        until(tab, "/HTTP 502/.test(document.querySelector('article.assistant .error')?.textContent)")
+        whole = 'data: {"choices": [{"delta": {"content": "so far"}, "finish_reason": null}]}\n\n'
+        tab.unroute("**/v1/chat/completions")
+        tab.route("**/v1/chat/completions", lambda route: route.fulfill(body=whole, content_type="text/event-stream"))
+        tab.press("#text", "Enter")
+        until(tab, "/broke off/.test(document.querySelectorAll('article.assistant small')[1]?.textContent)")
+        assert tab.locator("article.assistant span").nth(1).inner_text() == "so far"
 
 
 def test_it_fits_a_phone(browser, server, tmp_path):

@@ -1,6 +1,7 @@
 """Chat ids against llama-models' ChatFormat, and what malformed dialogs are told."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -105,26 +106,31 @@ def test_calls_and_results_as_llama_models_writes_them(calls, content, result, m
     assert ChatFormat(meta).encode_dialog(ours) == meta_chat.encode_dialog_prompt(theirs).tokens
 
 
-def test_code_and_search_are_tagged_and_end_the_message_not_the_turn(meta, meta_chat):
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(["brave_search", "wolfram_alpha", "code_interpreter"]),
+       text=st.text(max_size=20) | st.sampled_from(['say "hi" \\ x', "print('<|eot_id|>')", '")', "\\"]))
+def test_code_and_search_are_tagged_and_end_the_message_not_the_turn(name, text, meta, meta_chat):
     from llama_models.datatypes import RawMessage, StopReason, ToolCall
     chat, tag, eom, eot = ChatFormat(meta), 128010, 128008, 128009
-    for name, arguments, text in [("code_interpreter", {"code": "print('<|eot_id|>')"}, "print('<|eot_id|>')"),
-                                  ("brave_search", {"query": "gold"}, 'brave_search.call(query="gold")')]:
-        ids = chat.encode_message({"role": "assistant", "content": None, "tool_calls": [openai_call(name, arguments)]})
-        assert ids == [*chat.encode_header("assistant"), tag, *meta.encode(text), eom]
-        theirs = meta_chat.encode_dialog_prompt([RawMessage(
-            role="assistant", content="", stop_reason=StopReason.end_of_message,
-            tool_calls=[ToolCall(call_id="call_1", tool_name=name, arguments=arguments)])]).tokens
-        ours = [i for i in ids if i != tag or name == "code_interpreter"]         # they tag code only; Meta's page tags both
-        assert [128000, *ours, *chat.encode_header("assistant")] == theirs
+    arguments = {"code" if name == "code_interpreter" else "query": text}
+    ids = chat.encode_message({"role": "assistant", "content": None, "tool_calls": [openai_call(name, arguments)]})
+    at = len(chat.encode_header("assistant"))
+    assert ids[at] == tag and ids[-1] == eom
+    theirs = meta_chat.encode_dialog_prompt([RawMessage(
+        role="assistant", content="", stop_reason=StopReason.end_of_message,
+        tool_calls=[ToolCall(call_id="call_1", tool_name=name, arguments=arguments)])]).tokens
+    ours = [i for i in ids if i != tag or name == "code_interpreter"]             # they tag code only; Meta's page tags both
+    assert [128000, *ours, *chat.encode_header("assistant")] == theirs
     ids = chat.encode_message({"role": "assistant", "content": "", "tool_calls": [openai_call("f", {})]})
     assert tag not in ids and ids[-1] == eot
 
 
 @settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(["f", "brave_search", "wolfram_alpha", "code_interpreter"]), arguments=ARGUMENTS,
-       text=st.text(max_size=20))
+       text=st.text(max_size=20) | st.text("a\"'\\ )\n", max_size=12))
 def test_what_is_written_as_a_call_is_read_as_that_call(name, arguments, text):
+    """But for a search with \") or \\\" in it, or a \\ at its end: Meta's form has no way to say so."""
+    text = re.sub(r'"+(?=\))', "", re.sub(r'\\+(?="|\Z)', "", text))
     for one in (arguments, {"query": text}, {"code": text + "print(1)"}):
         written = call_text(name, json.dumps(one))
         call, = parse(written, None, python_tag=name != "f").tool_calls

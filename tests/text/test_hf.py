@@ -1,5 +1,6 @@
 """tokenizer.json against tiktoken, Meta's file and transformers' fast tokenizer."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.meta import SPECIALS, SPLIT
+from llama_tp.text.template import open_template
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL
 
@@ -112,6 +114,46 @@ def folder_with(tmp_path, tiny_hf_dir, change=lambda raw: None, **files):
     return open_tokenizer(None, str(tmp_path))
 
 
+@pytest.mark.parametrize("change, says", [
+    (lambda raw: raw["model"]["vocab"].update(zz=4294967295), "gaps - .* highest id is 4,294,967,295"),
+    (lambda raw: raw["model"]["vocab"].update(zz=100_000_000), "gaps"),
+    (lambda raw: raw["model"]["vocab"].update(zz=10**400), "range"),
+    (lambda raw: raw.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "////"}), "charsmap"),      # a panic in Rust
+    (lambda raw: raw.update(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}), "index"),
+    (lambda raw: raw.update(normalizer={"type": "Prepend", "prepend": "x" * 10**7}), "4,096 times as long"),
+    (lambda raw: raw.update(normalizer={"type": "Sequence", "normalizers": 4 * [
+        {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}]}), "4,096 times as long"),
+    (lambda raw: raw.update(post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+                                            "pair": [], "special_tokens": {}}), "key"),
+])
+def test_hostile_files_end_in_one_error(change, says, tiny_hf_dir, tmp_path):
+    with pytest.raises(UserError, match=says) as caught:
+        folder_with(tmp_path, tiny_hf_dir, change)
+    assert "tokenizer.json" in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_file_without_tokens(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="the library that reads tokenizer.json; `make setup` installs it")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="0 tokens"):
+        open_tokenizer(None, str(tmp_path))
+
+
+@pytest.mark.parametrize("files, says", [
+    ({"tokenizer_config": {"bos_token": 5}}, "tokenizer_config.json: bos_token"),
+    ({"tokenizer_config": {"eos_token": {"content": ["x"]}}}, "tokenizer_config.json: eos_token: content"),
+    ({"tokenizer_config": {"eos_token": ["x"]}}, "eos_token"),
+    ({"config": {"bos_token_id": "x"}}, "config.json: bos_token_id must be a token id"),
+    *[({"generation_config": {"eos_token_id": value}}, "generation_config.json: eos_token_id must be a token id")
+      for value in (True, 1.0, 10**400, -2, [[1]], ["x"], list(range(2000)), {"a": 1})],
+])
+def test_settings_are_checked(files, says, tiny_hf_dir, tmp_path):
+    with pytest.raises(UserError, match=says):
+        folder_with(tmp_path, tiny_hf_dir, **files)
+
+
 def without_template(raw):
     raw["post_processor"] = None
 
@@ -134,23 +176,78 @@ def test_stop_ids_must_be_ids(tiny_hf_dir, tmp_path):
         folder_with(tmp_path, tiny_hf_dir, config={"eos_token_id": "</s>"})
 
 
+def template(raw, *single):
+    """A TemplateProcessing that puts the named tokens around a text, "$A"."""
+    ids = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    return {"type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}} if one == "$A" else {"SpecialToken": {"id": one, "type_id": 0}}
+                       for one in single],
+            "pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+            "special_tokens": {one: {"id": one, "ids": [ids[one]], "tokens": [one]} for one in single if one != "$A"}}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+POST_PROCESSORS = {
+    "none": lambda raw: None,
+    "ByteLevel": lambda raw: BYTE_LEVEL,
+    "nothing": lambda raw: template(raw, "$A"),
+    "BOS": lambda raw: template(raw, "<|begin_of_text|>", "$A"),
+    "BOS in a sequence": lambda raw: {"type": "Sequence", "processors": [BYTE_LEVEL, template(raw, "<|begin_of_text|>", "$A")]},
+    "two in front": lambda raw: template(raw, "<|begin_of_text|>", "<|start_header_id|>", "$A"),
+    "EOS at the end": lambda raw: template(raw, "$A", "<|eot_id|>"),
+    "both": lambda raw: template(raw, "<|begin_of_text|>", "$A", "<|eot_id|>"),
+}
+
+
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_a_prompt_has_the_ids_of_transformers(kind, tiny_hf, tiny_hf_dir, tmp_path):
+    """For every class and setting that a folder may name, hand-made and as transformers saves it again: tokenizer.json decides."""
+    for i, (name, adds) in enumerate(itertools.product(
+            [None, "TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer"],
+            [None, True, False])):
+        folder, saved = tmp_path / f"{i}", tmp_path / f"{i}-saved"
+        folder.mkdir()
+        settings = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "tokenizer_class": name, "add_bos_token": adds}
+        files = {"tokenizer_config": {key: value for key, value in settings.items() if value is not None},
+                 **({"config": {"model_type": "llama", "bos_token_id": tiny_hf.bos_id}} if i % 2 else {})}
+        ours = [folder_with(folder, tiny_hf_dir, lambda raw: raw.update(post_processor=POST_PROCESSORS[kind](raw)), **files)]
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        theirs.save_pretrained(saved)
+        ours.append(open_tokenizer(None, str(saved)))
+        for text in ("hello the world", " hello\n", ""):
+            expected = theirs.encode(text, split_special_tokens=True)
+            assert expected == tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+            # an empty prompt needs an id: what transformers' generate() begins with where it has none
+            assert [one.encode(text, bos=True) for one in ours] == [expected or [tiny_hf.bos_id]] * 2
+            assert [one.encode(text) for one in ours] == [theirs.encode(text, add_special_tokens=False)] * 2
+
+
 @pytest.mark.parametrize("files, name", [
     ({"tokenizer_config": {"bos_token": "<|eom_id|>"}}, "<|eom_id|>"),
-    ({"tokenizer_config": {"bos_token": {"content": "<|eom_id|>"}, "add_bos_token": True}}, "<|eom_id|>"),
-    ({"tokenizer_config": {"bos_token": "<|eom_id|>", "add_bos_token": False}}, None),
-    ({"tokenizer_config": {"bos_token": "<|eom_id|>", "tokenizer_class": "GPT2Tokenizer"}}, None),
-    ({"config": {"bos_token_id": 1}}, None),                # LlamaConfig's default, an ordinary token here
+    ({"tokenizer_config": {"bos_token": {"content": "<|eom_id|>"}}}, "<|eom_id|>"),
+    ({"generation_config": {"bos_token_id": 256 + 8}}, None),   # an ordinary token here
+    ({"config": {"bos_token_id": 1}}, None),                    # LlamaConfig's default, an ordinary token here
     ({}, None),
 ])
-def test_bos_without_a_template(files, name, tiny_hf_dir, tmp_path):
+def test_a_named_bos_begins_an_empty_prompt_only(files, name, tiny_hf_dir, tmp_path):
     tokenizer = folder_with(tmp_path, tiny_hf_dir, without_template, **files)
     assert tokenizer.bos_id == (name and tokenizer.special_id(name))
-    assert tokenizer.encode("hello", bos=True) == ([tokenizer.bos_id] if name else []) + tokenizer.encode("hello")
+    assert tokenizer.encode("hello", bos=True) == tokenizer.encode("hello")
+    assert tokenizer.encode("", bos=True) == ([tokenizer.bos_id] if name else []) and tokenizer.encode("") == []
 
 
 def test_bos_from_the_configs(tiny_hf, tiny_hf_dir, tmp_path):
     tokenizer = folder_with(tmp_path, tiny_hf_dir, without_template, generation_config={"bos_token_id": tiny_hf.bos_id})
     assert tokenizer.bos_id == tiny_hf.bos_id
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(tiny_hf, tiny_hf_dir, tmp_path):
+    config = json.loads((tiny_hf_dir / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ bos_token }}{% for one in messages %}{{ one.content }}<|eot_id|>{% endfor %}"
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, tokenizer_config=config)
+    dialog = [{"role": "user", "content": "hello"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(dialog, return_dict=False)
+    assert open_template(str(tmp_path), tokenizer).encode_dialog(dialog) == theirs and theirs.count(tiny_hf.bos_id) == 1
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(tiny_hf, tiny_hf_dir, tmp_path):
@@ -175,6 +272,33 @@ def test_ids_may_have_gaps_and_added_tokens_may_have_text(tiny_hf, tiny_hf_dir, 
     assert tokenizer.encode("a new word") == [last + 10] and tokenizer.decode([last, last + 10]) == "a new word"
     with pytest.raises(UserError, match="not a Llama 3 chat model.*start_header_id"):
         ChatFormat(tokenizer)
+
+
+@pytest.mark.parametrize("names", [{"eos_token": "<e>"}, {"eos_token": {"__type": "AddedToken", "content": "<e>"}},
+                                   {"tool_token": "<e>"}], ids=str)
+def test_an_added_token_that_the_config_names_is_special(names, tiny_hf, tiny_hf_dir, tmp_path):
+    """transformers saves an eos token that add_tokens() made with special false; a prompt must not forge it all the same."""
+    def add(raw):
+        raw["added_tokens"].append({"id": tiny_hf.n_vocab, "content": "<e>", "single_word": False, "lstrip": False, "rstrip": False,
+                                    "normalized": True, "special": False})
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, add, tokenizer_config={"tokenizer_class": "TokenizersBackend", **names})
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "hello <e>the<|eot_id|>"
+    ids = tokenizer.encode(text, bos=True)
+    assert ids == theirs.encode(text, split_special_tokens=True) and tiny_hf.n_vocab not in ids
+    assert tokenizer.specials["<e>"] == tiny_hf.n_vocab and tokenizer.decode([*ids, tiny_hf.n_vocab]) == text
+
+
+def test_a_name_that_is_no_added_token_stays_what_it_is(tiny_hf, tiny_hf_dir, tmp_path):
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, tokenizer_config={"pad_token": "!", "eos_token": "[new]", "unk_token": None,
+                                                                     "mask_token": 3, "add_bos_token": True})
+    assert tokenizer.n_vocab == tiny_hf.n_vocab and tokenizer.specials == tiny_hf.specials and tokenizer.decode(
+        tokenizer.encode("hello!")) == "hello!"
+
+
+def test_dropout_of_the_training_is_off(tiny_hf, tiny_hf_dir, tmp_path):
+    tokenizer = folder_with(tmp_path, tiny_hf_dir, lambda raw: raw["model"].update(dropout=0.9))
+    assert tokenizer.encode("hello the world") == tiny_hf.encode("hello the world")
 
 
 # -------------------------------------------------------------------------------------------- sentencepiece-made JSON

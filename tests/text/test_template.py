@@ -2,13 +2,14 @@
 
 import datetime
 import json
-import time
+import os
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_tp.spec.errors import UserError
+from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.template import ChatTemplate, open_template
 from tests.text.texts import SPECIAL
 
@@ -41,7 +42,7 @@ TEMPLATE = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
-TEXTS = st.text(st.characters(exclude_categories=["Cs", "Co"]), max_size=20) | st.sampled_from(["skip", "", "  padded\n", "hello"])
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampled_from(["skip", "", "  padded\n", "hello"])
 TURNS = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "tool"]), "content": TEXTS})
 CALL = {"role": "assistant", "content": None, "tool_calls": [
     {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}]}
@@ -102,10 +103,25 @@ def test_special_tokens_in_messages_and_tools_stay_text(ours):
     assert "\ue000\ue001<|eot_id|>" in ours.tokenizer.decode(ours.encode_dialog(private))
 
 
+def test_no_characters_are_taken(ours):
+    """What tells the names of special tokens in a message apart is no character that a message could hold."""
+    for content in ("".join(map(chr, range(0xE000, 0xF8FF))) + "<|eot_id|>", "".join(map(chr, range(0x20000))) + "<|eot_id|>"):
+        ids, plain = (ours.encode_dialog([{"role": "user", "content": one}], strip=False) for one in (content, "x"))
+        text = content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # lone surrogates: as everywhere
+        assert text.strip() in ours.tokenizer.decode(ids) and ids[-5:] == plain[-5:]
+        assert sum(i in ours.tokenizer.specials.values() for i in ids) == sum(i in ours.tokenizer.specials.values() for i in plain)
+
+
 def test_the_day_can_be_fixed(ours, folder):
     fixed = open_template(str(folder), ours.tokenizer, datetime.datetime(2024, 7, 26))
     ids = fixed.encode_dialog([{"role": "user", "content": "x"}])
     assert "Today is 26 Jul 2024\n" in ours.tokenizer.decode(ids)
+
+
+def test_what_a_template_reads(tiny):
+    one = ChatTemplate("{{ enable_thinking and messages }}", tiny, "{{ date_string }}")
+    assert one.reads("enable_thinking") and one.reads("date_string") and not one.reads("thinking") and not one.reads("")
+    assert ChatFormat.reads("date_string") and not ChatFormat.reads("enable_thinking")
 
 
 def test_the_digest_tells_templates_apart(tiny):
@@ -145,9 +161,47 @@ def test_where_a_template_is_found(tiny, tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(UserError, match="chat template is broken"):
         open_template(str(tmp_path), tiny)
-    (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(UserError, match="cannot be read"):
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json", "additional_chat_templates/tool_use.jinja"])
+@pytest.mark.parametrize("make, says", [
+    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"),
+    (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large")])
+def test_what_is_no_small_file_is_refused(make, says, name, tiny, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} .*{says}"):
         open_template(str(tmp_path), tiny)
+
+
+@pytest.mark.parametrize("config", [
+    "[", "[]", "3", '{"chat_template": {"default": "a", "tool_use": 3}}', '{"chat_template": [{"name": [], "template": "a"}]}',
+    '{"chat_template": ' + "[" * 100_000 + "]" * 100_000 + "}", "\ufeff{}"])
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_broken_config_is_refused(config, beside, tiny, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(config, "utf-8")
+    if beside:
+        (tmp_path / "chat_template.jinja").write_text("file")
+    try:
+        ids = open_template(str(tmp_path), tiny).encode_dialog([])
+    except UserError as error:
+        assert "JSON" in error.what or "has no chat template" in error.what and not beside
+    else:
+        assert beside and ids == tiny.encode("file")
+
+
+def test_the_templates_that_transformers_5_saves(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from llama_tp.text.tokenizer import open_tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.chat_template = {"default": "plain", "tool_use": "tools"}
+    theirs.save_pretrained(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = open_template(str(tmp_path), open_tokenizer(None, str(tmp_path)))
+    dialog = [{"role": "user", "content": "x"}]
+    for tools, text in ((None, "plain"), (TOOLS, "tools")):
+        ids = theirs.apply_chat_template(dialog, tools=tools, return_dict=False)
+        assert ours.encode_dialog(dialog, tools=tools) == ids == ours.tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("source", [
@@ -163,10 +217,8 @@ def test_where_a_template_is_found(tiny, tmp_path):
     "{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}",
 ])
 def test_a_template_that_never_ends_or_grows_is_stopped(source, tiny):
-    started = time.monotonic()
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(UserError, match="chat template"):       # or pytest ends it, after minutes
         ChatTemplate(source, tiny).encode_dialog([])
-    assert time.monotonic() - started < 30              # 2 s of limit, on a busy machine
 
 
 @pytest.mark.parametrize("source", [

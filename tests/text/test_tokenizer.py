@@ -1,6 +1,7 @@
 """Tokenizers against Meta's own class, on Meta's file and on a tiny one; and what bad files are told."""
 
 import json
+import os
 import re
 
 import pytest
@@ -162,7 +163,7 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_what_stands_in_for_a_file(name, tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:82e9\nsize 2183982\n"
-    assert "Git LFS pointer" in refusal(tmp_path, pointer, name) and "git lfs pull" in refusal(tmp_path, pointer, name)
+    assert "git-lfs pointer" in refusal(tmp_path, pointer, name) and "git lfs pull" in refusal(tmp_path, pointer, name)
     assert "web page" in refusal(tmp_path, b"\n<!DOCTYPE html><html><title>Sign in</title>", name)
     assert "is empty" in refusal(tmp_path, b"", name)
 
@@ -186,10 +187,38 @@ def test_damaged(damage, says, tiny_lines, tmp_path):
 
 
 def test_damaged_settings(tiny_dir, tmp_path):
-    for content, says in (("{", "is not JSON"), ("[]", "must hold a JSON object")):
+    for content, says in (("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("[]", "must hold a JSON object")):
         (tmp_path / "params.json").write_text(content)
-        with pytest.raises(UserError, match=f"params.json {says}"):
+        with pytest.raises(UserError, match=f"params.json .*{says}"):
             open_tokenizer(str(tiny_dir), str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["", "tokenizer.model"])
+@pytest.mark.parametrize("make, says", [
+    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"),
+    (lambda path: path.symlink_to("gone"), "points to gone"),
+    (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large")])
+def test_no_regular_file_or_one_too_large(make, says, place, tmp_path):
+    make(tmp_path / "tokenizer.model")
+    with pytest.raises(UserError, match=says):
+        open_tokenizer(str(tmp_path / place), str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json", "params.json"])
+def test_no_regular_settings(name, tiny_dir, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} must be a regular file"):
+        open_tokenizer(str(tiny_dir) if name == "params.json" else None, str(tmp_path))
+
+
+@pytest.mark.parametrize("lines, says", [
+    ([b"AAAA " + b"9" * 4000], r"highest rank of 9+\.\.\.9+ -"), ([b"A" * 5_000_000 + b" 0"], "single byte"),
+    ([b"AA== 0"] * 2_000_000, "more than 1,048,576 lines"), ([b" " * 100] * 100_000, "no tokens|single byte"),
+    ([b"\x1b[31m 0"], r"x1b"), ([b"AA== " + b"9" * 5000], "line 1")])
+def test_hostile_lines_end_in_one_short_error(lines, says, tmp_path):
+    message = refusal(tmp_path, b"\n".join(lines))
+    assert re.search(says, message) and len(message) < 600 and message.isprintable()
 
 
 def test_check_vocab(tiny):

@@ -1,6 +1,8 @@
 """The parser of tool calls: every form, any text, any cutting into pieces; against llama-models and against Python's own json."""
 
+import itertools
 import json
+import re
 import time
 
 import pytest
@@ -64,6 +66,15 @@ FORMS = [
     ("brave_search.call(query=\"<function=f>{}</function>brave_search.call(query='b')", 0, [
         ("f", {}), ("brave_search", {"query": "b"})], 'brave_search.call(query="'),
     (' {"a": 1}', 1, [("code_interpreter", {"code": ' {"a": 1}'})], ""),
+    ('{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}', 0, [("f", {})], ""),
+    ('{"name": "f", "parameters": {}, "type": "function", "id": "1"}', 0, [("f", {})], ""),
+    # The arguments have streamed before anybody knows: the call stays, and what is behind its arguments is content.
+    ('{"name": "f", "parameters": {"x": 1}, "note": "n"}', 0, [("f", {"x": 1})], ', "note": "n"}'),
+    ('{"name": "f", "parameters": {"x": 1}, "arguments": {"y": 2}}!', 0, [("f", {"x": 1})], ', "arguments": {"y": 2}}!'),
+    ('{"name": "f", "parameters": {"x": 1}, "name": "a.b-c"}', 0, [("f", {"x": 1})], ', "name": "a.b-c"}'),
+    ('{"name": "f", "parameters": {"x": 1}, "type": "person"}', 0, [("f", {"x": 1})], ', "type": "person"}'),
+    ('{"function": {"name": "f", "parameters": {}}, "note": 1}', 0, [("f", {})], '}, "note": 1}'),
+    ('[{"name": "f", "parameters": {}}, {"name": "f", "note": 1}]', 0, [("f", {})], ', {"name": "f", "note": 1}]'),
 ]
 
 
@@ -77,14 +88,20 @@ PLAIN = ["", " ", "\n", "Hello", "{", "[", "<", "{}", "[]", "[1, 2]", '{"a": 1}'
          '{"name": "Bob", "parameters": {}}', '{"name": "nobody"}', '{"type": "function", "parameters": {}}',
          '{"name": "f", "parameters": 3}',
          '{"name": "f", "parameters": [1]}', '{"name": "f", "arguments": "no json"}', '{"name": "f", "arguments": "[1]"}',
-         '{"name": 3, "parameters": {}}',
+         '{"name": 3, "parameters": {}}', '{"name": "f"}', '{"name": "f", "population": 3}', '{"name": "f", "type": "person"}',
+         '{"note": "n", "name": "f", "parameters": {"x": 1}}', '{"name": "f", "name": "f", "parameters": {}}',
+         '{"name": "f", "type": "person", "parameters": {}}', '{"name": "f", "id": {"a": 1}, "parameters": {}}',
+         '{"function": {"name": "f", "note": 1, "parameters": {}}}', '{"function": {}, "name": "f", "parameters": {}}',
+         '{"function": {"name": "f"}, "name": "f", "parameters": {}}', '{"parameters": {}, "arguments": {}, "name": "f"}',
+         '{"function": {"function": {"name": "f", "parameters": {}}}}', '{"name": "f", "parameters": "", "note": 1}',
+         '{"name": "f", "arguments": "{\\"x\\": 1, \\"x\\": 2}"}',
          "<function=", "<function=f", "<function=f>", "<function=f>x</function>", "<function=nobody>{}</function>",
          "[f(x=1)", "[f(x=1), 2]", "[f(x=g())]", "[f(x=1+1)]", "[f(*a)]", "[f(**a)]", "[f(x=1, x=2)]", "[f(1, x=2)]",
          "[f(1, 2, 3)]",
          "[f(x=b'a')]", "[f(x=1j)]", "[f(x=1e999)]", "[f(x={1: 2})]", "[f(x=f'{y}')]", "[f(x=)]", "[f(x='a)]", "[f(it's)]",
          "[f](http://x)", "[nobody(x=1)]", "[f(x=" + "[" * 200 + "]" * 200 + ")]", "[f(x=" + "-" * 100_000 + "1)]",
          "[f(x=" + "9" * 5000 + ")]", "[f(x=0x" + "f" * 5000 + ")]", "[f(x=" + "1+" * 50_000 + "1)]", "[f(x='\ud800')]",
-         "[f(x=\x00)]",
+         "[f(x=\x00)]", "[f(x=1) # now\n]", "[f(x={'a': 1, 'a': 2})]",
          "brave_search", "brave_search.call(query=", 'brave_search.call(query="a"', 'nobody.call(query="a")', "f.call(query=3)",
          "a <b> <3 <func <function> </function>", " ; , text", "wolfram_alpha.call(query=\"1\")", '{"name": "f" "parameters": {}}']
 
@@ -143,6 +160,33 @@ def test_any_cutting_of_any_text_gives_the_same_message(text, cuts, tools, tag, 
         assert tools is None or call.name in ("f", "get_weather", "a.b-c", "brave_search", "code_interpreter")
 
 
+# Texts in which every word that is not of a call's own form is another: m0, m1, ...
+WORDLESS = st.sampled_from([
+    "{", "}", "[", "]", "(", ")", ",", ":", ";", " ", "\n", "#", '"name": "f"', '"name": ', '"parameters": ', '"arguments": {',
+    '"function": {', '"type": "function", ', '"id": "7", ', "<function=f>", "<function=", "</function>", "[f(", "f(", "x=", "*",
+    '"', "'",
+    '{"name": "f", "parameters": {', '{"name": "f", ', "brave_search.call(query=", '")', "\\", "MARK", '"MARK"', '"MARK": ',
+    '"MARK": "MARK"', "MARK=", "'MARK'"])
+VALUES = st.deferred(lambda: st.sampled_from(['"MARK"', '"f"', "1", "null", '"function"']) | RECORDS)
+KEYS = st.sampled_from(["name", "function", "parameters", "arguments", "type", "MARK"])
+RECORDS = st.lists(st.tuples(KEYS, VALUES), max_size=4).map(
+    lambda items: "{" + ", ".join(f'"{key}": {value}' for key, value in items) + "}")
+CALLED = st.sampled_from(['{"name": "f", "parameters": {"MARK": "MARK"}', "{", "<function=f>{", "[f(MARK=1", ""])
+MARKED = st.lists(WORDLESS | RECORDS | st.tuples(CALLED, RECORDS).map("".join), max_size=8).map("".join)
+
+
+@settings(max_examples=600, deadline=None)
+@given(text=MARKED, cuts=st.lists(st.integers(0, 200), max_size=5), tools=TOOL_SETS, tag=st.none() | st.just(0))
+def test_no_word_is_lost(text, cuts, tools, tag):
+    numbers = itertools.count()
+    text = re.sub("MARK", lambda _: f"m{next(numbers)}m", text)
+    answer = fold(fed(text, cuts, tools, tag))
+    kept = " ".join([answer.content, *(f"{call.name} {call.arguments}" for call in answer.tool_calls)])
+    assert [word for word in re.findall(r"m\d+m", text) if word not in kept] == []
+    if not answer.tool_calls:
+        assert answer.content == text
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-10**12, 10**12) | st.floats(allow_nan=False, allow_infinity=False) |
     st.text(max_size=8),
@@ -185,7 +229,7 @@ def test_python_lists_of_calls(wanted):
     '<function=trending_songs>{"n": 10}</function>',
     '[get_boiling_point(liquid_name="water", celcius=True)]',
     "[initialize()]",
-    'brave_search.call(query="100th decimal of pi")',
+    'brave_search.call(query="100th decimal of pi")', 'brave_search.call(query="a\\\\b \\n c")',
     "print(1)\nprint('two')",
     "just text", "[1, 2]", '{"a": "b"}', "[f(1)]", "[see](there)",
 ])
@@ -243,11 +287,16 @@ def test_not_parallel_means_one_call():
 
 
 @pytest.mark.parametrize("text", [
-    "{" * 300_000, "[" * 300_000, "<function=" * 30_000, '{"name": "f", "parameters": ' + '{"x":' * 60_000, "[f(x=" + "(" * 300_000,
-    '"' * 300_000, '{"a": "' + "\\" * 300_000, "[f(x='" + "\\'" * 150_000, "<" * 300_000,
-    '{"name": "f", "parameters": {}};' * 10_000,
-    "brave_search.call(query=" + '"' * 300_000, 'brave_search.call(query="<function=f>{}</function>' * 6_000])
-def test_time_is_linear_in_the_text(text):
-    started = time.monotonic()
-    parse(text, OFFERED)
-    assert time.monotonic() - started < 15              # about 1 s; anything quadratic takes hours
+    "{" * 40_000, "[" * 40_000, "<function=" * 4_000, '{"name": "f", "parameters": ' + '{"x":' * 6_000, "[f(x=" + "(" * 40_000,
+    '"' * 40_000, '{"a": "' + "\\" * 40_000, '{"name": "f", "id": "' + "a" * 40_000, "[f(x='" + "\\'" * 20_000, "<" * 40_000,
+    '{"name": "f", "parameters": {}};' * 1_200, "[f(x=" + "1," * 20_000, "[" + "f()," * 10_000,
+    "brave_search.call(query=" + '"' * 40_000, 'brave_search.call(query="<function=f>{}</function>' * 800])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_time_is_linear_in_the_text(text, streamed):
+    """Of 16 times the text: 16 times the work; were it quadratic, 256 times. Processor time, which other work does not lengthen."""
+    def seconds(text: str) -> float:
+        started = time.process_time()
+        fold(fed(text, range(len(text)) if streamed else [], OFFERED, None))
+        return time.process_time() - started
+    few = min(seconds(text[:len(text) // 16]) for _ in range(3))
+    assert seconds(text) < 64 * few + 0.5
