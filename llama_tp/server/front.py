@@ -28,7 +28,7 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SWITCH_S = 0.0001               # a thread that reads or tokenizes gives way to the event loop after this, at each system call of that
+SWITCH_S = 0.0001               # a thread that reads or tokenizes gives way to the loop after this, at each of its system calls
 SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
 STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
 M_MMAP_THRESHOLD = -3           # of glibc's mallopt
