@@ -14,8 +14,8 @@ import torch
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
 from llama_tp.spec.config import ModelConfig, from_hf
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import key_name, read_json, short, unique_keys
+from llama_tp.spec.errors import UserError, short
+from llama_tp.spec.json_file import key_name, read_json, unique_keys
 from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
 from llama_tp.spec.weights import table
 

@@ -16,8 +16,8 @@ from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.state_dict import BadPickle, View, read_pickle
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
 from llama_tp.spec.config import ModelConfig, from_params
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import key_name, read_json, short
+from llama_tp.spec.errors import UserError, short
+from llama_tp.spec.json_file import key_name, read_json
 from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
 from llama_tp.spec.weights import table
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_tp.spec.json_file import short
+from llama_tp.spec.errors import short
 
 # What torch calls a storage of a dtype; dtypes younger than these come with an untyped storage and are named beside it.
 _STORAGES = {

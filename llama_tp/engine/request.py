@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw
-from llama_tp.spec.errors import UserError, shown
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.grammar import Form
 
 MAX_COUNT = 2**31 - 1           # for token counts and ids: anything larger is a mistake, and int32 tensors hold it
@@ -24,7 +24,7 @@ MIN_TEMPERATURE = 1e-6          # below it, fp32 logits divided by it overflow; 
 
 
 def _refuse(name: str, rule: str, value: object, fix: str = "correct the value") -> UserError:
-    return UserError(f"{name} must be {rule}", f"found {shown(value)!r} ({type(value).__name__})", fix)
+    return UserError(f"{name} must be {rule}", f"found {short(value)} ({type(value).__name__})", fix)
 
 
 def _whole(name: str, value: object, low: int, high: int = MAX_COUNT) -> int:

@@ -15,7 +15,7 @@ from llama_tp.protocol.errors import RequestError, error_body, invalid, status_o
 from llama_tp.protocol.fields import PATHS, ChatBody, CompletionBody, check_body
 from llama_tp.protocol.order import Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, short
 
 MAX_LINE_BYTES = 64 << 20
 MAX_ID_CHARS = 512
@@ -67,7 +67,7 @@ def read_line(raw: bytes, number: int) -> Line:
     custom_id = data.get("custom_id")
     plain = not data.keys() & {"body", "url", "method"}
     if not (plain and custom_id is None) and (not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID_CHARS):
-        raise invalid("custom_id", f"custom_id must be a text of 1 to {MAX_ID_CHARS} characters", f"found {str(custom_id)[:80]!r}",
+        raise invalid("custom_id", f"custom_id must be a text of 1 to {MAX_ID_CHARS} characters", f"found {short(custom_id)}",
                       "give the line one")
     custom_id = custom_id or f"line-{number}"
     if plain:
@@ -79,9 +79,9 @@ def read_line(raw: bytes, number: int) -> Line:
     if unknown := [key for key in data if key not in _KEYS]:
         raise unsupported(unknown[0][:64], "", f"a batch line has the keys {', '.join(sorted(_KEYS))}")
     if data.get("method") != "POST":
-        raise invalid("method", 'method must be "POST"', f"found {str(data.get('method'))[:80]!r}", "correct the line")
+        raise invalid("method", 'method must be "POST"', f"found {short(data.get('method'))}", "correct the line")
     if not isinstance(data.get("url"), str) or data["url"] not in PATHS:
-        raise invalid("url", f"url must be one of {', '.join(PATHS)}", f"found {str(data.get('url'))[:80]!r}", "correct the line")
+        raise invalid("url", f"url must be one of {', '.join(PATHS)}", f"found {short(data.get('url'))}", "correct the line")
     if not isinstance(data.get("body"), dict):
         raise invalid("body", "body must be an object", f"found {type(data.get('body')).__name__}", "correct the line")
     return Line(custom_id, PATHS[data["url"]], data["body"], False)

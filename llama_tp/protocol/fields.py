@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.refused import known_fields
-from llama_tp.spec.errors import shown
+from llama_tp.spec.errors import short
 
 
 # pydantic makes a message for every wrong value, and a body may hold millions: lists fail fast, and of this dict SamplingParams
@@ -114,5 +114,5 @@ def _refusal(error: ValidationError) -> RequestError:
         return RequestError(f"{path} is missing", "", f"send {path}", param=path, code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
         return RequestError(f"{path} is not known", "", "leave it out", param=path, code="unknown_parameter")
-    found = f"found {shown(first['input'])!r} ({type(first['input']).__name__})"
+    found = f"found {short(first['input'])} ({type(first['input']).__name__})"
     return invalid(path, f"{path} has a wrong value", found, first["msg"][:1].lower() + first["msg"][1:])

@@ -9,7 +9,7 @@ from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import ChatBody, CompletionBody
 from llama_tp.protocol.reading import read_json
 from llama_tp.protocol.tools import Tools
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.grammar import Form, json_object, json_schema, lark, regex, tool_call
 from llama_tp.text.grammar_pool import Busy, GrammarPool
 
@@ -69,7 +69,7 @@ def _read(param: str, read, value: object):
 def _of_response_format(value: Mapping) -> Form | None:
     kind, given = value.get("type"), sorted(name for name, each in value.items() if each is not None and name != "type")
     if not isinstance(kind, str) or kind not in _CARRIERS:
-        raise invalid("response_format.type", "response_format has a wrong type", f"found {str(kind)[:80]!r}",
+        raise invalid("response_format.type", "response_format has a wrong type", f"found {short(kind)}",
                       f"send one of {', '.join(_CARRIERS)}")
     for name in given:
         if name not in _CARRIERS[kind]:
@@ -92,7 +92,7 @@ def _named_schema(value: object, where: str) -> object:
     """The schema of OpenAI's {"name", "schema"}; the name changes nothing, and not everybody sends one."""
     names = isinstance(value, Mapping) and {name for name in ("name", "schema") if value.get(name) is not None}
     if not names or not isinstance(value.get("name", ""), str | None):
-        raise invalid(where, "json_schema must have a name and a schema", f"found {str(value)[:80]!r}",
+        raise invalid(where, "json_schema must have a name and a schema", f"found {short(value)}",
                       'send {"name": "...", "schema": {...}}')
     if unknown := set(value) - _SCHEMA_KEYS:
         raise unsupported(f"{where}.{min(unknown)[:64]}", "", "leave it out")
@@ -122,10 +122,10 @@ def _of_structured_outputs(value: Mapping) -> Form | None:
         return None
     [(name, wanted), *more] = given.items()
     if more or name not in ("json", "regex", "choice", "grammar", "json_object"):
-        raise invalid("structured_outputs", "structured_outputs must ask for one form", f"found {str(list(given))[:80]}", _ONE)
+        raise invalid("structured_outputs", "structured_outputs must ask for one form", f"found {short(list(given))}", _ONE)
     if name == "choice":
         if not isinstance(wanted, list) or not wanted or not all(isinstance(each, str) and each for each in wanted):
-            raise invalid("structured_outputs.choice", "choice must be a list of texts", f"found {str(wanted)[:80]!r}", _ONE)
+            raise invalid("structured_outputs.choice", "choice must be a list of texts", f"found {short(wanted)}", _ONE)
         return regex("|".join(map(_literal, wanted)))
     if name == "json":
         return json_schema(_schema(wanted))

@@ -1,7 +1,7 @@
 """OpenAI's chat messages to the dialog that text.chat_format encodes. Text only; what it cannot hold is refused by name."""
 
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
-from llama_tp.spec.errors import shown
+from llama_tp.spec.errors import short
 from llama_tp.text.chat_format import Dialog
 
 # OpenAI's roles, and ipython, which is Llama's own word for tool.
@@ -24,7 +24,7 @@ def _message(message: dict, where: str) -> dict:
     message = {key: value for key, value in message.items() if value is not None}
     role = message.pop("role", None)
     if not isinstance(role, str) or role not in _ROLES:
-        raise _wrong(f"{where}.role", f"found {shown(role)!r}", f"use one of {', '.join(_ROLES)}")
+        raise _wrong(f"{where}.role", f"found {short(role)}", f"use one of {', '.join(_ROLES)}")
     content = message.pop("content", None)
     kept = {key: value for key, value in message.items() if key in _KEPT.get(role, ()) and value != []}
     for key in message:
@@ -47,7 +47,7 @@ def _part(part: object, where: str) -> str:
     if kind != "text":
         raise unsupported(where, f"found a part of type {str(kind)[:64]}", "this model reads text parts only")
     if not isinstance(part.get("text"), str) or set(part) - {"type", "text", "cache_control"}:
-        raise _wrong(where, f"found the keys {shown(list(part))}", 'write {"type": "text", "text": "..."}')
+        raise _wrong(where, f"found the keys {short(list(part))}", 'write {"type": "text", "text": "..."}')
     return part["text"]
 
 

@@ -13,7 +13,7 @@ from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
 from llama_tp.protocol.forms import read_form
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.tools import Tools, read_tools
-from llama_tp.spec.errors import UserError, shown
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.token_table import Tokenizer
 
@@ -153,7 +153,7 @@ def _check_template_fields(body: ChatBody, model: ServedModel) -> None:
         raise unsupported("reasoning_effort", f"found {body.reasoning_effort[:80]!r}", "the chat template reads it: leave it out")
     for name, value in body.chat_template_kwargs.items():
         if value is not None and chat.reads(name):
-            raise unsupported(f"chat_template_kwargs.{name[:64]}", f"found {str(value)[:80]!r}",
+            raise unsupported(f"chat_template_kwargs.{name[:64]}", f"found {short(value)}",
                               "the chat format is the server's own: leave it out")
 
 
@@ -220,7 +220,7 @@ def _prompts(prompt: object, limits: Limits) -> list[str | list[int]]:
                       f"send at most {limits.max_prompts} in one request")
     for i, each in enumerate(prompt):
         if not isinstance(each, (str, list)) or not isinstance(each, type(prompt[0])) or each == []:
-            raise _wrong_prompt(f"found {shown(each)!r} at place {i}")
+            raise _wrong_prompt(f"found {short(each)} at place {i}")
     return prompt
 
 

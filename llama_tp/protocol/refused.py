@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterable
 
 from llama_tp.protocol.errors import RequestError, unsupported
+from llama_tp.spec.errors import short
 
 HARMLESS = frozenset((
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction",
@@ -61,5 +62,5 @@ def known_fields(data: dict, known: Iterable[str]) -> dict:
         neutral, fix = REFUSED[name]
         value = data[name]
         if value is not None and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
-            raise unsupported(name, f"found {str(value)[:80]!r}", fix)
+            raise unsupported(name, f"found {short(value)}", fix)
     return {name: value for name, value in data.items() if name in known and value is not None}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from llama_tp.protocol.errors import invalid, unsupported
 from llama_tp.protocol.fields import ChatBody
-from llama_tp.spec.errors import UserError, shown
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.chat_format import tool_name
 
 MAX_TOOLS = 128                                             # OpenAI's bound
@@ -31,7 +31,7 @@ def read_tools(body: ChatBody) -> Tools | None:
     choice = body.tool_choice
     if body.tools is None:
         if choice not in (None, "none"):
-            raise invalid("tool_choice", "tool_choice needs tools", f"found {shown(choice)!r}", "send tools, or leave it out")
+            raise invalid("tool_choice", "tool_choice needs tools", f"found {short(choice)}", "send tools, or leave it out")
         return None
     if not 0 < len(body.tools) <= MAX_TOOLS:
         raise invalid("tools", f"tools must hold 1 to {MAX_TOOLS}", f"found {len(body.tools)}", "leave it out if there are none")
@@ -54,7 +54,7 @@ def _only(choice: object, names: list[str]) -> str | None:
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str):
-        raise invalid("tool_choice", "tool_choice has a wrong value", f"found {shown(choice)!r}",
+        raise invalid("tool_choice", "tool_choice has a wrong value", f"found {short(choice)}",
                       'send "auto", "none", "required" or {"type": "function", "function": {"name": "..."}}')
     if name not in names:
         raise invalid("tool_choice", "tool_choice names no tool", f"found {name[:64]!r}", "name one of the tools")
@@ -70,7 +70,7 @@ def _name(tool: dict, where: str) -> str:
     if unknown := [key for key in (*tool, *function) if key not in {"type", "function"} | _FUNCTION_KEYS]:
         raise unsupported(f"{where}.{unknown[0][:64]}", "", "leave it out")
     if not isinstance(function.get("strict", False), bool):
-        raise invalid(f"{where}.function.strict", "strict must be true or false", f"found {shown(function['strict'])!r}",
+        raise invalid(f"{where}.function.strict", "strict must be true or false", f"found {short(function['strict'])}",
                       "correct it")
     if not isinstance(function.get("parameters", {}), dict):
         raise invalid(f"{where}.function.parameters", "a tool's parameters must be a JSON schema", "", "send an object")

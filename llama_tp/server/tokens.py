@@ -3,7 +3,7 @@
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import token_text
 from llama_tp.protocol.order import ServedModel, encode
-from llama_tp.spec.errors import shown
+from llama_tp.spec.errors import short
 from llama_tp.text.token_table import Tokenizer
 
 _TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
@@ -28,11 +28,11 @@ def tokenize(data: dict, model: ServedModel) -> dict:
         raise _wrong("prompt", "give either prompt or messages", "both or neither are there")
     if "messages" in data:
         if not isinstance(data["messages"], list) or not all(isinstance(each, dict) for each in data["messages"]):
-            raise _wrong("messages", "messages must be a list of objects", f"found {shown(data['messages'])!r}")
+            raise _wrong("messages", "messages must be a list of objects", f"found {short(data['messages'])}")
         ids = encode(model, data["messages"], flags["add_generation_prompt"])
     else:
         if not isinstance(data["prompt"], str):
-            raise _wrong("prompt", "prompt must be a text", f"found {shown(data['prompt'])!r}")
+            raise _wrong("prompt", "prompt must be a text", f"found {short(data['prompt'])}")
         named = None if flags["add_special_tokens"] else model.tokenizer.specials.get(data["prompt"])
         ids = model.tokenizer.encode(data["prompt"], bos=flags["add_special_tokens"]) if named is None else [named]
     return {"count": len(ids), "max_model_len": model.max_seq_len, "tokens": ids,
@@ -44,7 +44,7 @@ def detokenize(data: dict, model: ServedModel) -> dict:
     _check(data, "detokenize", model)
     ids = data.get("tokens")
     if not isinstance(ids, list) or not all(type(each) is int and 0 <= each < model.tokenizer.n_vocab for each in ids):
-        raise _wrong("tokens", f"tokens must be a list of ids from 0 to {model.tokenizer.n_vocab - 1}", f"found {shown(ids)!r}")
+        raise _wrong("tokens", f"tokens must be a list of ids from 0 to {model.tokenizer.n_vocab - 1}", f"found {short(ids)}")
     return {"prompt": model.tokenizer.decode(ids)}
 
 
@@ -63,14 +63,14 @@ def _check(data: dict, route: str, model: ServedModel) -> None:
         raise RequestError(f"{unknown[0][:64]!r} is no field of this request", "", "leave it out", param=unknown[0][:64],
                            code="unknown_parameter")
     if not isinstance(data.get("model"), str | None):
-        raise _wrong("model", "model must be a text", f"found {shown(data['model'])!r}")
+        raise _wrong("model", "model must be a text", f"found {short(data['model'])}")
     model.check_name(data.get("model"))
 
 
 def _flag(data: dict, name: str, default: bool) -> bool:
     value = data.get(name)
     if value is not None and not isinstance(value, bool):
-        raise _wrong(name, f"{name} must be true or false", f"found {shown(value)!r}")
+        raise _wrong(name, f"{name} must be true or false", f"found {short(value)}")
     return default if value is None else value
 
 

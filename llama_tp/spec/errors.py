@@ -6,23 +6,18 @@ and leave with a non-zero code; the Python API raises it. Anything else that esc
 
 import contextlib
 import os
-from itertools import islice
+import reprlib
 
 TOLD = "LLAMA_TP_TOLD"          # in the environment of ranks: a file that says that somebody has told why the job ends
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
 
 
-def shown(value: object, most: int = 80) -> str:
-    """The first characters of `value`, for `found`. A list of millions is not spelled out for them."""
-    return str(_begun(value, most))[:most]
-
-
-def _begun(value: object, most: int) -> object:
-    """`value` with the first elements only of every list and dict in it."""
-    if isinstance(value, dict):
-        return {key: _begun(each, most) for key, each in islice(value.items(), most)}
-    if isinstance(value, (list, tuple)):
-        return type(value)([_begun(each, most) for each in islice(value, most)])
-    return value[:most] if isinstance(value, str) else value
+def short(value: object) -> str:
+    """What a value looks like, for `found`: at most 80 characters, none of them a control character. Of a list of millions only the
+    first elements are looked at."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class UserError(Exception):

@@ -20,7 +20,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from llama_tp.spec.errors import UserError
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.call_grammar import BUILT_IN, CODE
 from llama_tp.text.token_table import Tokenizer
 
@@ -146,7 +146,7 @@ def tool_name(tool: Mapping) -> str:
         name = function.get("name") if isinstance(function, Mapping) and tool.get("type") == "function" else tool.get("type")
         if isinstance(name, str) and name and (isinstance(function, Mapping) or name in BUILT_IN):
             return name
-    raise UserError("a tool must be a function with a name", f"found {str(tool)[:80]}",
+    raise UserError("a tool must be a function with a name", f"found {short(tool)}",
                     'write {"type": "function", "function": {"name": "...", "parameters": {...}}}')
 
 
@@ -173,7 +173,7 @@ def _named_call(call: object) -> tuple[str, str | Mapping]:
         name, arguments = function.get("name"), function.get("arguments")
         if isinstance(name, str) and name and isinstance(arguments, (str, Mapping)):
             return name, arguments
-    raise UserError("a tool call must have a function with a name and arguments", f"found {str(call)[:80]}",
+    raise UserError("a tool call must have a function with a name and arguments", f"found {short(call)}",
                     'write {"id": "...", "type": "function", "function": {"name": "...", "arguments": "{...}"}}')
 
 

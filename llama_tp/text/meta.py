@@ -11,8 +11,7 @@ from collections.abc import Iterator
 
 import tiktoken
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import short
+from llama_tp.spec.errors import UserError, short
 from llama_tp.text.token_table import Tokenizer
 
 N_SPECIALS = 256

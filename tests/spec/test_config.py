@@ -205,7 +205,7 @@ def is_a_config_or_one_error(read, raw):
     sizes = [getattr(config, each.name) for each in fields(config) if each.type is int]
     assert len(sizes) == 9 and all(type(size) is int and size > 0 for size in sizes)
     assert type(config.norm_eps) is type(config.rope_theta) is float and type(config.tied) is bool
-    assert weight_bytes(config, 1, 2) == 2 * config.n_params and config.possible_tp()[0] == 1
+    assert weight_bytes(config, 1, 2) >= 2 * config.n_params and config.possible_tp()[0] == 1      # odd FFNs are padded
     assert from_params(as_params(config)).dim == config.dim
 
 
