@@ -29,7 +29,7 @@ QUICK_S = 0.1           # a trial that takes longer makes room for others, and g
 N_QUICK = N_SLOW = 4    # trials at once
 NICE, LOWEST = 5, 19
 PROCESS_CLOCK = 2       # Linux: with a process id, the number of the clock of its CPU time
-MAX_IDLE = 8
+MAX_IDLE = 2            # kept beyond the ones at work: forking another takes 1 to 5 ms, and each holds some 25 MB
 MAX_DEATHS = 5          # of workers over one answer, sooner than a limit can have ended them
 MAX_GOOD = 1024         # forms that are known to be good
 

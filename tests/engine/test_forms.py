@@ -201,9 +201,10 @@ def test_a_stopped_process_holds_up_nobody_else(alone):
     one._masks = Masks(GrammarPool(LETTERS, cpu_s=0.4), 8)
     name, ids, params = REQUESTS[0]
     one.submit(Request("stopped", ids, SamplingParams(**params | {"n": 1})))
-    while not one._masks._followed or not next(iter(one._masks._followed.values())).masks:
+    [followed] = one._masks._followed.values()
+    while not followed.worker.pid:                          # until it is there
         one.step()
-    stopped = next(iter(one._masks._followed.values())).worker.pid
+    stopped = followed.worker.pid
     os.kill(stopped, signal.SIGSTOP)
     one.submit(Request(name, ids, SamplingParams(**params)))
     deltas = to_the_end(one)
