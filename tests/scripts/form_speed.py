@@ -1,5 +1,5 @@
-"""Tokens a second with a form, at 1 and 32 rows, on the demo: PYTHONPATH=TREE python tests/scripts/form_speed.py, in turns for two
-trees."""
+"""Tokens a second with a form and without, at 1 and 32 rows: PYTHONPATH=TREE python form_speed.py [CKPT_DIR [TOKENS]], in
+turns for two trees."""
 
 import statistics
 import sys
@@ -10,10 +10,11 @@ from llama_tp.engine.build import EngineOptions, build
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.text.grammar import regex
 
-DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "demo"
-N_TOKENS, N_ROUNDS = 100, 5
+CKPT_DIR = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).resolve().parents[2] / "checkpoints" / "demo")
+N_TOKENS = int(sys.argv[2]) if len(sys.argv) > 2 else 100
+N_ROUNDS = 5
 
-engine = build(EngineOptions(str(DEMO), max_batch_size=32, device="cpu", quiet=True))
+engine = build(EngineOptions(CKPT_DIR, max_batch_size=32, max_seq_len=512, device="cpu", quiet=True))
 if not engine.is_driver:
     engine.follow()
     sys.exit()
