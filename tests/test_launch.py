@@ -148,8 +148,10 @@ def test_a_rank_that_fails_is_told_of_once_and_not_in_35_lines(script, code, sai
 # Server and client together, as `make chat` starts them.
 
 def chatting(*words):
-    """A terminal in which launch/chat.sh runs."""
-    return Terminal("-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])", str(LAUNCH / "chat.sh"), *words)
+    """A terminal in which launch/chat.sh runs, with this Python first on its path."""
+    start = ("import os, sys; os.environ['PATH'] = os.path.dirname(sys.executable) + ':' + os.environ['PATH']; "
+             "os.execv(sys.argv[1], sys.argv[1:])")
+    return Terminal("-c", start, str(LAUNCH / "chat.sh"), *words)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_server():
