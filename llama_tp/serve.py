@@ -149,7 +149,6 @@ def main(
     tokenizer = open_tokenizer(tokenizer_path, folder)
     chat = open_template(folder, tokenizer) if chat_template == "hf" else None
     defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
-    print(f"server: what requests do not say: {defaults}", file=sys.stderr)
     launch = launch_flags(nproc_per_node, nnodes, master_addr, master_port)
     ranks = ["-m", "llama_tp.serve", *words_of(flags)]
     for node in range(1, nnodes):

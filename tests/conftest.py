@@ -3,11 +3,17 @@
 `-m slow` chooses only them, and so runs them too.
 """
 
+import signal
+
 import hypothesis
 import pytest
 import torch
 
 torch.set_num_threads(1)        # two cores: the ranks of a pool need them, and tiny models gain nothing from more
+
+# A shell that starts the tests in the background has them ignore these, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Hypothesis fails an example that takes 200 ms, and data that come slowly: on a busy machine any does.
 hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

@@ -82,10 +82,12 @@ class Served:
 
     async def try_form(self, param: str, form: Form) -> None:
         """Raises RequestError for a form that cannot be followed; 429 when too many wait for this to be found out."""
+        pool = self.forms
+        if pool.knows(form):
+            return
         if self.n_trials >= MAX_TRIALS:
             raise too_many_forms(param, Busy("too many forms of answers wait to be checked", f"the most is {MAX_TRIALS}",
                                              "ask again a little later"))
-        pool = self.forms
         self.n_trials += 1
         try:
             await asyncio.get_running_loop().run_in_executor(self.form_threads, carried(lambda: check_form(param, form, pool)))

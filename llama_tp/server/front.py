@@ -129,12 +129,13 @@ async def _run(options: FrontOptions, sock: socket.socket, connections: Connecti
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
-    for number in [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]:      # nohup wants no SIGHUP
+    for number in [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]:      # nohup's
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     names = " and ".join(map(repr, (options.name, *options.aliases)))
     note(f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has loaded")
+    note(f"what requests do not say: {options.defaults}")
     ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
     watching = asyncio.create_task(connections.watch(http.server_state.connections))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())

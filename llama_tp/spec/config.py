@@ -222,7 +222,7 @@ def from_hf(raw: dict, where: str = "config.json") -> ModelConfig:
     dim, n_heads = config.whole("hidden_size", most=MAX_WIDTH), config.whole("num_attention_heads", most=MAX_HEADS)
     max_context = config.whole("max_position_embeddings", 2048, most=MAX_POSITIONS)
     # rope_scaling wins; transformers 5 writes rope_parameters, which has rope_theta in it.
-    rope = config.object("rope_scaling" if raw.get("rope_scaling") is not None else "rope_parameters")
+    rope = config.object("rope_parameters" if raw.get("rope_scaling") in (None, {}) else "rope_scaling")
     for each in (config, rope):
         if each.number("partial_rotary_factor", 1.0, least=0, most=1) != 1.0:
             raise each.wrong("partial_rotary_factor", "1: a Llama rotates the whole head")

@@ -192,13 +192,18 @@ class GrammarPool:
             self._idle.clear()
             self._stop()
 
-    def try_form(self, form: Form) -> None:
-        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot be followed, or that takes too
-        much time or memory; Busy. Waits for up to some seconds, and may be called by many threads."""
+    def knows(self, form: Form) -> bool:
+        """Whether it has been tried lately, and was good."""
         with self._lock:
             if form in self._good:
                 self._good.move_to_end(form)
-                return
+            return form in self._good
+
+    def try_form(self, form: Form) -> None:
+        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot be followed, or that takes too
+        much time or memory; Busy. Waits for up to some seconds, and may be called by many threads."""
+        if self.knows(form):
+            return
         for _ in range(MAX_DEATHS):
             worker = self.take()
             with self._quick:

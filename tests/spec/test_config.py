@@ -5,7 +5,7 @@ import os
 from dataclasses import fields
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_tp.spec.config import (
@@ -186,6 +186,7 @@ def of_file(value):
 
 @settings(max_examples=300, deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(META_KEYS), ANY, max_size=4), name=st.sampled_from(sorted(META)))
+@example(changes={"ffn_dim": 1}, name="3-8B")
 def test_any_params_give_a_config_or_one_error(changes, name):
     is_a_config_or_one_error(from_params, of_file({**META[name], **changes}))
 
@@ -213,6 +214,7 @@ def is_a_config_or_one_error(read, raw):
 @given(changes=st.dictionaries(st.sampled_from(HF_KEYS), ANY, max_size=2),
        rope=st.dictionaries(st.sampled_from([*LLAMA3, "rope_theta"]), st.integers(1, 9) | st.floats(1, 9) | st.none(), max_size=3),
        where=st.sampled_from(["rope_scaling", "rope_parameters"]))
+@example(changes={"rope_scaling": {}}, rope={"rope_theta": 1.0}, where="rope_parameters")
 def test_what_is_taken_means_the_same_to_transformers(changes, rope, where):
     """What both accept has the same numbers in both. transformers refuses null and whole floats where the field takes them, and
     accepts sizes below 1 and widths that no heads fit into."""
