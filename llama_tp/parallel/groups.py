@@ -23,7 +23,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_tp.parallel.one_shot import OneShot, open_one_shot
-from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call
+from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call, unconnected
 from llama_tp.parallel.shared import Room, open_rooms
 from llama_tp.spec.errors import UserError
 
@@ -113,11 +113,14 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     store = store or open_store(launch, start_timeout_s)
     roll_call(store, launch, start_timeout_s)
     store.set_timeout(timeout)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
-                            rank=launch.rank, world_size=launch.world, timeout=timeout)
-    with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
-        fairscale_groups.initialize_model_parallel(launch.world)
-    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    try:
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
+                                rank=launch.rank, world_size=launch.world, timeout=timeout)
+        with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
+            fairscale_groups.initialize_model_parallel(launch.world)
+        control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    except RuntimeError as error:                           # a rank that has died, or a stranger at gloo's port
+        raise unconnected(launch, error) from error
     rooms = None
     if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
         rooms = open_rooms(launch.rank, launch.world, timeout_s, store, control)

@@ -168,6 +168,13 @@ def absent(missing: list[int], launch: Launch, timeout: timedelta) -> UserError:
                      "end that process and start again; --load_timeout sets how long to wait")
 
 
+def unconnected(launch: Launch, error: Exception) -> UserError:
+    """What to say where ranks that have found each other cannot connect; returns when it is this rank's turn to say it."""
+    time.sleep(TURN_S * launch.rank)
+    return UserError(f"rank {launch.rank} cannot connect to the others", str(error).split("\n")[0][:200],
+                     "another rank has ended, or a stranger has disturbed them: start again")
+
+
 def unreachable(launch: Launch, host: str, port: int, error: Exception) -> UserError:
     """What to say where a store does not answer; torch's messages go on with a trace of its C++."""
     return UserError(f"rank {launch.rank} does not reach the launch's store at {host}:{port}", str(error).split("\n")[0],
