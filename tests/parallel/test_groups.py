@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
+from llama_tp.parallel import groups
 from llama_tp.parallel.groups import close, init_ranks, pick_device, set_threads, usable_cores
 from llama_tp.parallel.rendezvous import Launch, first_host, read_launch
 from llama_tp.spec.errors import UserError
@@ -139,3 +140,17 @@ def test_threads_are_divided_among_the_ranks_of_a_node(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert 1 <= usable_cores() <= os.cpu_count()
+
+
+def test_ranks_that_cannot_connect_are_one_clear_error(monkeypatch):
+    """What gloo raised when garbage came to its port while the ranks connected (seen in test_listeners)."""
+    def disturbed(*_, **__):
+        raise RuntimeError("Gloo connectFullMesh failed: Connection closed by peer\nand a trace of its C++")
+    env = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("set_threads", "pin", "end_with_launcher", "listen_on_loopback", "roll_call"):
+        monkeypatch.setattr(groups, name, lambda *_: None)
+    monkeypatch.setattr(groups.dist, "init_process_group", disturbed)
+    with pytest.raises(UserError, match="rank 0 cannot connect to the others - Gloo connectFullMesh failed"):
+        groups.init_ranks("cpu", store=groups.dist.HashStore())
