@@ -19,7 +19,8 @@ class Delta:
     `ids` hold no stop ids; `text` may lag behind them by half a character or the beginning of a stop string, and may be cut before
     a stop string that the ids still spell. `finish_reason` is set on the last delta: "stop", "length" or "abort", the last with an
     `error` when it was not the caller's wish. `prompt_logprobs` come once, with sample 0's first delta: one entry a prompt token,
-    None for the first. `refused` says what, found and fix where the error is the caller's. """
+    None for the first. `refused` says what, found and fix where the error is the caller's.
+    """
 
     request_id: str
     index: int

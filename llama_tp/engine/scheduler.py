@@ -22,7 +22,8 @@ position computed again for the driver to choose, whose tokens are chosen until 
 
 A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last
 position. One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to
-it that it ends. """
+it that it ends.
+"""
 
 from collections import deque
 from collections.abc import Mapping

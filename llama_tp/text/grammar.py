@@ -12,7 +12,8 @@ and :.
 
 What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What repeats too much is refused here
 (`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents
-are not followed. Knows no sampling. """
+are not followed. Knows no sampling.
+"""
 
 import importlib.util
 import json

@@ -1,7 +1,8 @@
 """Workers for forms (grammar_process), as their parent sees them: started, handed out, tried with a form, killed.
 
 One form has one worker, so that a form that takes long delays nobody else. A worker that has served an honest form serves the next
-one. One more than is needed stands by. Nothing here waits but `try_form`; knows no requests. """
+one. One more than is needed stands by. Nothing here waits but `try_form`; knows no requests.
+"""
 
 import contextlib
 import json

@@ -11,7 +11,8 @@ Frames on a worker's socket are 4 bytes of length and a body. To the worker, JSO
     {"tokens": [[sample, token], ...]}                                          what they have written since
 
 From the worker, a letter and a rest: h and its process id, once; then for each sample of a message one of m, the sample and its
-mask, or e and JSON, [sample, what, found, fix]. The sample is -1 where all of them have failed. """
+mask, or e and JSON, [sample, what, found, fix]. The sample is -1 where all of them have failed.
+"""
 
 import contextlib
 import ctypes

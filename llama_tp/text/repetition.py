@@ -5,7 +5,8 @@ was measured with Llama 3's vocabulary: about 0.1 s for a million of `Size.work`
 340 MB. Repetitions in a JSON schema (maxLength, minItems) force nothing, cost nothing up to 10**9, and are not limited.
 
 The scanners follow the syntax of Rust's regex crate and of llguidance's Lark. Where they are fooled (by verbose mode, say), or
-where other things cost time, the limits of the process that compiles the form (grammar_process) hold. """
+where other things cost time, the limits of the process that compiles the form (grammar_process) hold.
+"""
 
 import json
 import re
