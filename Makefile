@@ -30,7 +30,7 @@ demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/chat.sh --ckpt_dir checkpoints/demo --device cpu --quiet -- --max_tokens 60
 
-test: $(VENV)/.test  ## run the tests (about 13 minutes on 2 cores)
+test: $(VENV)/.test  ## run the tests (about 17 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers
