@@ -141,6 +141,8 @@ def become_worker() -> None:
     most = n_pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
+        f.write("1000")                                     # many at their limit may be too much: these end first, not a rank
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)                                     # the fork server's socket
     os.dup2(nowhere, 2)                                     # Rust's last words when memory ends

@@ -5,12 +5,13 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form, json_object, json_schema, regex
-from llama_tp.text.grammar_pool import N_SLOW, Busy, GrammarPool
+from llama_tp.text.grammar_pool import N_SLOW, Busy, GrammarPool, start_message, wait_for
 from llama_tp.text.token_table import Tokenizer
 from tests.ranks import children, is_alive
 
@@ -117,6 +118,17 @@ def test_a_worker_needs_neither_its_ranks_cpus_nor_its_threads(pool):
     for pid in [pool._server.pid, *children(pool._server.pid)]:
         status = dict(line.split(":\t", 1) for line in open(f"/proc/{pid}/status").read().splitlines() if ":\t" in line)
         assert int(status["Threads"]) == 1 and "torch" not in open(f"/proc/{pid}/maps").read()
+
+
+def test_short_of_memory_the_kernel_ends_workers_first(pool):
+    """Each has a limit, all of them together have none."""
+    worker = pool.take()
+    worker.send(start_message(regex("a+"), [(0, [])]))
+    while not worker.take():
+        wait_for([worker], 1.0)
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (worker.pid, os.getpid())]
+    pool.give(worker)
+    assert scores[0] == 1000 > scores[1]
 
 
 def test_what_other_processes_cannot_open_is_refused():
