@@ -1,12 +1,20 @@
-"""llama_tp: tensor-parallel inference for Llama 3 checkpoints in any layout, on any number of ranks.
+"""llama_tp: tensor-parallel inference for Llama 3 checkpoints in any layout, on any number of
+ranks.
 
-The public Python API, handed on when it is first used, so that `import llama_tp` stays light (no torch).
+The public Python API, handed on when it is first used, so that `import llama_tp` stays light (no
+torch).
 """
 
 import importlib
 
-_PUBLIC = {"Llama": "api", "Completion": "api", "SamplingParams": "engine.request", "Dialog": "text.chat_format",
-           "Message": "text.chat_format", "UserError": "spec.errors"}
+_PUBLIC = {
+    "Llama": "api",
+    "Completion": "api",
+    "SamplingParams": "engine.request",
+    "Dialog": "text.chat_format",
+    "Message": "text.chat_format",
+    "UserError": "spec.errors",
+}
 __all__ = list(_PUBLIC)
 
 

@@ -1,7 +1,8 @@
-"""The Python face: `Llama.build(...)`, with the calls and results of Meta's llama3 package, and a modern set beside them.
+"""The Python face: `Llama.build(...)`, with the calls and results of Meta's llama3 package, and a
+modern set beside them.
 
-Every rank runs the same script and makes the same calls; each gets the driver's results (engine/calls.py). Scripts
-written for Meta's repository run with only their import line changed.
+Every rank runs the same script and makes the same calls; each gets the driver's results
+(engine/calls.py). Scripts written for Meta's repository run with only their import line changed.
 """
 
 import atexit
@@ -28,9 +29,10 @@ Prompt = str | list[int]
 class Completion:
     """One sample of one prompt.
 
-    `tokens` are the output's ids without the stop id; `logprobs` has one dict a token ({"token", "logprob", "top":
-    [[id, logprob], ...]}) if asked for; `prompt_logprobs` the same for the prompt, None for its first token.
-    `finish_reason` is None while a stream still grows, then "stop", "length" or "abort" (with `error`).
+    `tokens` are the output's ids without the stop id; `logprobs` has one dict a token ({"token",
+    "logprob", "top": [[id, logprob], ...]}) if asked for; `prompt_logprobs` the same for the
+    prompt, None for its first token. `finish_reason` is None while a stream still grows, then
+    "stop", "length" or "abort" (with `error`).
     """
 
     text: str
@@ -51,9 +53,17 @@ class Llama:
         self._calls = Calls(engine)
 
     @staticmethod
-    def build(ckpt_dir: str, tokenizer_path: str | None = None, max_seq_len: int | None = None, max_batch_size: int = 32,
-              model_parallel_size: int | None = None, seed: int = 1, **options) -> "Llama":
-        """Loads this rank's shard. On workers stdout is quiet from here on, so that scripts print once.
+    def build(
+        ckpt_dir: str,
+        tokenizer_path: str | None = None,
+        max_seq_len: int | None = None,
+        max_batch_size: int = 32,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        **options,
+    ) -> "Llama":
+        """Loads this rank's shard. On workers stdout is quiet from here on, so that scripts print
+        once.
 
         Args:
             ckpt_dir: folder in Meta's or HF's layout, or org/name on the hub.
@@ -62,18 +72,32 @@ class Llama:
             max_batch_size: most sequences computed at once; more prompts wait.
             model_parallel_size: must be the number of ranks, if given.
             seed: of requests without a seed of their own.
-            options: other fields of `EngineOptions` (device, dtype, deterministic, step_timeout, ...); chat_template="hf" encodes
-                dialogs by the folder's own template instead of as Meta's code does.
+            options: other fields of `EngineOptions` (device, dtype, deterministic, step_timeout,
+                ...); chat_template="hf" encodes dialogs by the folder's own template instead of as
+                Meta's code does.
 
-        Raises UserError on a single rank; under torchrun an error ends the whole job with one message.
+        Raises UserError on a single rank; under torchrun an error ends the whole job with one
+        message.
         """
         unknown = set(options) - set(EngineOptions.__dataclass_fields__)
         if unknown:
-            raise UserError(f"Llama.build has no argument {', '.join(sorted(unknown))}", "",
-                            f"use {', '.join(EngineOptions.__dataclass_fields__)}")
+            raise UserError(
+                f"Llama.build has no argument {', '.join(sorted(unknown))}",
+                "",
+                f"use {', '.join(EngineOptions.__dataclass_fields__)}",
+            )
         check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
-        engine = build(EngineOptions(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, model_parallel_size,
-                                     seed=seed, **options))
+        engine = build(
+            EngineOptions(
+                ckpt_dir,
+                tokenizer_path,
+                max_seq_len,
+                max_batch_size,
+                model_parallel_size,
+                seed=seed,
+                **options,
+            )
+        )
         if not engine.is_driver:
             sys.stdout = open(os.devnull, "w")
         atexit.register(engine.close)
@@ -83,50 +107,106 @@ class Llama:
         """Leaves the job; also done when the script ends."""
         self.engine.close()
 
-    # ------------------------------------------------------------------------------------------------- Meta's llama3
+    # -------------------------------------------------------------------------------- Meta's llama3
 
-    def generate(self, prompt_tokens: list[list[int]], max_gen_len: int, temperature: float = 0.6, top_p: float = 0.9,
-                 logprobs: bool = False, echo: bool = False) -> tuple[list[list[int]], list[list[float]] | None]:
+    def generate(
+        self,
+        prompt_tokens: list[list[int]],
+        max_gen_len: int,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Continues prompts of token ids. -> (ids of each output, logprobs of the same or None).
 
-        Ids end before the first stop id; with echo they begin with the prompt (whose first logprob is 0.0, as Meta's). UserError
-        for an output that was aborted, since Meta's results have no place for that.
+        Ids end before the first stop id; with echo they begin with the prompt (whose first logprob
+        is 0.0, as Meta's). UserError for an output that was aborted, since Meta's results have no
+        place for that.
         """
         wanted = 0 if logprobs else None
-        params = SamplingParams(max_tokens=max_gen_len, temperature=temperature, top_p=_meta_top_p(top_p), logprobs=wanted,
-                                prompt_logprobs=wanted if echo else None)
-        outputs = self._complete("generate", lambda: [("", list(ids)) for ids in prompt_tokens], [params] * len(prompt_tokens))
+        params = SamplingParams(
+            max_tokens=max_gen_len,
+            temperature=temperature,
+            top_p=_meta_top_p(top_p),
+            logprobs=wanted,
+            prompt_logprobs=wanted if echo else None,
+        )
+        outputs = self._complete(
+            "generate",
+            lambda: [("", list(ids)) for ids in prompt_tokens],
+            [params] * len(prompt_tokens),
+        )
         for number, out in enumerate(outputs, start=1):
             if out.error:
-                raise UserError(f"prompt {number} could not be completed", out.error, "complete() returns the others")
-        tokens = [(list(ids) if echo else []) + out.tokens for ids, out in zip(prompt_tokens, outputs)]
+                raise UserError(
+                    f"prompt {number} could not be completed",
+                    out.error,
+                    "complete() returns the others",
+                )
+        tokens = [
+            (list(ids) if echo else []) + out.tokens for ids, out in zip(prompt_tokens, outputs)
+        ]
         if not logprobs:
             return tokens, None
-        values = [[each["logprob"] if each else 0.0 for each in (out.prompt_logprobs or []) + (out.logprobs or [])]
-                  for out in outputs]
+        values = [
+            [
+                each["logprob"] if each else 0.0
+                for each in (out.prompt_logprobs or []) + (out.logprobs or [])
+            ]
+            for out in outputs
+        ]
         return tokens, values
 
-    def text_completion(self, prompts: list[str], temperature: float = 0.6, top_p: float = 0.9, max_gen_len: int | None = None,
-                        logprobs: bool = False, echo: bool = False) -> list[dict]:
-        """Continues texts. -> [{"generation": text}], with "tokens" (their texts) and "logprobs" if asked for."""
+    def text_completion(
+        self,
+        prompts: list[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> list[dict]:
+        """Continues texts. -> [{"generation": text}], with "tokens" (their texts) and "logprobs" if
+        asked for."""
         ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
-        tokens, values = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs, echo)
+        tokens, values = self.generate(
+            ids, self._length(max_gen_len), temperature, top_p, logprobs, echo
+        )
         texts = [self.tokenizer.decode(each) for each in tokens]
         if not logprobs:
             return [{"generation": text} for text in texts]
-        return [{"generation": text, "tokens": [self.tokenizer.decode([t]) for t in each], "logprobs": numbers}
-                for text, each, numbers in zip(texts, tokens, values)]
+        return [
+            {
+                "generation": text,
+                "tokens": [self.tokenizer.decode([t]) for t in each],
+                "logprobs": numbers,
+            }
+            for text, each, numbers in zip(texts, tokens, values)
+        ]
 
-    def chat_completion(self, dialogs: list[Dialog], temperature: float = 0.6, top_p: float = 0.9,
-                        max_gen_len: int | None = None, logprobs: bool = False) -> list[dict]:
-        """Answers dialogs; contents are stripped, as llama3 did. -> [{"generation": {"role": "assistant", "content"}}],
-        with "tokens" (their texts) and "logprobs" if asked for."""
+    def chat_completion(
+        self,
+        dialogs: list[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[dict]:
+        """Answers dialogs; contents are stripped, as llama3 did. -> [{"generation": {"role":
+        "assistant", "content"}}], with "tokens" (their texts) and "logprobs" if asked for."""
         ids = [self._chat.encode_dialog(dialog, strip=True) for dialog in dialogs]
         tokens, values = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs)
-        answers = [{"generation": {"role": "assistant", "content": self.tokenizer.decode(each)}} for each in tokens]
+        answers = [
+            {"generation": {"role": "assistant", "content": self.tokenizer.decode(each)}}
+            for each in tokens
+        ]
         if logprobs:
             for answer, each, numbers in zip(answers, tokens, values):
-                answer |= {"tokens": [self.tokenizer.decode([t]) for t in each], "logprobs": numbers}
+                answer |= {
+                    "tokens": [self.tokenizer.decode([t]) for t in each],
+                    "logprobs": numbers,
+                }
         return answers
 
     @functools.cached_property
@@ -136,35 +216,51 @@ class Llama:
     def _length(self, max_gen_len: int | None) -> int:
         return max_gen_len or self.engine.scheduler.max_seq_len - 1
 
-    # ----------------------------------------------------------------------------------------------- the modern face
+    # ------------------------------------------------------------------------------ the modern face
 
-    def complete(self, prompts: Prompt | Sequence[Prompt],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> Completion | list[Completion]:
+    def complete(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Completion | list[Completion]:
         """Continues one prompt (text, or token ids taken as they are) or several.
 
-        params: one for all, or one a prompt. -> a Completion for one prompt with n = 1, else a list, prompt by prompt
-        and sample by sample.
+        params: one for all, or one a prompt. -> a Completion for one prompt with n = 1, else a
+        list, prompt by prompt and sample by sample.
         """
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         prompts = [prompts] if one else list(prompts)
         each = _params(params, len(prompts))
-        out = self._complete("complete", lambda: [self._encoded(prompt) for prompt in prompts], each)
+        out = self._complete(
+            "complete", lambda: [self._encoded(prompt) for prompt in prompts], each
+        )
         return out[0] if one and len(out) == 1 else out
 
-    def chat(self, messages: Dialog | Sequence[Dialog],
-             params: SamplingParams | Sequence[SamplingParams] | None = None) -> Completion | list[Completion]:
-        """Answers one conversation (a list of {"role", "content"}) or several. Results as `complete`."""
+    def chat(
+        self,
+        messages: Dialog | Sequence[Dialog],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Completion | list[Completion]:
+        """Answers one conversation (a list of {"role", "content"}) or several. Results as
+        `complete`."""
         one = bool(messages) and isinstance(messages[0], dict)
         dialogs = [messages] if one else list(messages)
         each = _params(params, len(dialogs))
-        out = self._complete("chat", lambda: [("", self._chat.encode_dialog(dialog)) for dialog in dialogs], each)
+        out = self._complete(
+            "chat", lambda: [("", self._chat.encode_dialog(dialog)) for dialog in dialogs], each
+        )
         return out[0] if one and len(out) == 1 else out
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Completion]:
-        """Yields the completion of one prompt as it grows; the last has a finish_reason. Samples come one after the
+        """Yields the completion of one prompt as it grows; the last has a finish_reason. Samples
+        come one after the
         other if params.n > 1."""
+
         def work() -> Iterator[dict]:
-            return map(_as_dict, run(self.engine, [self._encoded(prompt)], [params or SamplingParams()]))
+            return map(
+                _as_dict, run(self.engine, [self._encoded(prompt)], [params or SamplingParams()])
+            )
+
         for item in self._calls.stream("stream", work):
             yield Completion(**item)
 
@@ -175,12 +271,18 @@ class Llama:
 
     def _complete(self, name: str, prompts, params: list[SamplingParams]) -> list[Completion]:
         def work() -> list[dict]:
-            return [_as_dict(sample) for sample in run(self.engine, prompts(), params) if sample.finish_reason]
+            return [
+                _as_dict(sample)
+                for sample in run(self.engine, prompts(), params)
+                if sample.finish_reason
+            ]
+
         return [Completion(**item) for item in self._calls.call(name, work)]
 
 
 def _meta_top_p(top_p: float) -> float:
-    """Meta's top_p 0 keeps the likeliest token only; ours must be above 0, and any tiny value does the same."""
+    """Meta's top_p 0 keeps the likeliest token only; ours must be above 0, and any tiny value does
+    the same."""
     return top_p if top_p > 0 else 1e-9
 
 
@@ -188,13 +290,22 @@ def _params(params, n: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
     if len(params) != n:
-        raise UserError("params must be one SamplingParams, or one a prompt", f"found {len(params)} for {n} prompts", "match them")
+        raise UserError(
+            "params must be one SamplingParams, or one a prompt",
+            f"found {len(params)} for {n} prompts",
+            "match them",
+        )
     return list(params)
 
 
 def _as_dict(sample: Sample) -> dict:
     return {
-        "text": sample.text, "tokens": list(sample.tokens), "finish_reason": sample.finish_reason, "index": sample.index,
-        "logprobs": [asdict(each) for each in sample.logprobs] or None, "error": sample.error,
-        "prompt_logprobs": sample.prompt_logprobs and [each and asdict(each) for each in sample.prompt_logprobs],
+        "text": sample.text,
+        "tokens": list(sample.tokens),
+        "finish_reason": sample.finish_reason,
+        "index": sample.index,
+        "logprobs": [asdict(each) for each in sample.logprobs] or None,
+        "error": sample.error,
+        "prompt_logprobs": sample.prompt_logprobs
+        and [each and asdict(each) for each in sample.prompt_logprobs],
     }

@@ -1,7 +1,8 @@
-"""Command: JSON lines in, JSON lines out; kill it anywhere, run it again, and the finished file is the same.
+"""Command: JSON lines in, JSON lines out; kill it anywhere, run it again, and the finished file is
+the same.
 
-Rank 0 reads and writes and decides before any model is loaded whether there is something to do; the others wait for that
-word, and then follow its steps.
+Rank 0 reads and writes and decides before any model is loaded whether there is something to do; the
+others wait for that word, and then follow its steps.
 """
 
 import inspect
@@ -24,63 +25,102 @@ from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
 from llama_tp.text.tokenizer import check_vocab
 
-LINE_EVERY_S = 10.0             # how often the state is printed where there is no terminal for a bar
-WORD = "llama_tp/batch"         # key in the launch's store
-PARAMETERS = ("temperature", "top_p", "max_gen_len", "seed", "dtype", "deterministic", "rope_factor",
-              "chat_template")          # what answers depend on
-TEMPLATES_DATE = datetime(2024, 7, 26)  # of any job: Llama's own templates say so where they know no date
-STORE_WAIT = timedelta(days=365)        # workers wait while rank 0 looks through the input, however long that takes
+LINE_EVERY_S = 10.0  # how often the state is printed where there is no terminal for a bar
+WORD = "llama_tp/batch"  # key in the launch's store
+PARAMETERS = (
+    "temperature",
+    "top_p",
+    "max_gen_len",
+    "seed",
+    "dtype",
+    "deterministic",
+    "rope_factor",
+    "chat_template",
+)  # what answers depend on
+# of any job: Llama's own templates say so where they know no date
+TEMPLATES_DATE = datetime(2024, 7, 26)
+# workers wait while rank 0 looks through the input, however long that takes
+STORE_WAIT = timedelta(days=365)
 
 
 def main(
-    *, ckpt_dir: str, input: str, output: str, tokenizer_path: str | None = None, skip_bad: bool = False,
-    retry_failed: bool = False, temperature: float | None = None, top_p: float | None = None, max_gen_len: int | None = None,
-    generation_config: str = "auto", seed: int = 1, model_name: str | None = None, max_seq_len: int | None = None,
-    max_batch_size: int = 32, device: str | None = None, dtype: str | None = None, deterministic: bool = True,
-    rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", prefix_cache: bool = True,
-    max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
+    *,
+    ckpt_dir: str,
+    input: str,
+    output: str,
+    tokenizer_path: str | None = None,
+    skip_bad: bool = False,
+    retry_failed: bool = False,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    max_gen_len: int | None = None,
+    generation_config: str = "auto",
+    seed: int = 1,
+    model_name: str | None = None,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 32,
+    device: str | None = None,
+    dtype: str | None = None,
+    deterministic: bool = True,
+    rope_factor: float | None = None,
+    chat_template: Literal["meta", "hf"] = "meta",
+    prefix_cache: bool = True,
+    max_step_tokens: int | None = None,
+    step_timeout: float = 300.0,
+    load_timeout: float = 3600.0,
+    quiet: bool = False,
 ):
-    """Answer a file of requests. The same command goes on where it was stopped, killed or out of disk.
+    """Answer a file of requests. The same command goes on where it was stopped, killed or out of
+    disk.
 
     Examples:
         python -m llama_tp.batch --ckpt_dir checkpoints/demo --input in.jsonl --output out.jsonl
-        python -m llama_tp.launch --nproc_per_node 8 batch --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
-            --input in.jsonl --output out.jsonl
+        python -m llama_tp.launch --nproc_per_node 8 batch \\
+            --ckpt_dir Meta-Llama-3-70B-Instruct/original --input in.jsonl --output out.jsonl
 
-    An input line is one of OpenAI's batch ({"custom_id", "method", "url", "body"}, for /v1/chat/completions or
-    /v1/completions), or plain: {"prompt": "..."} or {"messages": [...]}, with any other field of such a body beside it. Output
-    lines are OpenAI's, in the input's order. OUTPUT.job, beside the output, says what it was made of.
+    An input line is one of OpenAI's batch ({"custom_id", "method", "url", "body"}, for
+    /v1/chat/completions or /v1/completions), or plain: {"prompt": "..."} or {"messages": [...]},
+    with any other field of such a body beside it. Output lines are OpenAI's, in the input's order.
+    OUTPUT.job, beside the output, says what it was made of.
 
     Files:
         input: the requests, one JSON object a line
         output: where the answers go; what is there already is kept and gone on from
-        skip_bad: write an error in the place of lines that cannot be run, instead of refusing the file
-        retry_failed: run the lines again that have failed, and put their new answers in their places
+        skip_bad: write an error in the place of lines that cannot be run, instead of refusing the
+            file
+        retry_failed: run the lines again that have failed, and put their new answers in their
+            places
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and *.safetensors; or
-            org/name on the Hugging Face hub
+        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
+            *.safetensors; or org/name on the Hugging Face hub
         tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
         model_name: what the answers call the model; the name of ckpt_dir unless given
         dtype: bfloat16, float16 or float32; as stored unless given
         device: cpu or cuda; what is there unless given
-        deterministic: the same answers however often the job is interrupted, and at tp 1, 2, 4 and 8; a CPU keeps that to the
-            bit, on CUDA other company in a batch can still change low bits; without it answers may differ after an interruption
+        deterministic: the same answers however often the job is interrupted, and at tp 1, 2, 4 and
+            8; a CPU keeps that to the bit, on CUDA other company in a batch can still change low
+            bits; without it answers may differ after an interruption
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
-        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings; one that asks
-            for the date is told 26 Jul 2024, what Llama's own templates say, so that a job is the same on any day
+        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's
+            folder brings; one that asks for the date is told 26 Jul 2024, what Llama's own
+            templates say, so that a job is the same on any day
 
     Sampling, for lines that do not say it themselves:
-        temperature: 0 is greedy; unless given what generation_config says, else 1 for OpenAI's lines and 0.6 for plain ones
-        top_p: unless given what generation_config says, else 1 for OpenAI's lines and 0.9 for plain ones
-        max_gen_len: most tokens to write; unless given 16 for OpenAI's completions, else what generation_config says, else as
-            many as fit in max_seq_len
-        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its temperature, top_p, top_k, min_p,
-            repetition_penalty and max_new_tokens count); a path for another; none for neither
+        temperature: 0 is greedy; unless given what generation_config says, else 1 for OpenAI's
+            lines and 0.6 for plain ones
+        top_p: unless given what generation_config says, else 1 for OpenAI's lines and 0.9 for plain
+            ones
+        max_gen_len: most tokens to write; unless given 16 for OpenAI's completions, else what
+            generation_config says, else as many as fit in max_seq_len
+        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its
+            temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens count); a path
+            for another; none for neither
         seed: with the input and a line's custom_id, decides the line's draws
 
     Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
+        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
+            unless given
         max_batch_size: most sequences computed at once
         max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
         prefix_cache: reuse the cache of prompts that begin alike
@@ -90,17 +130,40 @@ def main(
     """
     flags = dict(locals())
     if not os.path.isfile(input):
-        raise UserError(f"--input {input} cannot be read", "there is no such file", "name a file (it is read twice, so no pipe)")
+        raise UserError(
+            f"--input {input} cannot be read",
+            "there is no such file",
+            "name a file (it is read twice, so no pipe)",
+        )
     if not os.path.isdir(os.path.dirname(output) or "."):
-        raise UserError(f"--output {output} cannot be written", "there is no such folder", "make it, or correct the name")
+        raise UserError(
+            f"--output {output} cannot be written",
+            "there is no such folder",
+            "make it, or correct the name",
+        )
     if os.path.exists(output) and not os.path.isfile(output):
-        raise UserError(f"--output {output} cannot be written", "it is no file that can be gone on with", "name another")
-    if any(os.path.exists(each) and os.path.samefile(input, each) for each in (output, f"{output}.job", f"{output}.retry")):
-        raise UserError(f"--output {output} cannot be written", "it is the --input, or a file beside it is", "name another")
+        raise UserError(
+            f"--output {output} cannot be written",
+            "it is no file that can be gone on with",
+            "name another",
+        )
+    if any(
+        os.path.exists(each) and os.path.samefile(input, each)
+        for each in (output, f"{output}.job", f"{output}.retry")
+    ):
+        raise UserError(
+            f"--output {output} cannot be written",
+            "it is the --input, or a file beside it is",
+            "name another",
+        )
     given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
-    check_numbers(max_seq_len=(max_seq_len, 1, 10**9), max_batch_size=(max_batch_size, 1, 10**5),
-                  max_step_tokens=(max_step_tokens, 1, 10**9), step_timeout=(step_timeout, 1, 10**6),
-                  load_timeout=(load_timeout, 1, 10**6))
+    check_numbers(
+        max_seq_len=(max_seq_len, 1, 10**9),
+        max_batch_size=(max_batch_size, 1, 10**5),
+        max_step_tokens=(max_step_tokens, 1, 10**9),
+        step_timeout=(step_timeout, 1, 10**6),
+        load_timeout=(load_timeout, 1, 10**6),
+    )
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch
@@ -110,6 +173,7 @@ def main(
     from llama_tp.parallel.rendezvous import open_store, read_launch
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
+
     launch, job = read_launch(os.environ), None
     store = None if launch is None or launch.world == 1 else open_store(launch, load_timeout)
     if launch is None or launch.rank == 0:
@@ -123,14 +187,29 @@ def main(
         def tell(line: str) -> None:
             if not quiet:
                 print(f"batch: {line}", file=sys.stderr, flush=True)
+
         if defaults.file:
             tell(f"what lines do not say: {defaults}")
-        job = open_job(input, output, model, defaults, made_of(source, model, defaults, flags), skip_bad, retry_failed, tell)
+        job = open_job(
+            input,
+            output,
+            model,
+            defaults,
+            made_of(source, model, defaults, flags),
+            skip_bad,
+            retry_failed,
+            tell,
+        )
         source.close()
     if not something_to_do(job, store):
         return job and closing_word(job, job.n_failed, quiet)
 
-    engine = build(EngineOptions(**{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}), store)
+    engine = build(
+        EngineOptions(
+            **{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}
+        ),
+        store,
+    )
     stop, finished = Stop(engine.is_driver), True
     try:
         if engine.is_driver:
@@ -143,38 +222,55 @@ def main(
         engine.watch.fail(error)
     engine.close()
     if not finished:
-        print(f"batch: stopped by {stop.signal.name} after {job.target.n_lines} of {job.n_lines} lines; to go on: "
-              f"{same_command(flags, launch)}", file=sys.stderr, flush=True)
+        print(
+            f"batch: stopped by {stop.signal.name} after {job.target.n_lines} of {job.n_lines} "
+            "lines; to go on: "
+            f"{same_command(flags, launch)}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(128 + stop.signal)
     return job and closing_word(job, job.n_failed, quiet)
 
 
 def served(source, tokenizer, chat, flags: dict, max_seq_len: int) -> ServedModel:
-    """What the input's lines are held against: `source` is an opened checkpoint, `chat` its template if that is used."""
+    """What the input's lines are held against: `source` is an opened checkpoint, `chat` its
+    template if that is used."""
     check_vocab(tokenizer, source.config.vocab_size)
     name = flags["model_name"] or os.path.basename(os.path.abspath(flags["ckpt_dir"]))
     n_vocab = min(tokenizer.n_vocab, source.config.vocab_size)
-    return ServedModel(name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab, chat=chat)
+    return ServedModel(
+        name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab, chat=chat
+    )
 
 
 def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict) -> dict:
-    """What must stay the same for a file to be gone on with: all that an answer depends on, and no tp."""
+    """What must stay the same for a file to be gone on with: all that an answer depends on, and no
+    tp."""
     template = {} if model.chat is None else {"chat template": model.chat.digest()}
     config = {"generation config": dict(defaults.file)} if defaults.file else {}
-    return {"model": sampled_digest(source.folder, source.weight_files(), source.digest()), "tokenizer": tokenizer_digest(model),
-            **template, **config,
-            "parameters": {name: flags[name] for name in PARAMETERS} | {"model_name": model.name, "max_seq_len": model.max_seq_len}}
+    return {
+        "model": sampled_digest(source.folder, source.weight_files(), source.digest()),
+        "tokenizer": tokenizer_digest(model),
+        **template,
+        **config,
+        "parameters": {name: flags[name] for name in PARAMETERS}
+        | {"model_name": model.name, "max_seq_len": model.max_seq_len},
+    }
 
 
 def something_to_do(job: Job | None, store) -> bool:
-    """Whether there is any line left: rank 0 knows, the others wait to hear it in the launch's store, if need be for hours."""
+    """Whether there is any line left: rank 0 knows, the others wait to hear it in the launch's
+    store, if need be for hours."""
     if job is None:
         store.set_timeout(STORE_WAIT)
         try:
             return store.get(WORD) == b"go"
-        except RuntimeError as error:                       # torch's network errors are RuntimeErrors
+        except RuntimeError as error:  # torch's network errors are RuntimeErrors
             said = str(error).split("\n")[0][:200]
-            raise UserError("rank 0 has ended before it gave the word to begin", said, "see its message") from None
+            raise UserError(
+                "rank 0 has ended before it gave the word to begin", said, "see its message"
+            ) from None
     if job.is_done:
         job.finish()
     if store is not None:
@@ -187,54 +283,71 @@ def work(job: Job, engine, n_rows: int, stop: "Stop", quiet: bool) -> bool:
     dtype = str(engine.runner.model.dtype).removeprefix("torch.")
     job.computed_by({"device": engine.ranks.device.type, "dtype": dtype})
     with Progress(job, quiet) as progress:
-        return Work(job, engine, n_rows, f"fp_{job.key.hex()[:12]}", progress).run(lambda: stop.signal is not None)
+        return Work(job, engine, n_rows, f"fp_{job.key.hex()[:12]}", progress).run(
+            lambda: stop.signal is not None
+        )
 
 
 class Stop:
     """What a signal asks for: the driver ends after its step, the workers when the driver says so.
 
-    Made on every rank, after the engine: until then a signal ends a rank at once, and nothing has been written.
+    Made on every rank, after the engine: until then a signal ends a rank at once, and nothing has
+    been written.
     """
 
     def __init__(self, is_driver: bool):
         self.signal: signal.Signals | None = None
         if is_driver:
-            signal.set_wakeup_fd(-1)                        # the watch would end this rank 2 s after the signal
+            signal.set_wakeup_fd(-1)  # the watch would end this rank 2 s after the signal
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._asked if is_driver else signal.SIG_IGN)
 
     def _asked(self, number: int, frame) -> None:
-        if self.signal is not None:                         # asked twice: now
+        if self.signal is not None:  # asked twice: now
             raise SystemExit(128 + number)
         self.signal = signal.Signals(number)
 
 
 class Progress:
-    """Lines, lines/s, tok/s and the time left: a bar on a terminal, a plain line now and then elsewhere."""
+    """Lines, lines/s, tok/s and the time left: a bar on a terminal, a plain line now and then
+    elsewhere."""
 
     def __init__(self, job: Job, quiet: bool):
         self.total, self.begun_at, self.quiet = job.n_lines, job.target.n_lines, quiet
         self.started = self.said_at = time.monotonic()
         self.n_tokens = 0
         on_terminal = not quiet and sys.stderr.isatty()
-        self.bar = tqdm(desc="batch", total=self.total, initial=self.begun_at, unit="line") if on_terminal else None
+        self.bar = (
+            tqdm(desc="batch", total=self.total, initial=self.begun_at, unit="line")
+            if on_terminal
+            else None
+        )
 
     def __call__(self, n_lines: int, n_failed: int, n_tokens: int) -> None:
         self.n_tokens += n_tokens
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix_str(f"{self.n_tokens / max(now - self.started, 1e-9):.0f} tok/s, {n_failed} failed", refresh=False)
+            self.bar.set_postfix_str(
+                f"{self.n_tokens / max(now - self.started, 1e-9):.0f} tok/s, {n_failed} failed",
+                refresh=False,
+            )
             self.bar.update(n_lines - self.bar.n)
         elif not self.quiet and (now - self.said_at >= LINE_EVERY_S or n_lines == self.total):
             self.said_at = now
-            print(f"batch: {self.line(n_lines, n_failed, now - self.started)}", file=sys.stderr, flush=True)
+            print(
+                f"batch: {self.line(n_lines, n_failed, now - self.started)}",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def line(self, n_lines: int, n_failed: int, seconds: float) -> str:
         """The state in words."""
         rate = (n_lines - self.begun_at) / max(seconds, 1e-9)
         left = f", {timedelta(seconds=round((self.total - n_lines) / rate))} left" if rate else ""
-        return (f"{n_lines} of {self.total} lines, {n_failed} failed, {rate:.1f} lines/s, "
-                f"{self.n_tokens / max(seconds, 1e-9):.0f} tok/s{left}")
+        return (
+            f"{n_lines} of {self.total} lines, {n_failed} failed, {rate:.1f} lines/s, "
+            f"{self.n_tokens / max(seconds, 1e-9):.0f} tok/s{left}"
+        )
 
     def __enter__(self) -> "Progress":
         return self
@@ -245,10 +358,14 @@ class Progress:
 
 
 def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
-    """Says that the file is whole. Raises UserError if any of its lines failed, whenever that was."""
+    """Says that the file is whole. Raises UserError if any of its lines failed, whenever that
+    was."""
     if n_failed:
-        raise UserError(f"{n_failed} of {job.n_lines} lines failed", f"{job.output} is whole, and says why in their \"error\"",
-                        "--retry_failed runs them again")
+        raise UserError(
+            f"{n_failed} of {job.n_lines} lines failed",
+            f'{job.output} is whole, and says why in their "error"',
+            "--retry_failed runs them again",
+        )
     if not quiet:
         print(f"batch: all {job.n_lines} lines are in {job.output}", file=sys.stderr, flush=True)
 
@@ -262,7 +379,11 @@ def same_command(flags: dict, launch) -> str:
         words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(launch.local_size), "batch"]
     for name, value in flags.items():
         if value != defaults[name]:
-            words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+            words += (
+                [f"--{name}" if value else f"--no_{name}"]
+                if isinstance(value, bool)
+                else [f"--{name}", str(value)]
+            )
     return shlex.join(words)
 
 

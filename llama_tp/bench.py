@@ -1,4 +1,5 @@
-"""Command: measured numbers beside the machine's ceiling. A card, a table, and the same as JSON in the last line."""
+"""Command: measured numbers beside the machine's ceiling. A card, a table, and the same as JSON in
+the last line."""
 
 import importlib.util
 import json
@@ -15,30 +16,56 @@ from llama_tp.spec.published import PUBLISHED
 
 
 def main(
-    what: Literal["latency", "throughput", "startup", "serve"], *, ckpt_dir: str | None = None, model: str | None = None,
-    n_layers: int | None = None, tp: int | None = None, simulate_rank: int | None = None, allreduce_us: float | None = None,
-    batch_size: tuple[int, ...] = (), input_len: int = 128, output_len: int = 128, n_runs: int = 3, n_requests: int = 32,
-    spread: float = 0.5, max_batch_size: int = 32, device: str | None = None, dtype: str | None = None,
-    deterministic: bool | None = None, save: str | None = None, plot: str | None = None, beside: tuple[str, ...] = (),
-    url: str | None = None, chat: bool = False, request_rate: float | None = None, concurrency: int | None = None,
-    prompts_file: str | None = None, temperature: float = 0.0, ignore_eos: bool = True, seed: int = 1, api_key: str | None = None,
-    goodput: tuple[str, ...] = (), request_timeout: float = 600.0,
+    what: Literal["latency", "throughput", "startup", "serve"],
+    *,
+    ckpt_dir: str | None = None,
+    model: str | None = None,
+    n_layers: int | None = None,
+    tp: int | None = None,
+    simulate_rank: int | None = None,
+    allreduce_us: float | None = None,
+    batch_size: tuple[int, ...] = (),
+    input_len: int = 128,
+    output_len: int = 128,
+    n_runs: int = 3,
+    n_requests: int = 32,
+    spread: float = 0.5,
+    max_batch_size: int = 32,
+    device: str | None = None,
+    dtype: str | None = None,
+    deterministic: bool | None = None,
+    save: str | None = None,
+    plot: str | None = None,
+    beside: tuple[str, ...] = (),
+    url: str | None = None,
+    chat: bool = False,
+    request_rate: float | None = None,
+    concurrency: int | None = None,
+    prompts_file: str | None = None,
+    temperature: float = 0.0,
+    ignore_eos: bool = True,
+    seed: int = 1,
+    api_key: str | None = None,
+    goodput: tuple[str, ...] = (),
+    request_timeout: float = 600.0,
 ):
-    """Measure latency, throughput or startup, on one rank or more, beside what the machine could do at best; or load a server.
+    """Measure latency, throughput or startup, on one rank or more, beside what the machine could do
+    at best; or load a server.
 
     Examples:
         python -m llama_tp.bench latency --ckpt_dir checkpoints/demo --batch_size 1 --batch_size 8
         python -m llama_tp.launch --nproc_per_node 2 bench throughput --model 1B
-        python -m llama_tp.bench serve --url http://127.0.0.1:8000 --n_requests 100 --request_rate 5 --goodput ttft:500
+        python -m llama_tp.bench serve --url http://127.0.0.1:8000 --n_requests 100 \\
+            --request_rate 5 --goodput ttft:500
 
     What:
-        what: latency of one batch at a time, throughput of many requests of different lengths, startup, or serve: a load on
-            any OpenAI-compatible server
+        what: latency of one batch at a time, throughput of many requests of different lengths,
+            startup, or serve: a load on any OpenAI-compatible server
 
     Model:
         ckpt_dir: a checkpoint in either layout
-        model: or random weights in a published size: 1B, 3B, 8B, 70B or 405B; for serve, the model to ask the server for, its
-            first unless given
+        model: or random weights in a published size: 1B, 3B, 8B, 70B or 405B; for serve, the model
+            to ask the server for, its first unless given
         n_layers: keep so many of that model's layers
         dtype: bfloat16, float16 or float32; as stored, or bfloat16, unless given
         device: cpu or cuda; what is there unless given
@@ -58,9 +85,11 @@ def main(
         chat: send chat messages instead of plain prompts
         request_rate: requests a second, at random moments (Poisson); all at once unless given
         concurrency: most requests under way at once
-        prompts_file: one prompt a line, or {"prompt": "..."}; random words of input_len tokens unless given
+        prompts_file: one prompt a line, or {"prompt": "..."}; random words of input_len tokens
+            unless given
         temperature: 0 is greedy
-        ignore_eos: write output_len tokens whatever the model says, where the server knows the field ignore_eos
+        ignore_eos: write output_len tokens whatever the model says, where the server knows the
+            field ignore_eos
         seed: of prompts, lengths and moments
         api_key: OPENAI_API_KEY from the environment unless given
         goodput: NAME:MS counts requests that keep this limit, too; NAME is ttft, tpot, itl or e2el
@@ -79,12 +108,31 @@ def main(
     check_files(save, plot, beside)
     if what == "serve":
         if not url or ckpt_dir:
-            raise UserError("serve measures a server that runs", f"found {'--ckpt_dir' if ckpt_dir else 'no --url'}",
-                            "start one with python -m llama_tp.serve and give --url http://127.0.0.1:8000")
+            raise UserError(
+                "serve measures a server that runs",
+                f"found {'--ckpt_dir' if ckpt_dir else 'no --url'}",
+                "start one with python -m llama_tp.serve and give --url http://127.0.0.1:8000",
+            )
         from llama_tp.benchmarks import serve, served
-        load = serve.Load(url, model, chat, n_requests, input_len, output_len, spread, request_rate, concurrency, prompts_file,
-                          temperature, ignore_eos, seed, api_key or os.environ.get("OPENAI_API_KEY"), serve.limits_of(goodput),
-                          request_timeout)
+
+        load = serve.Load(
+            url,
+            model,
+            chat,
+            n_requests,
+            input_len,
+            output_len,
+            spread,
+            request_rate,
+            concurrency,
+            prompts_file,
+            temperature,
+            ignore_eos,
+            seed,
+            api_key or os.environ.get("OPENAI_API_KEY"),
+            serve.limits_of(goodput),
+            request_timeout,
+        )
         result = serve.measure(load, show=lambda text: print(text, file=sys.stderr, flush=True))
         _show(served.tables(result), served.summary(result))
         _keep(result, save)
@@ -92,15 +140,29 @@ def main(
             served.draw(result, plot)
         return
     if url:
-        raise UserError("--url is for serve", f"this is {what}", f"python -m llama_tp.bench serve --url {url}")
+        raise UserError(
+            "--url is for serve", f"this is {what}", f"python -m llama_tp.bench serve --url {url}"
+        )
     if (ckpt_dir is None) == (model is None):
         found = "both --ckpt_dir and --model" if model else "neither --ckpt_dir nor --model"
-        raise UserError("there must be one model to measure", found, "give --ckpt_dir D, or --model 1B for random weights")
+        raise UserError(
+            "there must be one model to measure",
+            found,
+            "give --ckpt_dir D, or --model 1B for random weights",
+        )
     if model is not None and model not in PUBLISHED:
-        raise UserError("--model is not a published size", f"found {model!r}", f"use one of {', '.join(PUBLISHED)}")
+        raise UserError(
+            "--model is not a published size",
+            f"found {model!r}",
+            f"use one of {', '.join(PUBLISHED)}",
+        )
     if (tp is None) != (simulate_rank is None) or (tp and not (model and 0 <= simulate_rank < tp)):
-        raise UserError("--tp and --simulate_rank go together, with --model", f"found --tp {tp} --simulate_rank {simulate_rank}",
-                        "for example --model 405B --tp 8 --simulate_rank 0; real ranks are started with python -m llama_tp.launch")
+        raise UserError(
+            "--tp and --simulate_rank go together, with --model",
+            f"found --tp {tp} --simulate_rank {simulate_rank}",
+            "for example --model 405B --tp 8 --simulate_rank 0; real ranks are started with python "
+            "-m llama_tp.launch",
+        )
     if plot and what != "latency":
         raise UserError("--plot draws latency", f"this is {what}", "leave it out")
     if what == "startup" and not ckpt_dir:
@@ -110,11 +172,29 @@ def main(
 
     from llama_tp.benchmarks import plot as plots
     from llama_tp.benchmarks import session
-    load = session.Load(what, batch_size or (1, 4, 16), input_len, output_len, n_runs, n_requests, spread, max_batch_size)
-    engine, ages_s = session.open_engine(load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic)
+
+    load = session.Load(
+        what,
+        batch_size or (1, 4, 16),
+        input_len,
+        output_len,
+        n_runs,
+        n_requests,
+        spread,
+        max_batch_size,
+    )
+    engine, ages_s = session.open_engine(
+        load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic
+    )
     try:
-        result, tables = session.measure(engine, ages_s, load, ckpt_dir or model, allreduce_us,
-                                         show=lambda text: print(text, flush=True))
+        result, tables = session.measure(
+            engine,
+            ages_s,
+            load,
+            ckpt_dir or model,
+            allreduce_us,
+            show=lambda text: print(text, flush=True),
+        )
     except UserError as error:
         engine.watch.fail(error)
     if engine.is_driver:
@@ -126,19 +206,28 @@ def main(
 
 
 def check_files(save: str | None, plot: str | None, beside: tuple[str, ...]) -> None:
-    """Raises UserError, before anything is measured, for files that cannot be what they have to be afterwards."""
+    """Raises UserError, before anything is measured, for files that cannot be what they have to be
+    afterwards."""
     for name, path in (("save", save), ("plot", plot)):
         if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"--{name} {path} cannot be written", "there is no such folder", "make it, or correct the name")
+            raise UserError(
+                f"--{name} {path} cannot be written",
+                "there is no such folder",
+                "make it, or correct the name",
+            )
     if plot and not plot.endswith((".png", ".svg")):
         raise UserError("--plot draws a .png or .svg", f"found {plot!r}", "name one")
     if plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plot needs matplotlib", "it is not installed", "pip install 'llama_tp[bench]'")
+        raise UserError(
+            "--plot needs matplotlib", "it is not installed", "pip install 'llama_tp[bench]'"
+        )
     for path in beside:
         try:
             json.loads(Path(path).read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"--beside {path} cannot be read", str(error)[:200], "name a file that --save wrote") from None
+            raise UserError(
+                f"--beside {path} cannot be read", str(error)[:200], "name a file that --save wrote"
+            ) from None
 
 
 def _show(tables: list[list[dict]], result: dict) -> None:

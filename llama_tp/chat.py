@@ -1,7 +1,8 @@
 """Command: a conversation in the terminal with any OpenAI-compatible server.
 
-What was said, and the slash commands, are in `text.conversation`. Here are `Server`, which streams an answer, `Plain` and
-`Markdown`, which show it as it grows, and `talk`, the loop. prompt_toolkit reads lines, rich draws, httpx talks: all in an extra.
+What was said, and the slash commands, are in `text.conversation`. Here are `Server`, which streams
+an answer, `Plain` and `Markdown`, which show it as it grows, and `talk`, the loop. prompt_toolkit
+reads lines, rich draws, httpx talks: all in an extra.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from llama_tp.text.conversation import Answer, Conversation
 
 try:
     import termios
-except ImportError:                                     # not on Windows, where there is nothing to switch off
+except ImportError:  # not on Windows, where there is nothing to switch off
     termios = None
 try:
     import httpx
@@ -30,18 +31,28 @@ try:
     import rich.console
     import rich.live
     import rich.markdown
+
     LACKING = None
-except ImportError as error:                            # said by `main`, once the flags are right
+except ImportError as error:  # said by `main`, once the flags are right
     LACKING = error.name
 
-# All that moves a cursor or sets a title: a model's text may show characters and line breaks, no more.
+# All that moves a cursor or sets a title: a model's text may show characters and line breaks, no
+# more.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def main(
-    *, url: str = "http://127.0.0.1:8000", model: str | None = None, api_key: str | None = None, system: str | None = None,
-    temperature: float | None = None, max_tokens: int | None = None, load: str | None = None, markdown: bool = True,
-    history_file: str = "~/.llama_tp_history", wait: float = 0.0,
+    *,
+    url: str = "http://127.0.0.1:8000",
+    model: str | None = None,
+    api_key: str | None = None,
+    system: str | None = None,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    load: str | None = None,
+    markdown: bool = True,
+    history_file: str = "~/.llama_tp_history",
+    wait: float = 0.0,
 ):
     """Talk with a model that a server runs. /help inside lists the commands.
 
@@ -66,18 +77,30 @@ def main(
         history_file: keeps what was typed, for the arrow keys; an empty text keeps nothing
     """
     if not url.startswith(("http://", "https://")):
-        raise UserError("--url is not the address of a server", f"found {url!r}", "write --url http://127.0.0.1:8000")
+        raise UserError(
+            "--url is not the address of a server",
+            f"found {url!r}",
+            "write --url http://127.0.0.1:8000",
+        )
     if LACKING:
-        raise UserError("chat needs httpx, prompt_toolkit and rich", f"{LACKING} is not installed", "pip install 'llama_tp[chat]'")
+        raise UserError(
+            "chat needs httpx, prompt_toolkit and rich",
+            f"{LACKING} is not installed",
+            "pip install 'llama_tp[chat]'",
+        )
     settings = {"temperature": temperature, "max_tokens": max_tokens}
-    conversation = Conversation(system, {name: value for name, value in settings.items() if value is not None})
+    conversation = Conversation(
+        system, {name: value for name, value in settings.items() if value is not None}
+    )
     if load:
         conversation.load(load)
     server = Server(url, api_key or os.environ.get("OPENAI_API_KEY"))
     conversation.model = model or server.first_model(wait)
     console = rich.console.Console(highlight=False)
     if sys.stdin.isatty():
-        console.print(f"{conversation.model} at {url}. /help lists the commands.", style="dim", markup=False)
+        console.print(
+            f"{conversation.model} at {url}. /help lists the commands.", style="dim", markup=False
+        )
         read = session(history_file).prompt
     else:
         read = iter(_piped()).__next__
@@ -85,7 +108,8 @@ def main(
 
 
 class Server:
-    """An OpenAI-compatible server at `url`. Raises UserError for what is no URL, and for a key that no header can carry."""
+    """An OpenAI-compatible server at `url`. Raises UserError for what is no URL, and for a key that
+    no header can carry."""
 
     def __init__(self, url: str, api_key: str | None):
         self.root = url.rstrip("/").removesuffix("/v1")
@@ -93,15 +117,28 @@ class Server:
         with contextlib.suppress(httpx.InvalidURL):
             host = httpx.URL(self.root).host
         if not host:
-            raise UserError("--url is not the address of a server", f"found {url!r}", "write --url http://127.0.0.1:8000")
+            raise UserError(
+                "--url is not the address of a server",
+                f"found {url!r}",
+                "write --url http://127.0.0.1:8000",
+            )
         if api_key and not (api_key.isascii() and api_key.isprintable()):
-            raise UserError("an API key is made of ASCII characters", "this one is not", "correct --api_key, or OPENAI_API_KEY")
+            raise UserError(
+                "an API key is made of ASCII characters",
+                "this one is not",
+                "correct --api_key, or OPENAI_API_KEY",
+            )
         local = host in ("localhost", "127.0.0.1", "::1")
-        self.client = httpx.Client(headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-                                   timeout=httpx.Timeout(None, connect=10.0), trust_env=not local)      # no proxy to this machine
+        self.client = httpx.Client(
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            # no proxy to this machine
+            timeout=httpx.Timeout(None, connect=10.0),
+            trust_env=not local,
+        )
 
     def first_model(self, wait_s: float) -> str:
-        """The name of the server's first model; waits for a server that is not there yet or says 503. UserError after that."""
+        """The name of the server's first model; waits for a server that is not there yet or says
+        503. UserError after that."""
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -113,31 +150,49 @@ class Server:
                 said = f"{type(error).__name__}: {error}"
             except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
                 found = f"{type(error).__name__}: {error}"[:200]
-                raise UserError(f"no OpenAI-compatible server at {self.root}", found, "check --url and --api_key") from None
+                raise UserError(
+                    f"no OpenAI-compatible server at {self.root}",
+                    found,
+                    "check --url and --api_key",
+                ) from None
             if time.monotonic() > deadline:
-                raise UserError(f"no server at {self.root}", said, "start one (python -m llama_tp.serve), or give --url and --wait")
+                raise UserError(
+                    f"no server at {self.root}",
+                    said,
+                    "start one (python -m llama_tp.serve), or give --url and --wait",
+                )
             time.sleep(0.2)
 
     def stream(self, body: dict, answer: Answer) -> Iterator[str]:
-        """The pieces of an answer's text as they come; `answer` is kept up to date. UserError when the server refuses or fails."""
+        """The pieces of an answer's text as they come; `answer` is kept up to date. UserError when
+        the server refuses or fails."""
         sent, events = time.monotonic(), Events()
         try:
             with self.client.stream("POST", f"{self.root}/v1/chat/completions", json=body) as reply:
                 if reply.status_code != 200:
-                    raise UserError(f"the server says HTTP {reply.status_code}", _message(reply.read()),
-                                    "/clear forgets the conversation, /set NAME takes a setting back, /retry asks again")
+                    raise UserError(
+                        f"the server says HTTP {reply.status_code}",
+                        _message(reply.read()),
+                        "/clear forgets the conversation, /set NAME takes a setting back, /retry "
+                        "asks again",
+                    )
                 for data in reply.iter_bytes():
                     for event in events.push(data):
                         yield from self._piece(event, answer, sent)
         except (httpx.HTTPError, ValueError, AttributeError, TypeError) as error:
-            raise UserError("the connection to the server broke", f"{type(error).__name__}: {error}"[:200],
-                            "/retry asks again") from None
+            raise UserError(
+                "the connection to the server broke",
+                f"{type(error).__name__}: {error}"[:200],
+                "/retry asks again",
+            ) from None
         if not events.done and not answer.finish_reason:
             raise UserError("the server broke off", "the answer has no end", "/retry asks again")
 
     def _piece(self, event: dict, answer: Answer, sent: float) -> Iterator[str]:
         if event.get("error"):
-            raise UserError("the server failed", _message(json.dumps(event).encode()), "/retry asks again")
+            raise UserError(
+                "the server failed", _message(json.dumps(event).encode()), "/retry asks again"
+            )
         for choice in event.get("choices") or []:
             answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
             text = _CONTROL.sub("", (choice.get("delta") or {}).get("content") or "")
@@ -148,7 +203,10 @@ class Server:
                 answer.text += text
                 yield text
         if usage := event.get("usage"):
-            answer.n_tokens, answer.n_prompt = usage.get("completion_tokens", answer.n_tokens), usage.get("prompt_tokens", 0)
+            answer.n_tokens, answer.n_prompt = (
+                usage.get("completion_tokens", answer.n_tokens),
+                usage.get("prompt_tokens", 0),
+            )
 
 
 def _piped() -> list[str]:
@@ -156,7 +214,9 @@ def _piped() -> list[str]:
     try:
         return sys.stdin.read().removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError("the standard input cannot be read", str(error), "give UTF-8 text") from None
+        raise UserError(
+            "the standard input cannot be read", str(error), "give UTF-8 text"
+        ) from None
 
 
 def _message(data: bytes) -> str:
@@ -182,12 +242,20 @@ def session(history_file: str, **terminal) -> "prompt_toolkit.PromptSession":
     @keys.add("escape", "enter")
     def _(event):
         event.current_buffer.insert_text("\n")
-    return prompt_toolkit.PromptSession("> ", multiline=True, key_bindings=keys, history=_history(history_file),
-                                        prompt_continuation="  ", **terminal)
+
+    return prompt_toolkit.PromptSession(
+        "> ",
+        multiline=True,
+        key_bindings=keys,
+        history=_history(history_file),
+        prompt_continuation="  ",
+        **terminal,
+    )
 
 
 def _history(path: str) -> "prompt_toolkit.history.History":
-    """What was typed before; a file that only its owner can read, or memory where there can be none."""
+    """What was typed before; a file that only its owner can read, or memory where there can be
+    none."""
     path = os.path.expanduser(path)
     try:
         if path:
@@ -198,9 +266,15 @@ def _history(path: str) -> "prompt_toolkit.history.History":
     return prompt_toolkit.history.InMemoryHistory()
 
 
-def talk(conversation: Conversation, server: Server, read: Callable[[], str], console: "rich.console.Console",
-         markdown: bool) -> None:
-    """Reads lines until /quit or the end of the input, and answers them. Ctrl-C ends an answer, or empties the line."""
+def talk(
+    conversation: Conversation,
+    server: Server,
+    read: Callable[[], str],
+    console: "rich.console.Console",
+    markdown: bool,
+) -> None:
+    """Reads lines until /quit or the end of the input, and answers them. Ctrl-C ends an answer, or
+    empties the line."""
     while True:
         try:
             outcome = conversation.take(read())
@@ -217,13 +291,17 @@ def talk(conversation: Conversation, server: Server, read: Callable[[], str], co
             reply(conversation, server, console, markdown)
 
 
-def reply(conversation: Conversation, server: Server, console: "rich.console.Console", markdown: bool) -> None:
-    """Streams the answer to the last message onto the screen and into the conversation, as far as it comes."""
+def reply(
+    conversation: Conversation, server: Server, console: "rich.console.Console", markdown: bool
+) -> None:
+    """Streams the answer to the last message onto the screen and into the conversation, as far as
+    it comes."""
     answer, end = Answer(), ""
     with silent_keys(), CtrlC() as ctrl_c:
         view = Markdown(console) if markdown else Plain(console)
         try:
-            with contextlib.closing(server.stream(conversation.body(), answer)) as pieces:     # closed: the server stops, too
+            # closed: the server stops, too
+            with contextlib.closing(server.stream(conversation.body(), answer)) as pieces:
                 for text in ctrl_c.until_pressed(pieces):
                     view.add(text)
         except KeyboardInterrupt:
@@ -232,7 +310,8 @@ def reply(conversation: Conversation, server: Server, console: "rich.console.Con
             end = f"{error}\n"
         view.close()
         conversation.answered(answer)
-        notes = console if console.is_terminal else rich.console.Console(stderr=True)       # a pipe gets answers alone
+        # a pipe gets answers alone
+        notes = console if console.is_terminal else rich.console.Console(stderr=True)
         if end or console.is_terminal:
             end = end + answer.line() if answer.text else end.rstrip("\n; ") or "no text came"
             notes.print(end, style="dim", markup=False, soft_wrap=True)
@@ -240,14 +319,15 @@ def reply(conversation: Conversation, server: Server, console: "rich.console.Con
 
 @contextlib.contextmanager
 def silent_keys() -> Iterator[None]:
-    """Keeps the terminal from echoing keys: rich counts the lines that it goes back, and an echo (of ^C, too) would add one.
-    What is typed meanwhile waits for the next prompt."""
+    """Keeps the terminal from echoing keys: rich counts the lines that it goes back, and an echo
+    (of ^C, too) would add one. What is typed meanwhile waits for the next prompt."""
     if not (termios and sys.stdin.isatty()):
         yield
         return
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
-    silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]     # Ctrl-C is not to empty the output
+    # Ctrl-C is not to empty the output
+    silent = [*before[:3], before[3] & ~termios.ECHO | termios.NOFLSH, *before[4:]]
     termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
     try:
         yield
@@ -256,8 +336,8 @@ def silent_keys() -> Iterator[None]:
 
 
 class CtrlC:
-    """Ctrl-C raises KeyboardInterrupt while we wait for the next piece, and is remembered while we draw: half a drawing would be
-    drawn again."""
+    """Ctrl-C raises KeyboardInterrupt while we wait for the next piece, and is remembered while we
+    draw: half a drawing would be drawn again."""
 
     def __init__(self):
         self.pressed = self.waiting = False
@@ -272,7 +352,7 @@ class CtrlC:
     def _press(self, *_) -> None:
         self.pressed = True
         if self.waiting:
-            self.waiting = False                        # a second Ctrl-C does not interrupt the closing of the stream
+            self.waiting = False  # a second Ctrl-C does not interrupt the closing of the stream
             raise KeyboardInterrupt
 
     def until_pressed(self, pieces: Iterator[str]) -> Iterator[str]:
@@ -305,8 +385,9 @@ class Plain:
 
 
 class Markdown:
-    """Draws markdown while it is written. Paragraphs that are complete are printed for good; only the last one is redrawn, and of
-    it no more than fits: redrawing what has scrolled away would repeat it."""
+    """Draws markdown while it is written. Paragraphs that are complete are printed for good; only
+    the last one is redrawn, and of it no more than fits: redrawing what has scrolled away would
+    repeat it."""
 
     def __init__(self, console: "rich.console.Console"):
         self.console, self.rest, self.gap = console, "", ""
@@ -318,7 +399,9 @@ class Markdown:
         if done.strip():
             self.print(done)
         below = [""] if self.gap else []
-        self.live.update(rich.console.Group(*below, drawn(tail(self.rest, max(3, self.console.height - 5)))))
+        self.live.update(
+            rich.console.Group(*below, drawn(tail(self.rest, max(3, self.console.height - 5))))
+        )
 
     def close(self) -> None:
         self.live.update("")
@@ -333,8 +416,9 @@ class Markdown:
 
 
 def drawn(text: str) -> "rich.markdown.Markdown":
-    """A text as markdown, but each of its lines as a line: rich joins the lines of a paragraph, and a model means verse."""
-    markdown = rich.markdown.Markdown(text, hyperlinks=False)           # where a link leads stays in sight
+    """A text as markdown, but each of its lines as a line: rich joins the lines of a paragraph, and
+    a model means verse."""
+    markdown = rich.markdown.Markdown(text, hyperlinks=False)  # where a link leads stays in sight
     for token in markdown.parsed:
         for part in token.children or ():
             if part.type == "softbreak":
@@ -343,7 +427,8 @@ def drawn(text: str) -> "rich.markdown.Markdown":
 
 
 def finished(text: str) -> tuple[str, str]:
-    """(paragraphs that nothing can change any more, the rest): cut behind the last empty line outside of a block of code."""
+    """(paragraphs that nothing can change any more, the rest): cut behind the last empty line
+    outside of a block of code."""
     place = cut = 0
     fence = ""
     for line in text.splitlines(keepends=True):

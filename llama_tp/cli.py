@@ -1,4 +1,5 @@
-"""Runs a command: every flag is checked before anything heavy is imported, and bad input ends in one clear line.
+"""Runs a command: every flag is checked before anything heavy is imported, and bad input ends in
+one clear line.
 
 A command is a module whose top is light (no torch) with one function
 
@@ -12,14 +13,16 @@ A command is a module whose top is light (no torch) with one function
     if __name__ == "__main__":
         run(main)
 
-whose annotations are the types of its flags, and whose docstring is its --help: a line `name: text`, indented under a
-title, documents --name. Known types: str, int, float, bool, Literal of texts, each also `| None`, and list[...] or
-tuple[..., ...] for a flag with several values (--flag A B, or --flag A --flag B). A parameter in front of the `*` is a
-word without a flag (`bench latency`); it is spelt --name too.
+whose annotations are the types of its flags, and whose docstring is its --help: a line `name:
+text`, indented under a title, documents --name. Known types: str, int, float, bool, Literal of
+texts, each also `| None`, and list[...] or tuple[..., ...] for a flag with several values (--flag A
+B, or --flag A --flag B). A parameter in front of the `*` is a word without a flag (`bench
+latency`); it is spelt --name too.
 
-Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every rank, after the load;
-it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the words are read here, and fire is left to call
-`main` with the values found. This module knows no command by name, and nothing of torch or the engine.
+Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every
+rank, after the load; it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the
+words are read here, and fire is left to call `main` with the values found. This module knows no
+command by name, and nothing of torch or the engine.
 """
 
 import dataclasses
@@ -39,16 +42,21 @@ import fire
 
 from llama_tp.spec.errors import UserError, mark_told
 
-# torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the driver has failed
-# too, it gets to say why, and torchrun ends the worker before the time is up. If not, the worker speaks.
+# torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the
+# driver has failed too, it gets to say why, and torchrun ends the worker before the time is up. If
+# not, the worker speaks.
 DRIVER_SPEAKS_FIRST_S = 3.0
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad flags, a UserError out of main, Ctrl-C
 
 SWITCH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 # Kind -> (its name in --help, what a value must be, as an error says it).
-KINDS = {str: ("TEXT", "a text"), int: ("INT", "a whole number, such as 8"), float: ("NUMBER", "a number, such as 0.6"),
-         bool: ("", "true or false")}
+KINDS = {
+    str: ("TEXT", "a text"),
+    int: ("INT", "a whole number, such as 8"),
+    float: ("NUMBER", "a number, such as 0.6"),
+    bool: ("", "true or false"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,9 @@ class Flag:
         if self.optional and self.kind is not str and text.lower() == "none":
             return None
         need = f"one of {', '.join(self.choices)}" if self.choices else KINDS[self.kind][1]
-        refusal = UserError(f"--{self.name} needs {need}", f"found {text!r}", "--help lists the flags")
+        refusal = UserError(
+            f"--{self.name} needs {need}", f"found {text!r}", "--help lists the flags"
+        )
         if self.choices and text not in self.choices:
             raise refusal
         try:
@@ -85,11 +95,12 @@ class Flag:
 
 
 def run(main, argv: list[str] | None = None) -> None:
-    """Check `argv` (default: the process's own) against `main`, call it, and turn UserError into one line and a code.
+    """Check `argv` (default: the process's own) against `main`, call it, and turn UserError into
+    one line and a code.
 
-    Returns when `main` has; else leaves the process: 0 after --help, 2 for bad flags, 1 for a UserError out of `main`,
-    130 for Ctrl-C. Any other exception is our bug and keeps its traceback. Under torchrun the driver speaks for all;
-    a worker only about what happened to it alone.
+    Returns when `main` has; else leaves the process: 0 after --help, 2 for bad flags, 1 for a
+    UserError out of `main`, 130 for Ctrl-C. Any other exception is our bug and keeps its traceback.
+    Under torchrun the driver speaks for all; a worker only about what happened to it alone.
     """
     argv = sys.argv[1:] if argv is None else argv
     flags = flags_of(main)
@@ -101,10 +112,18 @@ def run(main, argv: list[str] | None = None) -> None:
         if _is_driver():
             print(help_text(main, flags))
         sys.exit(0)
-    # fire sees only the names: each value is handed over as it was read here, never guessed from its text again.
-    fire.decorators.SetParseFns(**{name: lambda _, value=value: value for name, value in values.items()})(main)
+    # fire sees only the names: each value is handed over as it was read here, never guessed from
+    # its text again.
+    fire.decorators.SetParseFns(
+        **{name: lambda _, value=value: value for name, value in values.items()}
+    )(main)
     try:
-        fire.Fire(main, command=[f"--{name}=" for name in values], name=_command(), serialize=lambda _: None)
+        fire.Fire(
+            main,
+            command=[f"--{name}=" for name in values],
+            name=_command(),
+            serialize=lambda _: None,
+        )
     except UserError as error:
         _leave(error, FAILURE)
     except KeyboardInterrupt:
@@ -112,7 +131,8 @@ def run(main, argv: list[str] | None = None) -> None:
 
 
 def flags_of(main) -> dict[str, Flag]:
-    """The flags that `main` declares, by name. TypeError for an annotation that no flag can have (our bug)."""
+    """The flags that `main` declares, by name. TypeError for an annotation that no flag can have
+    (our bug)."""
     hints = typing.get_type_hints(main)
     flags = {}
     for name, parameter in inspect.signature(main).parameters.items():
@@ -125,19 +145,23 @@ def flags_of(main) -> dict[str, Flag]:
         if typing.get_origin(kind) is typing.Literal:
             kind, found["choices"] = str, typing.get_args(kind)
         if kind not in KINDS:
-            raise TypeError(f"{main.__module__}.main: no flag can have the type {hints[name]} of {name}")
+            raise TypeError(
+                f"{main.__module__}.main: no flag can have the type {hints[name]} of {name}"
+            )
         found["bare"] = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         flags[name] = Flag(name, kind, default=parameter.default, **found)
     return flags
 
 
 def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
-    """The values that `argv` gives to `flags`, by name, in the types `main` asks for; None when it asks for help.
+    """The values that `argv` gives to `flags`, by name, in the types `main` asks for; None when it
+    asks for help.
 
     Accepts --a_b and --a-b, `--flag value` and `--flag=value`, a bare --switch and --no_switch.
 
     Raises:
-        UserError: a word that is no flag, a flag without value or given twice, a wrong value, a missing flag.
+        UserError: a word that is no flag, a flag without value or given twice, a wrong value, a
+            missing flag.
     """
     values, words = {}, list(argv)
     previous = None  # the flag before, to explain a word that stands where a flag should
@@ -146,31 +170,50 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
         if word in ("--help", "-h"):
             return None
         if not re.match(r"-+[A-Za-z]", word):
-            bare = next((flag for flag in flags.values() if flag.bare and flag.name not in values), None)
+            bare = next(
+                (flag for flag in flags.values() if flag.bare and flag.name not in values), None
+            )
             if bare is None:
                 raise _stray_word(word, previous, values, flags)
             values[bare.name] = bare.value(word)
             continue
         name, equals, text = word.lstrip("-").partition("=")
         name = name.replace("-", "_")
-        off = name not in flags and name.startswith("no_") and name[3:] in flags and flags[name[3:]].kind is bool
+        off = (
+            name not in flags
+            and name.startswith("no_")
+            and name[3:] in flags
+            and flags[name[3:]].kind is bool
+        )
         flag = flags.get(name[3:] if off else name)
         if flag is None or not word.startswith("--"):
             raise _unknown(word.partition("=")[0], name, flags)
         if off and equals:
-            raise UserError(f"--{name} takes no value", f"found {text!r}", f"write --{name} or --{flag.name}")
+            raise UserError(
+                f"--{name} takes no value", f"found {text!r}", f"write --{name} or --{flag.name}"
+            )
         value = flag.value("false" if off else text if equals else _next_text(flag, words))
         if flag.repeats:
             value = (*values.get(flag.name, ()), value)
-            is_open = not equals and not any(each.bare and each.name not in values for each in flags.values())
-            while is_open and words and not words[0].startswith("-"):  # --flag A B, as argparse has it
+            is_open = not equals and not any(
+                each.bare and each.name not in values for each in flags.values()
+            )
+            # --flag A B, as argparse has it
+            while is_open and words and not words[0].startswith("-"):
                 value = (*value, flag.value(words.pop(0)))
         elif flag.name in values:
-            raise UserError(f"--{flag.name} is given twice", f"{values[flag.name]!r} and {value!r}", "keep one of them")
+            raise UserError(
+                f"--{flag.name} is given twice",
+                f"{values[flag.name]!r} and {value!r}",
+                "keep one of them",
+            )
         values[flag.name] = value
         previous = flag
-    missing = [f"{flag.name.upper()} ({', '.join(flag.choices)})" if flag.bare else f"--{flag.name}"
-               for flag in flags.values() if flag.required and flag.name not in values]
+    missing = [
+        f"{flag.name.upper()} ({', '.join(flag.choices)})" if flag.bare else f"--{flag.name}"
+        for flag in flags.values()
+        if flag.required and flag.name not in values
+    ]
     if missing:
         raise UserError(f"missing {', '.join(missing)}", "", "--help lists the flags")
     return values
@@ -178,21 +221,29 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
 
 def _next_text(flag: Flag, words: list[str]) -> str:
     """Takes the text of `flag` from the words that follow it."""
-    if flag.kind is bool:  # a bare switch is true; no other word can stand after one, so a word is its value
+    # a bare switch is true; no other word can stand after one, so a word is its value
+    if flag.kind is bool:
         return words.pop(0) if words and not words[0].startswith("-") else "true"
     if not words or words[0].startswith("--"):
         found = f"found {words[0]} next" if words else "found the end of the line"
-        raise UserError(f"--{flag.name} needs a value", found,
-                        f"a value that begins with -- is written --{flag.name}=VALUE")
+        raise UserError(
+            f"--{flag.name} needs a value",
+            found,
+            f"a value that begins with -- is written --{flag.name}=VALUE",
+        )
     return words.pop(0)
 
 
 def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
     near = difflib.get_close_matches(name, flags, n=1)
-    return UserError(f"unknown flag {word}", f"did you mean --{near[0]}?" if near else "", "--help lists them")
+    return UserError(
+        f"unknown flag {word}", f"did you mean --{near[0]}?" if near else "", "--help lists them"
+    )
 
 
-def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]) -> UserError:
+def _stray_word(
+    word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]
+) -> UserError:
     if likely := [name for name in _likely_flags(word) if name in flags and name not in values]:
         fix = f"did you mean --{likely[0]} {word}?"
     elif "prompt" in flags and "prompt" not in values:
@@ -206,7 +257,8 @@ def _stray_word(word: str, previous: Flag | None, values: dict, flags: dict[str,
 
 
 def _likely_flags(word: str) -> tuple[str, ...]:
-    """Names of flags, of any command, whose value looks like `word`: folder or name on the hub, file, address."""
+    """Names of flags, of any command, whose value looks like `word`: folder or name on the hub,
+    file, address."""
     if os.path.isfile(word):
         return "input", "prompts_file", "load"
     if os.path.isdir(word) or re.fullmatch(r"[\w.-]+/[\w.-]+", word):
@@ -215,14 +267,20 @@ def _likely_flags(word: str) -> tuple[str, ...]:
 
 
 def check_numbers(**ranges: tuple[float | None, float, float]) -> None:
-    """Raises UserError for the value of a flag outside its range (value, least, most); None is not given, and inside."""
+    """Raises UserError for the value of a flag outside its range (value, least, most); None is not
+    given, and inside."""
     for name, (value, least, most) in ranges.items():
         if value is not None and not least <= value <= most:
-            raise UserError(f"--{name} is out of range", f"found {value}", f"give a number from {least} to {most}")
+            raise UserError(
+                f"--{name} is out of range",
+                f"found {value}",
+                f"give a number from {least} to {most}",
+            )
 
 
 def help_text(main, flags: dict[str, Flag]) -> str:
-    """`main`'s docstring, with each line that documents a flag turned into `--flag TYPE  text (default)`."""
+    """`main`'s docstring, with each line that documents a flag turned into `--flag TYPE  text
+    (default)`."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     lines, entries = [], {}  # entries: flag name -> [index of its line, its text]
     entry = None
@@ -266,12 +324,14 @@ def _help_entry(flag: Flag, text: str, width: int) -> str:
 
 
 def _leave(error: UserError, code: int) -> typing.NoReturn:
-    """Say `error` in one line and leave the process; a worker speaks only if torchrun has not ended it by then."""
+    """Say `error` in one line and leave the process; a worker speaks only if torchrun has not ended
+    it by then."""
     who = "error"
     if not _is_driver():
         time.sleep(DRIVER_SPEAKS_FIRST_S)
         who = f"[rank {_rank()}] error"
-    if _is_driver() or code != USAGE:  # all ranks have the same flags: the driver's word about them is enough
+    # all ranks have the same flags: the driver's word about them is enough
+    if _is_driver() or code != USAGE:
         print(f"{who}:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
         mark_told()
     sys.exit(code)
@@ -282,7 +342,8 @@ def _is_driver() -> bool:
 
 
 def _rank() -> str:
-    """This process's rank as torchrun or Slurm numbers it; without them there is one rank, the driver."""
+    """This process's rank as torchrun or Slurm numbers it; without them there is one rank, the
+    driver."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
 
 

@@ -1,6 +1,7 @@
 """Command: prompts in, text streams out.
 
-Text goes to stdout as it is made, or one JSON line a prompt with --json; everything else goes to stderr.
+Text goes to stdout as it is made, or one JSON line a prompt with --json; everything else goes to
+stderr.
 """
 
 import contextlib
@@ -18,37 +19,68 @@ from llama_tp.spec.errors import UserError
 
 
 def main(
-    *, ckpt_dir: str, tokenizer_path: str | None = None, prompt: str | None = None, prompts_file: str | None = None,
-    chat: bool = False, system: str | None = None, chat_template: Literal["meta", "hf"] = "meta",
-    max_seq_len: int | None = None, max_batch_size: int = 32,
-    max_gen_len: int | None = None, min_tokens: int = 0, temperature: float = 0.6, top_p: float = 0.9, top_k: int = 0,
-    min_p: float = 0.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-    logit_bias: tuple[str, ...] = (), seed: int = 1, n_samples: int = 1, stop: tuple[str, ...] = (), stop_ids: tuple[int, ...] = (),
-    ignore_eos: bool = False, echo: bool = False, logprobs: int | None = None, json: bool = False, quiet: bool = False,
-    device: str | None = None, dtype: str | None = None, deterministic: bool | None = None, rope_factor: float | None = None,
-    prefix_cache: bool = True, max_step_tokens: int | None = None, step_timeout: float = 300.0, load_timeout: float = 3600.0,
+    *,
+    ckpt_dir: str,
+    tokenizer_path: str | None = None,
+    prompt: str | None = None,
+    prompts_file: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    chat_template: Literal["meta", "hf"] = "meta",
+    max_seq_len: int | None = None,
+    max_batch_size: int = 32,
+    max_gen_len: int | None = None,
+    min_tokens: int = 0,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: tuple[str, ...] = (),
+    seed: int = 1,
+    n_samples: int = 1,
+    stop: tuple[str, ...] = (),
+    stop_ids: tuple[int, ...] = (),
+    ignore_eos: bool = False,
+    echo: bool = False,
+    logprobs: int | None = None,
+    json: bool = False,
+    quiet: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+    deterministic: bool | None = None,
+    rope_factor: float | None = None,
+    prefix_cache: bool = True,
+    max_step_tokens: int | None = None,
+    step_timeout: float = 300.0,
+    load_timeout: float = 3600.0,
 ):
     """Write text with a Llama 3 checkpoint, on one rank or, started by llama_tp.launch, on several.
 
     Examples:
         python -m llama_tp.generate --ckpt_dir checkpoints/demo --prompt "ROMEO:"
-        python -m llama_tp.launch --nproc_per_node 8 generate --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
-            --chat --prompt "Why is the sky blue?"
+        python -m llama_tp.launch --nproc_per_node 8 generate \\
+            --ckpt_dir Meta-Llama-3-70B-Instruct/original --chat --prompt "Why is the sky blue?"
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and *.safetensors; or
-            org/name on the Hugging Face hub
+        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
+            *.safetensors; or org/name on the Hugging Face hub
         tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
         dtype: bfloat16, float16 or float32; as stored unless given
         device: cpu or cuda; what is there unless given
-        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
+        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU,
+            where it costs little
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
 
     Prompts:
         prompt: the text to continue, or the user's message with --chat; - reads it from stdin
-        prompts_file: one prompt a line; a line that begins with " is a JSON string, and "" the empty prompt
+        prompts_file: one prompt a line; a line that begins with " is a JSON string, and "" the
+            empty prompt
         chat: make each prompt the user's message in a chat
-        chat_template: with --chat, meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
+        chat_template: with --chat, meta for the Llama 3 chat format, hf for the template that the
+            checkpoint's folder brings
         system: the system message, with --chat
 
     Sampling:
@@ -75,7 +107,8 @@ def main(
         quiet: print nothing but text and errors
 
     Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
+        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
+            unless given
         max_batch_size: most sequences computed at once; more prompts wait
         max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
         prefix_cache: reuse the cache of prompts that begin alike
@@ -84,28 +117,63 @@ def main(
     """
     texts = prompts_of(prompt, prompts_file)
     if logprobs is not None and not json:
-        raise UserError("--logprobs has nowhere to go", "text output shows no numbers", "add --json")
+        raise UserError(
+            "--logprobs has nowhere to go", "text output shows no numbers", "add --json"
+        )
     if system is not None and not chat:
         raise UserError("--system is a message of a chat", "--chat is not set", "add --chat")
     if chat_template != "meta" and not chat:
         raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
-    check_numbers(max_seq_len=(max_seq_len, 1, 10**9), max_batch_size=(max_batch_size, 1, 10**5),
-                  max_step_tokens=(max_step_tokens, 1, 10**9), step_timeout=(step_timeout, 1, 10**6),
-                  load_timeout=(load_timeout, 1, 10**6))
+    check_numbers(
+        max_seq_len=(max_seq_len, 1, 10**9),
+        max_batch_size=(max_batch_size, 1, 10**5),
+        max_step_tokens=(max_step_tokens, 1, 10**9),
+        step_timeout=(step_timeout, 1, 10**6),
+        load_timeout=(load_timeout, 1, 10**6),
+    )
     check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
     with said_of_flags():
         params = SamplingParams(
-            max_tokens=max_gen_len, min_tokens=min_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-            repetition_penalty=repetition_penalty, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
-            logit_bias=biases_of(logit_bias), n=n_samples, stop=stop, stop_ids=stop_ids, ignore_eos=ignore_eos,
-            logprobs=logprobs, prompt_logprobs=logprobs if echo else None)
+            max_tokens=max_gen_len,
+            min_tokens=min_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=biases_of(logit_bias),
+            n=n_samples,
+            stop=stop,
+            stop_ids=stop_ids,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echo else None,
+        )
 
     from llama_tp.engine.build import EngineOptions, build
     from llama_tp.engine.session import chat_encoder, generate, report
-    engine = build(EngineOptions(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, device=device, dtype=dtype, deterministic=deterministic,
-        seed=seed, rope_factor=rope_factor, max_step_tokens=max_step_tokens, prefix_cache=prefix_cache,
-        step_timeout=step_timeout, load_timeout=load_timeout, quiet=quiet, chat_template=chat_template))
+
+    engine = build(
+        EngineOptions(
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len,
+            max_batch_size,
+            device=device,
+            dtype=dtype,
+            deterministic=deterministic,
+            seed=seed,
+            rope_factor=rope_factor,
+            max_step_tokens=max_step_tokens,
+            prefix_cache=prefix_cache,
+            step_timeout=step_timeout,
+            load_timeout=load_timeout,
+            quiet=quiet,
+            chat_template=chat_template,
+        )
+    )
     errors = []
     try:
         if engine.is_driver:
@@ -119,34 +187,57 @@ def main(
             engine.follow()
         report(engine, quiet)
     except BrokenPipeError:
-        engine.watch.fail(UserError("stdout was closed before all text was written", "", "keep its reader running"))
+        engine.watch.fail(
+            UserError(
+                "stdout was closed before all text was written", "", "keep its reader running"
+            )
+        )
     except UserError as error:
         engine.watch.fail(error)
     engine.close()
     if errors:
-        raise UserError(f"{len(errors)} of {len(texts) * n_samples} samples could not be completed", errors[0])
+        raise UserError(
+            f"{len(errors)} of {len(texts) * n_samples} samples could not be completed", errors[0]
+        )
 
 
 def prompts_of(prompt: str | None, prompts_file: str | None) -> list[str]:
     """The prompts that the flags name. Raises UserError unless exactly one of them is given."""
     if (prompt is None) == (prompts_file is None):
-        raise UserError("there must be one source of prompts", "both --prompt and --prompts_file" if prompt is not None else
-                        "neither --prompt nor --prompts_file", 'give --prompt "TEXT", --prompt - or --prompts_file FILE')
-    source = ("--prompt -" if prompt == "-" else "--prompt") if prompts_file is None else f"--prompts_file {prompts_file}"
+        raise UserError(
+            "there must be one source of prompts",
+            "both --prompt and --prompts_file"
+            if prompt is not None
+            else "neither --prompt nor --prompts_file",
+            'give --prompt "TEXT", --prompt - or --prompts_file FILE',
+        )
+    source = (
+        ("--prompt -" if prompt == "-" else "--prompt")
+        if prompts_file is None
+        else f"--prompts_file {prompts_file}"
+    )
     try:
         if prompts_file is None:
             text = sys.stdin.read() if prompt == "-" else prompt
-            if not text:                                    # a shell variable that was not set, a command that failed
-                raise UserError("the prompt is empty", f"found no text in {source}", 'give some text; to begin from nothing, '
-                                'write "" on a line of a --prompts_file')
+            if not text:  # a shell variable that was not set, a command that failed
+                raise UserError(
+                    "the prompt is empty",
+                    f"found no text in {source}",
+                    'give some text; to begin from nothing, write "" on a line of a --prompts_file',
+                )
             return [text]
         with open(prompts_file, encoding="utf-8-sig") as f:
-            lines = f.read().split("\n")                    # no more ends a line: splitlines has U+2028 and others, too
+            # no more ends a line: splitlines has U+2028 and others, too
+            lines = f.read().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source} cannot be read", str(error), "give UTF-8 text") from None
     prompts = [_line(line, i, prompts_file) for i, line in enumerate(lines, start=1) if line]
     if not prompts:
-        raise UserError(f"--prompts_file {prompts_file} holds no prompt", "it is empty", "write one prompt a line")
+        raise UserError(
+            f"--prompts_file {prompts_file} holds no prompt",
+            "it is empty",
+            "write one prompt a line",
+        )
     return prompts
 
 
@@ -156,8 +247,11 @@ def _line(line: str, number: int, file: str) -> str:
     try:
         text = json.loads(line)
     except ValueError as error:
-        raise UserError(f'{file} line {number} begins with " and is no JSON string', str(error), "close the quote, and write "
-                        'a quote inside as \\"') from None
+        raise UserError(
+            f'{file} line {number} begins with " and is no JSON string',
+            str(error),
+            'close the quote, and write a quote inside as \\"',
+        ) from None
     return text
 
 
@@ -166,7 +260,11 @@ def biases_of(pairs: tuple[str, ...]) -> dict[int, float]:
     try:
         return {int(token): float(bias) for token, bias in (pair.split(":") for pair in pairs)}
     except ValueError:
-        raise UserError("--logit_bias needs ID:BIAS", f"found {' '.join(pairs)!r}", "write e.g. --logit_bias 128009:-100") from None
+        raise UserError(
+            "--logit_bias needs ID:BIAS",
+            f"found {' '.join(pairs)!r}",
+            "write e.g. --logit_bias 128009:-100",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -176,7 +274,10 @@ def said_of_flags():
     names |= {"max_tokens": "max_gen_len", "n": "n_samples"}
 
     def said(text: str) -> str:
-        return re.sub(r"\w+", lambda word: f"--{names[word[0]]}" if word[0] in names else word[0], text)
+        return re.sub(
+            r"\w+", lambda word: f"--{names[word[0]]}" if word[0] in names else word[0], text
+        )
+
     try:
         yield
     except UserError as error:
@@ -195,7 +296,7 @@ class Text:
             self.written = 0
             if self.echo:
                 sys.stdout.write(sample.prompt)
-        sys.stdout.write(sample.text[self.written:] + ("\n" if sample.finish_reason else ""))
+        sys.stdout.write(sample.text[self.written :] + ("\n" if sample.finish_reason else ""))
         sys.stdout.flush()
         self.written = len(sample.text)
 

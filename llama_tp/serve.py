@@ -1,7 +1,8 @@
 """Command: a server for OpenAI's clients.
 
-This one module is two programs. Started by a person it is the HTTP server, without torch, which starts torchrun on this
-very module; started by torchrun (RANK is set) it is one rank, which serves what comes over the link.
+This one module is two programs. Started by a person it is the HTTP server, without torch, which
+starts torchrun on this very module; started by torchrun (RANK is set) it is one rank, which serves
+what comes over the link.
 """
 
 import os
@@ -15,49 +16,106 @@ from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, s
 from llama_tp.spec.config import check_launch
 from llama_tp.spec.errors import UserError
 
-RANK_FLAGS = ("ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size", "device", "dtype", "deterministic", "seed",
-              "rope_factor", "max_step_tokens", "prefix_cache", "step_timeout", "load_timeout", "quiet")
-KEY_VARIABLE = "LLAMA_TP_API_KEY"       # a key on the command line can be read by every user of the machine
+RANK_FLAGS = (
+    "ckpt_dir",
+    "tokenizer_path",
+    "max_seq_len",
+    "max_batch_size",
+    "device",
+    "dtype",
+    "deterministic",
+    "seed",
+    "rope_factor",
+    "max_step_tokens",
+    "prefix_cache",
+    "step_timeout",
+    "load_timeout",
+    "quiet",
+)
+# a key on the command line can be read by every user of the machine
+KEY_VARIABLE = "LLAMA_TP_API_KEY"
 
 
 def main(
-    *, ckpt_dir: str, nproc_per_node: int = 1, host: str = "127.0.0.1", port: int = 8000, served_model_name: tuple[str, ...] = (),
-    strict_model_name: bool = False, api_key: tuple[str, ...] = (), allow_origins: tuple[str, ...] = (), page: bool = True,
-    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp", max_queue: int = 1024, max_queue_logprobs: int = 16777216,
+    *,
+    ckpt_dir: str,
+    nproc_per_node: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    served_model_name: tuple[str, ...] = (),
+    strict_model_name: bool = False,
+    api_key: tuple[str, ...] = (),
+    allow_origins: tuple[str, ...] = (),
+    page: bool = True,
+    metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp",
+    max_queue: int = 1024,
+    max_queue_logprobs: int = 16777216,
     max_connections: int | None = None,
-    keep_alive_timeout: float = 5.0, max_body_bytes: int = 8388608, max_n: int = 128, max_prompts: int = 1024, max_stop: int = 16,
-    drain_timeout: float = 20.0, max_restarts: int = 5, nnodes: int = 1, master_addr: str | None = None, master_port: int = 29500,
-    tokenizer_path: str | None = None, dtype: str | None = None, device: str | None = None, deterministic: bool | None = None,
-    rope_factor: float | None = None, chat_template: Literal["meta", "hf"] = "meta", generation_config: str = "auto",
-    temperature: float | None = None, top_p: float | None = None, top_k: int | None = None, min_p: float | None = None,
-    repetition_penalty: float | None = None, max_gen_len: int | None = None, seed: int = 1, max_seq_len: int | None = None,
-    max_batch_size: int = 32, max_step_tokens: int | None = None, prefix_cache: bool = True,
-    step_timeout: float = 300.0, load_timeout: float = 3600.0, quiet: bool = False,
+    keep_alive_timeout: float = 5.0,
+    max_body_bytes: int = 8388608,
+    max_n: int = 128,
+    max_prompts: int = 1024,
+    max_stop: int = 16,
+    drain_timeout: float = 20.0,
+    max_restarts: int = 5,
+    nnodes: int = 1,
+    master_addr: str | None = None,
+    master_port: int = 29500,
+    tokenizer_path: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    deterministic: bool | None = None,
+    rope_factor: float | None = None,
+    chat_template: Literal["meta", "hf"] = "meta",
+    generation_config: str = "auto",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    max_gen_len: int | None = None,
+    seed: int = 1,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 32,
+    max_step_tokens: int | None = None,
+    prefix_cache: bool = True,
+    step_timeout: float = 300.0,
+    load_timeout: float = 3600.0,
+    quiet: bool = False,
 ):
     """Serve a Llama 3 checkpoint to OpenAI's clients, and to a browser at /.
 
-    It starts torchrun itself, and starts it again when a rank dies: requests then go on where they stopped.
+    It starts torchrun itself, and starts it again when a rank dies: requests then go on where they
+    stopped.
 
     Examples:
         python -m llama_tp.serve --ckpt_dir checkpoints/demo --nproc_per_node 2
-        python -m llama_tp.serve --ckpt_dir Meta-Llama-3-70B-Instruct/original --nproc_per_node 8 --host 0.0.0.0 --api_key KEY
+        python -m llama_tp.serve --ckpt_dir Meta-Llama-3-70B-Instruct/original \\
+            --nproc_per_node 8 --host 0.0.0.0 --api_key KEY
 
     Server:
         host: address to listen at; 0.0.0.0 lets other machines in
         port: to listen at; 0 takes a free one and says which
-        served_model_name: what replies call the model, and further names to list it under; the folder's name unless given
-        strict_model_name: refuse requests for any other name; without it every name is answered, as there is one model
-        api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY does the same
+        served_model_name: what replies call the model, and further names to list it under; the
+            folder's name unless given
+        strict_model_name: refuse requests for any other name; without it every name is answered, as
+            there is one model
+        api_key: clients must send this key (or another, if given several times); LLAMA_TP_API_KEY
+            does the same
         page: a page for browsers at /
-        allow_origins: web pages of these origins (https://app.example, or * for any) may ask, as browsers let them only then
+        allow_origins: web pages of these origins (https://app.example, or * for any) may ask, as
+            browsers let them only then
         metrics_prefix: vllm names the metrics as vLLM does, for its dashboards
         drain_timeout: seconds that requests have to finish after SIGTERM or Ctrl-C
 
     Limits:
         max_queue: most samples that wait for a place in the batch; more get 429
-        max_queue_logprobs: most logprobs (samples x tokens x alternatives) that all requests together may ask for; more get 429
-        max_connections: most clients connected at once; 4096, or what the limit of open files allows, unless given
-        keep_alive_timeout: seconds that a connection may wait for its next request; more than a proxy in front keeps its own
+        max_queue_logprobs: most logprobs (samples x tokens x alternatives) that all requests
+            together may ask for; more get 429
+        max_connections: most clients connected at once; 4096, or what the limit of open files
+            allows, unless given
+        keep_alive_timeout: seconds that a connection may wait for its next request; more than a
+            proxy in front keeps its own
         max_body_bytes: longest request
         max_n: most samples of a prompt
         max_prompts: most prompts in a request
@@ -73,28 +131,33 @@ def main(
         load_timeout: the same for loading
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and *.safetensors; or
-            org/name on the Hugging Face hub
+        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
+            *.safetensors; or org/name on the Hugging Face hub
         tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
         dtype: bfloat16, float16 or float32; as stored unless given
         device: cpu or cuda; what is there unless given
-        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU, where it costs little
+        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU,
+            where it costs little
         rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
-        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's folder brings
+        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's
+            folder brings
 
     Sampling, for requests that do not say it themselves:
-        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its temperature, top_p, top_k, min_p,
-            repetition_penalty and max_new_tokens count, as in vLLM); a path for another; none for OpenAI's defaults
+        generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its
+            temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens count, as in
+            vLLM); a path for another; none for OpenAI's defaults
         temperature: 0 is greedy; what generation_config says, else 1, unless given; likewise:
         top_p: only the likeliest tokens that together are this probable; else 1
         top_k: only this many of the likeliest tokens; else 0, which is off
         min_p: only tokens at least this fraction as likely as the likeliest; else 0
         repetition_penalty: above 1 makes what was said already less likely; else 1
-        max_gen_len: most tokens of an answer; else as many as fit, and 16 for /v1/completions, which is OpenAI's
+        max_gen_len: most tokens of an answer; else as many as fit, and 16 for /v1/completions,
+            which is OpenAI's
         seed: with a request's number since the start, decides its draws
 
     Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for, unless given
+        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
+            unless given
         max_batch_size: most samples computed at once
         max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
         prefix_cache: reuse the cache of prompts that begin alike
@@ -106,9 +169,11 @@ def main(
         from llama_tp.engine.service import serve
         from llama_tp.parallel.ending import leave
         from llama_tp.server.link import RankEnd
+
         link, loaded = None, []
         if os.environ["RANK"] == "0":
-            # a server that goes while we load is not waited for; later the loop sees it, and ends in good order
+            # a server that goes while we load is not waited for; later the loop sees it, and ends
+            # in good order
             link = RankEnd(link_path(), lambda: loaded or leave(1, "the HTTP server has gone"))
         engine = build(EngineOptions(**flags))
         loaded.append(True)
@@ -120,18 +185,37 @@ def main(
         engine.close()
         return
     check_numbers(
-        port=(port, 0, 65535), nproc_per_node=(nproc_per_node, 1, 4096), nnodes=(nnodes, 1, 4096), max_queue=(max_queue, 0, 10**6),
+        port=(port, 0, 65535),
+        nproc_per_node=(nproc_per_node, 1, 4096),
+        nnodes=(nnodes, 1, 4096),
+        max_queue=(max_queue, 0, 10**6),
         max_queue_logprobs=(max_queue_logprobs, 0, 10**9),
-        max_batch_size=(max_batch_size, 1, 10**5), max_body_bytes=(max_body_bytes, 1, 1 << 27), max_n=(max_n, 1, 128),
-        max_prompts=(max_prompts, 1, 10**5), max_stop=(max_stop, 0, 1000), max_restarts=(max_restarts, 0, 1000),
-        drain_timeout=(drain_timeout, 0, 10**6), keep_alive_timeout=(keep_alive_timeout, 0, 10**6),
-        max_connections=(1 if max_connections is None else max_connections, 1, 10**6), step_timeout=(step_timeout, 1, 10**6))
+        max_batch_size=(max_batch_size, 1, 10**5),
+        max_body_bytes=(max_body_bytes, 1, 1 << 27),
+        max_n=(max_n, 1, 128),
+        max_prompts=(max_prompts, 1, 10**5),
+        max_stop=(max_stop, 0, 1000),
+        max_restarts=(max_restarts, 0, 1000),
+        drain_timeout=(drain_timeout, 0, 10**6),
+        keep_alive_timeout=(keep_alive_timeout, 0, 10**6),
+        max_connections=(1 if max_connections is None else max_connections, 1, 10**6),
+        step_timeout=(step_timeout, 1, 10**6),
+    )
     keys = (*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")]))
     if not all(key and key.isascii() and key.isprintable() for key in keys):
-        raise UserError("an API key must be made of ASCII characters, at least one", "found one that is not",
-                        "correct it (an empty one would let everybody in)")
-    given = sampling_flags(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
-                           repetition_penalty=repetition_penalty, max_tokens=max_gen_len)
+        raise UserError(
+            "an API key must be made of ASCII characters, at least one",
+            "found one that is not",
+            "correct it (an empty one would let everybody in)",
+        )
+    given = sampling_flags(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_gen_len,
+    )
     check_origins(allow_origins)
     check_names(served_model_name)
     check_launch(ckpt_dir, nnodes * nproc_per_node)
@@ -142,34 +226,61 @@ def main(
     from llama_tp.server.connections import ConnectionLimits
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
+
     folder = fetch(ckpt_dir)
     if not os.path.isdir(folder):
-        raise UserError(f"--ckpt_dir {folder} is no folder", "it is a file" if os.path.exists(folder) else "there is none",
-                        "point it at the checkpoint's folder, or write org/name of a model on the hub")
+        raise UserError(
+            f"--ckpt_dir {folder} is no folder",
+            "it is a file" if os.path.exists(folder) else "there is none",
+            "point it at the checkpoint's folder, or write org/name of a model on the hub",
+        )
     tokenizer = open_tokenizer(tokenizer_path, folder)
     chat = open_template(folder, tokenizer) if chat_template == "hf" else None
     defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
     launch = launch_flags(nproc_per_node, nnodes, master_addr, master_port)
     ranks = ["-m", "llama_tp.serve", *words_of(flags)]
     for node in range(1, nnodes):
-        line = shlex.join(["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks])
+        line = shlex.join(
+            ["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks]
+        )
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
-    front.run(front.FrontOptions(
-        command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
-        name=served_model_name[0] if served_model_name else name_of(ckpt_dir), aliases=served_model_name[1:],
-        strict_name=strict_model_name, tokenizer=tokenizer, chat=chat, defaults=defaults, host=host, port=port, keys=keys,
-        max_queue=max_queue, max_queue_logprobs=max_queue_logprobs, max_body_bytes=max_body_bytes,
-        allow_origins=allow_origins, metrics_prefix=metrics_prefix,
-        connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
-        limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop), drain_s=drain_timeout, seed=seed, with_page=page,
-        policy=supervisor.Policy(max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30)))
+    front.run(
+        front.FrontOptions(
+            command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
+            name=served_model_name[0] if served_model_name else name_of(ckpt_dir),
+            aliases=served_model_name[1:],
+            strict_name=strict_model_name,
+            tokenizer=tokenizer,
+            chat=chat,
+            defaults=defaults,
+            host=host,
+            port=port,
+            keys=keys,
+            max_queue=max_queue,
+            max_queue_logprobs=max_queue_logprobs,
+            max_body_bytes=max_body_bytes,
+            allow_origins=allow_origins,
+            metrics_prefix=metrics_prefix,
+            connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
+            limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop),
+            drain_s=drain_timeout,
+            seed=seed,
+            with_page=page,
+            policy=supervisor.Policy(
+                max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30
+            ),
+        )
+    )
 
 
 def link_path() -> str:
     """Where the HTTP server listens for rank 0. Raises UserError if it has not started us."""
     if "LLAMA_TP_LINK" not in os.environ:
-        raise UserError("serve starts its ranks itself", "RANK is set: torchrun or the like has started it",
-                        "run python -m llama_tp.serve without a launcher")
+        raise UserError(
+            "serve starts its ranks itself",
+            "RANK is set: torchrun or the like has started it",
+            "run python -m llama_tp.serve without a launcher",
+        )
     return os.environ["LLAMA_TP_LINK"]
 
 
@@ -177,27 +288,46 @@ def check_names(names: tuple[str, ...]) -> None:
     """Raises UserError for names that no client could ask for, and for one that is there twice."""
     for i, name in enumerate(names):
         if not name.strip() or not name.isprintable() or len(name) > 1000 or name in names[:i]:
-            raise UserError("--served_model_name needs names of 1 to 1000 printable characters, each once", f"found {name[:80]!r}",
-                            "correct it")
+            raise UserError(
+                "--served_model_name needs names of 1 to 1000 printable characters, each once",
+                f"found {name[:80]!r}",
+                "correct it",
+            )
 
 
 def check_origins(origins: tuple[str, ...]) -> None:
     """Raises UserError for what no browser would ever send as its origin."""
     for origin in origins:
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s,*]+", origin):
-            raise UserError("--allow_origins needs origins as browsers send them", f"found {origin[:80]!r}",
-                            "write scheme://host[:port] without a slash at the end, or *")
+            raise UserError(
+                "--allow_origins needs origins as browsers send them",
+                f"found {origin[:80]!r}",
+                "write scheme://host[:port] without a slash at the end, or *",
+            )
 
 
-def launch_flags(nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int) -> list[str]:
+def launch_flags(
+    nproc_per_node: int, nnodes: int, master_addr: str | None, master_port: int
+) -> list[str]:
     """The launcher's own flags, for every node."""
     if nnodes == 1:
         return ["--nproc_per_node", str(nproc_per_node)]
     if master_addr is None:
-        raise UserError("several nodes need an address to meet at", "--master_addr is not given",
-                        "give --master_addr this node's name or address, as the others see it")
-    return ["--nnodes", str(nnodes), "--nproc_per_node", str(nproc_per_node), "--master_addr", master_addr,
-            "--master_port", str(master_port)]
+        raise UserError(
+            "several nodes need an address to meet at",
+            "--master_addr is not given",
+            "give --master_addr this node's name or address, as the others see it",
+        )
+    return [
+        "--nnodes",
+        str(nnodes),
+        "--nproc_per_node",
+        str(nproc_per_node),
+        "--master_addr",
+        master_addr,
+        "--master_port",
+        str(master_port),
+    ]
 
 
 def words_of(flags: dict[str, object]) -> list[str]:
@@ -206,8 +336,13 @@ def words_of(flags: dict[str, object]) -> list[str]:
 
 
 def name_of(ckpt_dir: str) -> str:
-    """What the model is called: its hub name, or its folder's, but for Meta's folders inside HF's."""
-    parts = [part for part in os.path.normpath(ckpt_dir).split(os.sep) if part not in ("original", "mp8", "mp16", ".", "..", "")]
+    """What the model is called: its hub name, or its folder's, but for Meta's folders inside
+    HF's."""
+    parts = [
+        part
+        for part in os.path.normpath(ckpt_dir).split(os.sep)
+        if part not in ("original", "mp8", "mp16", ".", "..", "")
+    ]
     return ckpt_dir if not os.path.isdir(ckpt_dir) else parts[-1] if parts else "model"
 
 

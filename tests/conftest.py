@@ -9,20 +9,27 @@ import hypothesis
 import pytest
 import torch
 
-torch.set_num_threads(1)        # two cores: the ranks of a pool need them, and tiny models gain nothing from more
+# two cores: the ranks of a pool need them, and tiny models gain nothing from more
+torch.set_num_threads(1)
 
-# A shell that starts the tests in the background has them ignore these, and so would all that they start.
+# A shell that starts the tests in the background has them ignore these, and so would all that they
+# start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-# Hypothesis fails an example that takes 200 ms, and data that come slowly: on a busy machine any does.
-hypothesis.settings.register_profile("any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# Hypothesis fails an example that takes 200 ms, and data that come slowly: on a busy machine any
+# does.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
-    parser.addoption("--rewrite", action="store_true", help="write the transcripts in tests/golden anew")
+    parser.addoption(
+        "--rewrite", action="store_true", help="write the transcripts in tests/golden anew"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,5 @@
-"""Engines for tests: a real runner, scheduler and sampler on random weights, without files, launcher or watch."""
+"""Engines for tests: a real runner, scheduler and sampler on random weights, without files,
+launcher or watch."""
 
 import contextlib
 import json
@@ -39,16 +40,23 @@ class WholeLogits(Runner):
 
 
 class OnDevice(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot hold: values that come to the host, or shapes that depend on them."""
+    """Refuses what a CUDA graph cannot hold: values that come to the host, or shapes that depend on
+    them."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        assert op.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "masked_select", "unique"), op
+        assert op.overloadpacket.__name__ not in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique",
+        ), op
         return op(*args, **(kwargs or {}))
 
 
 class Again:
-    """A Record that captures nothing: what would be captured runs as often as asked, the first time guarded. Of the warm-ups only
-    the first, and largest, is done, since 32 of them are a second for every engine; `Counting` does all."""
+    """A Record that captures nothing: what would be captured runs as often as asked, the first time
+    guarded. Of the warm-ups only the first, and largest, is done, since 32 of them are a second for
+    every engine; `Counting` does all."""
 
     guard, warm = OnDevice, False
 
@@ -63,6 +71,7 @@ class Again:
         def replay():
             with guards.pop() if guards else contextlib.nullcontext():
                 body()
+
         return replay
 
     def release(self):
@@ -70,10 +79,17 @@ class Again:
 
 
 class Counting(Again):
-    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a library can."""
+    """Knows what it captured and how often that was replayed; fails when told to, as a driver or a
+    library can."""
 
     def __init__(self, fails_at: str = "", after: int = 0):
-        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = 0, 0, False, fails_at, after
+        self.n_captured, self.n_replayed, self.released, self.fails_at, self.after = (
+            0,
+            0,
+            False,
+            fails_at,
+            after,
+        )
 
     def fail(self, at: str):
         if at == self.fails_at and self.n_captured == self.after:
@@ -91,6 +107,7 @@ class Counting(Again):
         def replay():
             self.n_replayed += 1
             again()
+
         return replay
 
     def release(self):
@@ -98,7 +115,8 @@ class Counting(Again):
 
 
 class Recorder(Engine):
-    """An engine that keeps the logits each token was chosen from: {(request id, sample, position): (V,)}."""
+    """An engine that keeps the logits each token was chosen from: {(request id, sample, position):
+    (V,)}."""
 
     def _choose(self, rows, logits):
         for row, values in zip(rows, logits):
@@ -109,38 +127,97 @@ class Recorder(Engine):
 
 def alphabet(n_vocab: int) -> Tokenizer:
     """A tokenizer of n_vocab one-letter tokens and no stop ids."""
-    return Tokenizer([chr(0x100 + i).encode() for i in range(n_vocab)], {}, None, (), lambda text: [ord(c) - 0x100 for c in text])
+    return Tokenizer(
+        [chr(0x100 + i).encode() for i in range(n_vocab)],
+        {},
+        None,
+        (),
+        lambda text: [ord(c) - 0x100 for c in text],
+    )
 
 
 def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
-    """A byte a token, one that ends (256), and others without text: in a file, which the processes for forms can open, too."""
+    """A byte a token, one that ends (256), and others without text: in a file, which the processes
+    for forms can open, too."""
     alphabet = [*range(33, 127), *range(161, 173), *range(174, 256)]
     shown = {byte: chr(byte) for byte in alphabet}
-    shown |= {byte: chr(256 + i) for i, byte in enumerate(byte for byte in range(256) if byte not in alphabet)}
-    specials = [{"id": i, "content": f"<|{i}|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-                 "normalized": False} for i in range(256, n_vocab)]
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "added_tokens": specials,
-        "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}}))
+    shown |= {
+        byte: chr(256 + i)
+        for i, byte in enumerate(byte for byte in range(256) if byte not in alphabet)
+    }
+    specials = [
+        {
+            "id": i,
+            "content": f"<|{i}|>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+        for i in range(256, n_vocab)
+    ]
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "added_tokens": specials,
+                "model": {"type": "BPE", "vocab": {shown[i]: i for i in range(256)}, "merges": []},
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": False,
+                    "use_regex": False,
+                },
+                "decoder": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": False,
+                    "use_regex": False,
+                },
+            }
+        )
+    )
     (folder / "generation_config.json").write_text('{"eos_token_id": 256}')
     return open_tokenizer(None, str(folder))
 
 
-def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False, weights=None, n_blocks=64, max_rows=8,
-           step_tokens=512, prefix_cache=True, block_size=16, runner=WholeLogits, fast=True, graphs=False,
-           kernels=None, tokenizer=None, record=Again) -> Recorder:
-    """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and gloo. graphs: as on CUDA,
-    decodes replayed (here: run again) and steps planned one ahead."""
+def engine(
+    ranks,
+    config: ModelConfig,
+    dtype=torch.float32,
+    deterministic=False,
+    weights=None,
+    n_blocks=64,
+    max_rows=8,
+    step_tokens=512,
+    prefix_cache=True,
+    block_size=16,
+    runner=WholeLogits,
+    fast=True,
+    graphs=False,
+    kernels=None,
+    tokenizer=None,
+    record=Again,
+) -> Recorder:
+    """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and
+    gloo. graphs: as on CUDA, decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, room=None, control_room=None)
     kernels = kernels or (None if fast and not graphs else TorchKernels(deterministic))
     model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
-    scheduler = Scheduler(BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024)
+    scheduler = Scheduler(
+        BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024
+    )
     tokenizer = tokenizer or alphabet(config.vocab_size)
-    run = runner(model, cache, max_rows, min(tokenizer.n_vocab, config.vocab_size), record() if graphs else None)
+    run = runner(
+        model,
+        cache,
+        max_rows,
+        min(tokenizer.n_vocab, config.vocab_size),
+        record() if graphs else None,
+    )
     assert run.capture() is None
     out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))
     out.seen = {}
@@ -150,7 +227,8 @@ def engine(ranks, config: ModelConfig, dtype=torch.float32, deterministic=False,
 def serve(ranks, requests: list[tuple[str, list[int], dict]], arrivals: int = 99, **options):
     """Runs requests to their end on every rank, `arrivals` of them handed over before each step.
 
-    -> on the driver ({(id, sample): ids}, {(id, sample, position): logits}, deltas), None on workers.
+    -> on the driver ({(id, sample): ids}, {(id, sample, position): logits}, deltas), None on
+      workers.
     """
     one = engine(ranks, **options)
     if not ranks.is_driver:

@@ -1,4 +1,5 @@
-"""A small OpenAI-compatible server with answers that a test chooses, for what talks to servers. Standard library, threads."""
+"""A small OpenAI-compatible server with answers that a test chooses, for what talks to servers.
+Standard library, threads."""
 
 import json
 import threading
@@ -10,19 +11,29 @@ class FakeServer:
     """`with FakeServer() as server:` listens at `server.url`.
 
     Args:
-        pieces: the text of every answer, as it is streamed; cut to the request's max_tokens, counted as a token each.
+        pieces: the text of every answer, as it is streamed; cut to the request's max_tokens,
+            counted as a token each.
         first_s, gap_s: seconds before the first piece and before each other one.
-        ending: "whole"; or, after half of the pieces, "error" sends an error event, "cut" closes the connection, "hang" sends
-            only comments.
+        ending: "whole"; or, after half of the pieces, "error" sends an error event, "cut" closes
+            the connection, "hang" sends only comments.
         refusal: (status, message).
         n_good: so many requests are answered well before `ending` and `refusal` count.
         tokenize: has /tokenize and /detokenize, of a character a token.
 
-    `requests` are (path, headers, body), `most` the most streams at once, `n_broken` those whose client went away.
+    `requests` are (path, headers, body), `most` the most streams at once, `n_broken` those whose
+    client went away.
     """
 
-    def __init__(self, pieces=("one ", "two ", "three ", "four"), first_s=0.0, gap_s=0.0, ending="whole", refusal=None, n_good=0,
-                 tokenize=False):
+    def __init__(
+        self,
+        pieces=("one ", "two ", "three ", "four"),
+        first_s=0.0,
+        gap_s=0.0,
+        ending="whole",
+        refusal=None,
+        n_good=0,
+        tokenize=False,
+    ):
         self.pieces, self.first_s, self.gap_s, self.ending = pieces, first_s, gap_s, ending
         self.refusal, self.n_good, self.tokenize = refusal, n_good, tokenize
         self.requests, self.running, self.most, self.n_broken = [], 0, 0, 0
@@ -35,7 +46,9 @@ class FakeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
-                found = {"/v1/models": {"object": "list", "data": [{"id": "fake-1"}]}}.get(self.path)
+                found = {"/v1/models": {"object": "list", "data": [{"id": "fake-1"}]}}.get(
+                    self.path
+                )
                 self.reply(200 if found else 404, found or {"error": {"message": "no such route"}})
 
             def do_POST(self):
@@ -65,26 +78,60 @@ class FakeServer:
                 self.send_header("Content-Type", "text/event-stream")
                 self.send_header("Connection", "close")
                 self.end_headers()
-                chat, pieces = self.path == "/v1/chat/completions", fake.pieces[:body.get("max_tokens")]
+                chat, pieces = (
+                    self.path == "/v1/chat/completions",
+                    fake.pieces[: body.get("max_tokens")],
+                )
                 self.wfile.write(b": ping\n\n")
                 if chat:
-                    self.event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]})
+                    self.event(
+                        {
+                            "choices": [
+                                {
+                                    "index": 0,
+                                    "delta": {"role": "assistant", "content": ""},
+                                    "finish_reason": None,
+                                }
+                            ]
+                        }
+                    )
                 for i, piece in enumerate(pieces):
-                    if fake.ending != "whole" and i >= len(pieces) / 2 and len(fake.requests) > fake.n_good:
+                    if (
+                        fake.ending != "whole"
+                        and i >= len(pieces) / 2
+                        and len(fake.requests) > fake.n_good
+                    ):
                         if fake.ending == "error":
-                            self.event({"error": {"message": "a rank died", "type": "server_error"}})
+                            self.event(
+                                {"error": {"message": "a rank died", "type": "server_error"}}
+                            )
                         while fake.ending == "hang" and not fake.stopping.wait(0.05):
                             self.wfile.write(b": ping\n\n")
                         return
                     time.sleep(fake.gap_s if i else fake.first_s)
                     choice = {"delta": {"content": piece}} if chat else {"text": piece}
                     self.event({"choices": [{"index": 0, **choice, "finish_reason": None}]})
-                self.event({"choices": [{"index": 0, **({"delta": {}} if chat else {"text": ""}), "finish_reason": "stop"}]})
-                self.event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(pieces)}})
+                self.event(
+                    {
+                        "choices": [
+                            {
+                                "index": 0,
+                                **({"delta": {}} if chat else {"text": ""}),
+                                "finish_reason": "stop",
+                            }
+                        ]
+                    }
+                )
+                self.event(
+                    {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(pieces)}}
+                )
                 self.wfile.write(b"data: [DONE]\n\n")
 
             def event(self, value):
-                self.wfile.write(b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n")      # raw, as most send it
+                # raw, as most send it
+                self.wfile.write(
+                    b"data: " + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+                )
                 self.wfile.flush()
 
             def reply(self, status, value):
@@ -102,11 +149,13 @@ class FakeServer:
             daemon_threads = True
 
             def handle_error(self, request, client_address):
-                pass                                    # a client that went away
+                pass  # a client that went away
 
         self.server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.ranks import children
 
-LISTEN = "0A"           # the state of a socket in /proc/net/tcp
+LISTEN = "0A"  # the state of a socket in /proc/net/tcp
 
 
 class Boom:
@@ -84,13 +84,25 @@ def garbage(proof: Path) -> list[bytes]:
     dice = random.Random(1)
     lengths = ("I", 2**32 - 1), ("Q", 2**63), ("I", 0), ("Q", 1)
     huge = [struct.pack(order + kind, value) for order in "<>" for kind, value in lengths]
-    return [b"", b"\n", dice.randbytes(8), dice.randbytes(4096), dice.randbytes(1 << 18), b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-            b'{"leave": 9, "stopped": []}\n', b"[" * 100_000 + b"\n", b"\0" * 64, *huge, *(each + b"x" * 64 for each in huge),
-            pickle.dumps(Boom(proof))]
+    return [
+        b"",
+        b"\n",
+        dice.randbytes(8),
+        dice.randbytes(4096),
+        dice.randbytes(1 << 18),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        b'{"leave": 9, "stopped": []}\n',
+        b"[" * 100_000 + b"\n",
+        b"\0" * 64,
+        *huge,
+        *(each + b"x" * 64 for each in huge),
+        pickle.dumps(Boom(proof)),
+    ]
 
 
 def throw(garbage: list[bytes], address: str, port: int) -> None:
-    """Sends each piece over a connection of its own: half are closed at once, half stay open while the next are sent."""
+    """Sends each piece over a connection of its own: half are closed at once, half stay open while
+    the next are sent."""
     with contextlib.ExitStack() as stack:
         for number, piece in enumerate(garbage):
             with contextlib.suppress(OSError):

@@ -1,4 +1,5 @@
-"""Real ranks for tests: a pool of gloo processes that run functions, and a torchrun that cannot outlive its test.
+"""Real ranks for tests: a pool of gloo processes that run functions, and a torchrun that cannot
+outlive its test.
 
     from tests.ranks import run, torchrun
 
@@ -8,8 +9,8 @@
     def test_adds():
         assert run(2, adds, 3) == [[2.0] * 3] * 2
 
-The pool of each size is started at its first use and lives until the session ends. Results and arguments are pickled:
-that is for tests only.
+The pool of each size is started at its first use and lives until the session ends. Results and
+arguments are pickled: that is for tests only.
 """
 
 import atexit
@@ -30,7 +31,7 @@ from pathlib import Path
 from llama_tp.parallel.groups import close, init_ranks, single_rank
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 120         # for what must come, on a busy machine too: ends a hang, promises nothing
+PATIENCE_S = 120  # for what must come, on a busy machine too: ends a hang, promises nothing
 _pools: dict[int, "Pool"] = {}
 
 
@@ -41,8 +42,8 @@ class RankFailed(AssertionError):
 def run(tp: int, fn, *args, timeout: float = PATIENCE_S, **kwargs) -> list:
     """Calls `fn(ranks, *args, **kwargs)` on `tp` ranks at once; their results in rank order.
 
-    `fn` must be a module-level function of a test module. tp 1 runs in this process. After a failure the pool is
-    thrown away, so the next call starts with fresh ranks.
+    `fn` must be a module-level function of a test module. tp 1 runs in this process. After a
+    failure the pool is thrown away, so the next call starts with fresh ranks.
     """
     if tp == 1:
         return [fn(single_rank(), *args, **kwargs)]
@@ -78,11 +79,14 @@ class Pool:
                 pipe.send((fn, args, kwargs))
             waiting = dict(enumerate(self.pipes))
             while waiting and time.monotonic() < deadline:
-                ready = multiprocessing.connection.wait(list(waiting.values()), deadline - time.monotonic())
+                ready = multiprocessing.connection.wait(
+                    list(waiting.values()), deadline - time.monotonic()
+                )
                 for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
                     answers.append((rank, *waiting.pop(rank).recv()))
                 if any(error for _, _, error in answers):
-                    deadline = min(deadline, time.monotonic() + 2)          # the others' errors, if they come soon
+                    # the others' errors, if they come soon
+                    deadline = min(deadline, time.monotonic() + 2)
         except (EOFError, OSError) as error:
             answers.append((-1, None, f"a rank of the pool died: {error!r}"))
         errors = [f"rank {rank}:\n{error}" for rank, _, error in answers if error]
@@ -101,8 +105,15 @@ class Pool:
 
 
 def _rank_main(rank: int, tp: int, port: int, pipe) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LLAMA_TP_THREADS="1")
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(tp),
+        LOCAL_WORLD_SIZE=str(tp),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        LLAMA_TP_THREADS="1",
+    )
     ranks = init_ranks("cpu", timeout_s=120)
     while True:
         try:
@@ -110,7 +121,7 @@ def _rank_main(rank: int, tp: int, port: int, pipe) -> None:
         except EOFError:
             break
         except Exception:
-            pipe.send((None, traceback.format_exc()))       # the function could not be imported here
+            pipe.send((None, traceback.format_exc()))  # the function could not be imported here
             continue
         try:
             answer = (fn(ranks, *args, **kwargs), None)
@@ -135,17 +146,24 @@ def free_port() -> int:
 
 
 def free_pair() -> int:
-    """A --master_port: free a moment ago, as the port after it was. Below those that the kernel hands out to others by itself."""
+    """A --master_port: free a moment ago, as the port after it was. Below those that the kernel
+    hands out to others by itself."""
     while True:
         port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("", port)),
+            socket.create_server(("", port + 1)),
+        ):
             return port
 
 
 class Launched:
-    """A running torchrun: `.process`, `.pids()` of its ranks, `.wait()`; stdout and stderr go to files.
+    """A running torchrun: `.process`, `.pids()` of its ranks, `.wait()`; stdout and stderr go to
+    files.
 
-    `start_s` is how long it took until its ranks were seen: what a promise of seconds is held against (`soon`).
+    `start_s` is how long it took until its ranks were seen: what a promise of seconds is held
+    against (`soon`).
     """
 
     def __init__(self, process: subprocess.Popen, folder: Path):
@@ -162,7 +180,8 @@ class Launched:
         return (self.folder / "stderr").read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """Process ids of the ranks, in rank order: the agent's children carry RANK in their environment."""
+        """Process ids of the ranks, in rank order: the agent's children carry RANK in their
+        environment."""
         ranks = {}
         for pid in children(self.process.pid):
             with contextlib.suppress(OSError):
@@ -175,7 +194,8 @@ class Launched:
         return [ranks[rank] for rank in sorted(ranks)]
 
     def soon(self, promised_s: float) -> float:
-        """A promise of so many seconds, on a machine that is as busy as this one was when it started this job."""
+        """A promise of so many seconds, on a machine that is as busy as this one was when it
+        started this job."""
         return promised_s + 3 * self.start_s
 
     def wait_for(self, text: str, timeout: float = PATIENCE_S, where: str = "stderr") -> None:
@@ -192,31 +212,63 @@ class Launched:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}") from None
+            raise AssertionError(
+                f"still running after {timeout} s:\n{self.stdout}\n{self.stderr}"
+            ) from None
 
     def left_over(self, within: float = 0) -> list[int]:
         """Ranks once seen by `pids` that still live after `within` seconds."""
         deadline = time.monotonic() + within
-        while (alive := [pid for pid in self.seen if is_alive(pid)]) and time.monotonic() < deadline:
+        while (
+            alive := [pid for pid in self.seen if is_alive(pid)]
+        ) and time.monotonic() < deadline:
             time.sleep(0.05)
         return alive
 
 
 @contextlib.contextmanager
-def torchrun(n: int, argv: list[str], env: dict[str, str] | None = None, options: list[str] | None = None,
-             module: str = "llama_tp.launch"):
-    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks, as our launcher does; kills all of it at the end.
+def torchrun(
+    n: int,
+    argv: list[str],
+    env: dict[str, str] | None = None,
+    options: list[str] | None = None,
+    module: str = "llama_tp.launch",
+):
+    """Starts `argv` (["-m", "module", ...] or ["script.py", ...]) on `n` ranks, as our launcher
+    does; kills all of it at the end.
 
-    `options` are more of the launcher's; `module` torch.distributed.run is torchrun as torch has it.
+    `options` are more of the launcher's; `module` torch.distributed.run is torchrun as torch has
+    it.
     """
-    mark = f"{os.getpid()}.{time.monotonic_ns()}"           # in the environment of all that belongs to this job
+    # in the environment of all that belongs to this job
+    mark = f"{os.getpid()}.{time.monotonic_ns()}"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = [sys.executable, "-m", module, *(options or []), "--nproc_per_node", str(n), *argv]
+        command = [
+            sys.executable,
+            "-m",
+            module,
+            *(options or []),
+            "--nproc_per_node",
+            str(n),
+            *argv,
+        ]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(folder / "stdout", "wb") as out, open(folder / "stderr", "wb") as err:
-            process = subprocess.Popen(command, stdout=out, stderr=err, stdin=subprocess.DEVNULL, cwd=ROOT, env={
-                **os.environ, "PYTHONPATH": path, "LLAMA_TP_THREADS": "1", **(env or {}), "LLAMA_TP_TEST_JOB": mark})
+            process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "LLAMA_TP_THREADS": "1",
+                    **(env or {}),
+                    "LLAMA_TP_TEST_JOB": mark,
+                },
+            )
         launched = Launched(process, folder)
         try:
             yield launched
@@ -249,8 +301,11 @@ def marked(variable: str) -> list[int]:
 def children(pid: int) -> list[int]:
     """Direct children of a process (Linux)."""
     with contextlib.suppress(OSError):
-        return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
-                for child in (task / "children").read_text().split()]
+        return [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
     return []
 
 

@@ -1,8 +1,10 @@
-"""A plain Llama in one file, for tests: no tensor parallelism, no cache, no batch, nothing shared with the package.
+"""A plain Llama in one file, for tests: no tensor parallelism, no cache, no batch, nothing shared
+with the package.
 
-Written from the papers and from Meta's model card: RMSNorm (arXiv 1910.07467), rotary positions on neighbouring
-pairs (arXiv 2104.09864) with Llama 3.1's frequency scaling, grouped-query attention (arXiv 2305.13245), SwiGLU.
-Slow on purpose; every line is checked in turn against transformers and llama-models (tests/model/test_oracles.py).
+Written from the papers and from Meta's model card: RMSNorm (arXiv 1910.07467), rotary positions on
+neighbouring pairs (arXiv 2104.09864) with Llama 3.1's frequency scaling, grouped-query attention
+(arXiv 2305.13245), SwiGLU. Slow on purpose; every line is checked in turn against transformers and
+llama-models (tests/model/test_oracles.py).
 """
 
 import math
@@ -21,7 +23,9 @@ def frequencies(config) -> torch.Tensor:
             if wavelength > s.original_context / s.low_freq_factor:
                 f /= s.factor
             elif wavelength >= s.original_context / s.high_freq_factor:
-                mix = (s.original_context / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+                mix = (s.original_context / wavelength - s.low_freq_factor) / (
+                    s.high_freq_factor - s.low_freq_factor
+                )
                 f = (1 - mix) * f / s.factor + mix * f
         out.append(f)
     return torch.tensor(out, dtype=torch.float64)
@@ -29,7 +33,7 @@ def frequencies(config) -> torch.Tensor:
 
 def rotate(x: torch.Tensor, config) -> torch.Tensor:
     """x: (T, heads, E), positions 0..T-1."""
-    angle = torch.outer(torch.arange(len(x), dtype=torch.float64), frequencies(config))         # (T, E/2)
+    angle = torch.outer(torch.arange(len(x), dtype=torch.float64), frequencies(config))  # (T, E/2)
     cos, sin = angle.cos().to(torch.float32)[:, None], angle.sin().to(torch.float32)[:, None]
     even, odd = x.float()[..., 0::2], x.float()[..., 1::2]
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
@@ -42,13 +46,14 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def logits(weights: dict[str, torch.Tensor], config, ids: list[int]) -> torch.Tensor:
-    """(T, V) fp32 logits for every position of `ids`; `weights` has Meta's names and whole shapes."""
+    """(T, V) fp32 logits for every position of `ids`; `weights` has Meta's names and whole
+    shapes."""
     E, H, K = config.head_dim, config.n_heads, config.n_kv_heads
     T = len(ids)
     hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
     x = weights["tok_embeddings.weight"][torch.tensor(ids)]
     for i in range(config.n_layers):
-        w = lambda name: weights[f"layers.{i}.{name}.weight"]                                   # noqa: E731, B023
+        w = lambda name: weights[f"layers.{i}.{name}.weight"]  # noqa: E731, B023
         h = norm(x, w("attention_norm"), config.norm_eps)
         q = rotate((h @ w("attention.wq").T).view(T, H, E), config)
         k = rotate((h @ w("attention.wk").T).view(T, K, E), config)
@@ -76,8 +81,8 @@ def greedy(weights: dict[str, torch.Tensor], config, ids: list[int], n: int) -> 
 
 
 def random_weights(table, seed: int = 0, dtype=torch.float32) -> dict[str, torch.Tensor]:
-    """Random weights for the rows of a weight table, scaled so that logits stay finite and greedy paths wander:
-    matrices ~ 1/sqrt(fan-in), norms near 1, embeddings ~ 1."""
+    """Random weights for the rows of a weight table, scaled so that logits stay finite and greedy
+    paths wander: matrices ~ 1/sqrt(fan-in), norms near 1, embeddings ~ 1."""
     generator = torch.Generator().manual_seed(seed)
     out = {}
     for weight in table:

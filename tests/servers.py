@@ -1,4 +1,5 @@
-"""Running servers for tests: `python -m llama_tp.serve` with real ranks, or with fake ones behind the real application."""
+"""Running servers for tests: `python -m llama_tp.serve` with real ranks, or with fake ones behind
+the real application."""
 
 import contextlib
 import json
@@ -18,7 +19,8 @@ DEMO, SCRIPTS = ROOT / "checkpoints" / "demo", ROOT / "tests" / "scripts"
 
 
 class Server:
-    """A running `serve`: `.url`, `.stderr`, `.get(path)`, `.post(path, body)`, `.ranks()`; all of it ends with the test."""
+    """A running `serve`: `.url`, `.stderr`, `.get(path)`, `.post(path, body)`, `.ranks()`; all of
+    it ends with the test."""
 
     def __init__(self, process: subprocess.Popen, log: Path, mark: str):
         self.process, self.log, self.mark, self.url = process, log, mark, ""
@@ -45,7 +47,9 @@ class Server:
             assert time.monotonic() < deadline, self.stderr
             time.sleep(0.05)
 
-    def request(self, path: str, data: bytes | None, headers: dict[str, str]) -> tuple[int, dict, bytes]:
+    def request(
+        self, path: str, data: bytes | None, headers: dict[str, str]
+    ) -> tuple[int, dict, bytes]:
         """(status, headers, body)."""
         request = urllib.request.Request(self.url + path, data, headers)
         try:
@@ -70,19 +74,31 @@ class Server:
 
     def wait_idle(self) -> dict:
         """What /load says, once no request is left."""
-        while (load := json.loads(self.get("/load")[2]))["server_load"] or load["running"] or load["waiting"]:
+        while (
+            (load := json.loads(self.get("/load")[2]))["server_load"]
+            or load["running"]
+            or load["waiting"]
+        ):
             time.sleep(0.02)
         return load
 
     def n_aborted(self) -> int:
         """The samples that were given up because their client had gone."""
         page = self.get("/metrics")[2].decode()
-        return sum(int(float(line.split()[-1])) for line in page.splitlines()
-                   if line.startswith('llama_tp:request_success_total{finished_reason="abort"'))
+        return sum(
+            int(float(line.split()[-1]))
+            for line in page.splitlines()
+            if line.startswith('llama_tp:request_success_total{finished_reason="abort"')
+        )
 
     def failures(self) -> list[str]:
-        """What its books say of replies of 500 and more, but for /health, which says 503 while it loads."""
-        lines = [line for line in self.get("/metrics")[2].decode().splitlines() if line.startswith("http_requests_total{")]
+        """What its books say of replies of 500 and more, but for /health, which says 503 while it
+        loads."""
+        lines = [
+            line
+            for line in self.get("/metrics")[2].decode().splitlines()
+            if line.startswith("http_requests_total{")
+        ]
         assert lines
         return [line for line in lines if 'status="5' in line and 'handler="/health"' not in line]
 
@@ -99,21 +115,37 @@ class Server:
         """Ends it by a signal; its exit code, once nothing of it is left."""
         self.process.send_signal(number)
         code = self.process.wait(timeout)
-        assert not (left := marked(f"LLAMA_TP_TEST_JOB={self.mark}")), f"left over: {left}\n{self.stderr}"
+        assert not (left := marked(f"LLAMA_TP_TEST_JOB={self.mark}")), (
+            f"left over: {left}\n{self.stderr}"
+        )
         return code
 
 
 @contextlib.contextmanager
-def serving(*words: str, ready: bool = True, env: dict[str, str] | None = None, ckpt_dir: Path = DEMO):
-    """`python -m llama_tp.serve --ckpt_dir ... --port 0` with more words; killed, ranks and all, at the end."""
-    words = ["-m", "llama_tp.serve", "--ckpt_dir", str(ckpt_dir), "--port", "0", "--device", "cpu", *words]
+def serving(
+    *words: str, ready: bool = True, env: dict[str, str] | None = None, ckpt_dir: Path = DEMO
+):
+    """`python -m llama_tp.serve --ckpt_dir ... --port 0` with more words; killed, ranks and all, at
+    the end."""
+    words = [
+        "-m",
+        "llama_tp.serve",
+        "--ckpt_dir",
+        str(ckpt_dir),
+        "--port",
+        "0",
+        "--device",
+        "cpu",
+        *words,
+    ]
     with started(words, env or {}, ready) as server:
         yield server
 
 
 @contextlib.contextmanager
 def pretending(*plans: str, ready: bool = True, **options):
-    """The real server in front of fake ranks with these plans (scripts/fake_rank.py), with FrontOptions; up in a second."""
+    """The real server in front of fake ranks with these plans (scripts/fake_rank.py), with
+    FrontOptions; up in a second."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [sys.executable, str(SCRIPTS / "fake_rank.py"), folder, *plans]
         words = [str(SCRIPTS / "fake_server.py"), json.dumps(options), *ranks]
@@ -126,10 +158,24 @@ def started(words: list[str], env: dict[str, str], ready: bool):
     mark = f"{os.getpid()}.{time.monotonic_ns()}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
-        path = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(
+            filter(None, [env.get("PYTHONPATH"), str(ROOT), os.environ.get("PYTHONPATH")])
+        )
         with open(log, "wb") as out:
-            process = subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT, env={
-                **os.environ, "LLAMA_TP_THREADS": "1", **env, "PYTHONPATH": path, "LLAMA_TP_TEST_JOB": mark})
+            process = subprocess.Popen(
+                [sys.executable, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd=ROOT,
+                env={
+                    **os.environ,
+                    "LLAMA_TP_THREADS": "1",
+                    **env,
+                    "PYTHONPATH": path,
+                    "LLAMA_TP_TEST_JOB": mark,
+                },
+            )
         server = Server(process, log, mark)
         try:
             if ready:

@@ -1,7 +1,9 @@
-"""The tests that carry the house, on real ranks: tp, batch and cache invariance, and no leaks (layout: tests/checkpoint).
+"""The tests that carry the house, on real ranks: tp, batch and cache invariance, and no leaks
+(layout: tests/checkpoint).
 
-Without --deterministic, tokens are compared with the one-file reference in fp32. With it, bits are: every logit that
-a token was chosen from, at every tp, in every company, chunking, preemption and prefix hit, in fp32 and bf16.
+Without --deterministic, tokens are compared with the one-file reference in fp32. With it, bits are:
+every logit that a token was chosen from, at every tp, in every company, chunking, preemption and
+prefix hit, in fp32 and bf16.
 """
 
 import pytest
@@ -17,12 +19,22 @@ from tests.ranks import run
 from tests.shapes import SHRUNK
 
 TPS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
-PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 70, 1, 290, 17), start=1)]
+PROMPTS = [
+    [(i * k * k + 5 * k + i) % 260 for k in range(n)]
+    for i, n in enumerate((5, 33, 70, 1, 290, 17), start=1)
+]
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
 ALONE = [(f"r{i}", ids, GREEDY) for i, ids in enumerate(PROMPTS)]
-# the same requests among others that share prefixes with them, arriving one a step, in a cache too small for all
-CROWD = [each for i, ids in enumerate(PROMPTS) for each in (
-    (f"r{i}", ids, GREEDY), (f"other{i}", ids[:20] + [7, i], {"max_tokens": 70, "n": 2}))] + [("again", PROMPTS[4], GREEDY)]
+# the same requests among others that share prefixes with them, arriving one a step, in a cache too
+# small for all
+CROWD = [
+    each
+    for i, ids in enumerate(PROMPTS)
+    for each in (
+        (f"r{i}", ids, GREEDY),
+        (f"other{i}", ids[:20] + [7, i], {"max_tokens": 70, "n": 2}),
+    )
+] + [("again", PROMPTS[4], GREEDY)]
 TIGHT = {"n_blocks": 20, "max_rows": 6, "step_tokens": 24, "arrivals": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,14 +47,17 @@ def same_bits(ours: dict, theirs: dict) -> None:
     shared = [key for key in theirs if key[0].startswith("r")]
     assert len(shared) == len(PROMPTS) * GREEDY["max_tokens"]
     different = [key for key in shared if not torch.equal(ours[key], theirs[key])]
-    assert not different, f"{len(different)} of {len(shared)} logits differ, first at {different[0]}"
+    assert not different, (
+        f"{len(different)} of {len(shared)} logits differ, first at {different[0]}"
+    )
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "plain"])
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("shape", ["1b", "8b"])
 def test_tp_invariance_of_tokens(shape, tp, fast):
-    """Default mode: greedy tokens at any tp are those of the one-file reference, and logits agree to 1e-4."""
+    """Default mode: greedy tokens at any tp are those of the one-file reference, and logits agree
+    to 1e-4."""
     config = SHRUNK[shape]
     weights = reference.random_weights(table(config))
     tokens, logits, _ = served(tp, ALONE, config=config, fast=fast)
@@ -50,29 +65,42 @@ def test_tp_invariance_of_tokens(shape, tp, fast):
         expected = reference.greedy(weights, config, ids, 8)
         assert tokens[f"r{i}", 0] == expected
         whole = reference.logits(weights, config, ids + expected)
-        for k in range(8):                                              # cache invariance: decode against a full forward
+        for k in range(8):  # cache invariance: decode against a full forward
             ours, theirs = logits[f"r{i}", 0, len(ids) + k], whole[len(ids) + k - 1]
             assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("tp", TPS)
-@pytest.mark.parametrize("shape", ["1b", "mha"])                        # mha: tp does not divide its vocabulary of 271
+@pytest.mark.parametrize("shape", ["1b", "mha"])  # mha: tp does not divide its vocabulary of 271
 def test_ranks_agree_on_greedy_tokens_without_gathering_logits(shape, tp):
     """Also where the best token is there twice: the lower id wins, in one shard or over two."""
     config = SHRUNK[shape]
     weights = reference.random_weights(table(config))
     if not config.tied:
         head, half = weights["output.weight"], config.vocab_size // 2
-        head[half:2 * half] = head[:half]
+        head[half : 2 * half] = head[:half]
     tokens, logits, _ = served(tp, ALONE, config=config, weights=weights, runner=Runner)
-    assert not logits                                                   # none came to the driver
+    assert not logits  # none came to the driver
     for i, ids in enumerate(PROMPTS):
         assert tokens[f"r{i}", 0] == reference.greedy(weights, config, ids, 8)
 
 
-SEEDED = [(f"r{i}", ids, {"seed": 5 + i, "max_tokens": 12, "n": 2, **params}) for i, (ids, params) in enumerate(zip(PROMPTS, (
-    {"temperature": 0.7, "top_k": 20, "top_p": 0.9}, {"temperature": 1.3, "top_p": 0.3}, {"min_p": 0.2, "top_p": 1.0},
-    {"temperature": 1.0, "top_p": 1.0}, {"top_p": 0.999}, {"temperature": 0.9, "top_k": 3, "repetition_penalty": 1.2})))]
+SEEDED = [
+    (f"r{i}", ids, {"seed": 5 + i, "max_tokens": 12, "n": 2, **params})
+    for i, (ids, params) in enumerate(
+        zip(
+            PROMPTS,
+            (
+                {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+                {"temperature": 1.3, "top_p": 0.3},
+                {"min_p": 0.2, "top_p": 1.0},
+                {"temperature": 1.0, "top_p": 1.0},
+                {"top_p": 0.999},
+                {"temperature": 0.9, "top_k": 3, "repetition_penalty": 1.2},
+            ),
+        )
+    )
+]
 
 SAMPLED = [(f"s{name}", ids, params) for name, ids, params in SEEDED]
 
@@ -80,7 +108,8 @@ SAMPLED = [(f"s{name}", ids, params) for name, ids, params in SEEDED]
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("shape", ["8b", "mha"])
 def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
-    """Filters, whole distributions and penalties, from shortlists where these decide, against one rank's whole logits."""
+    """Filters, whole distributions and penalties, from shortlists where these decide, against one
+    rank's whole logits."""
     expected, _, _ = served(1, SEEDED, config=SHRUNK[shape])
     tokens, _, _ = served(tp, SEEDED, config=SHRUNK[shape], runner=Runner)
     assert tokens == expected and len({tuple(ids) for ids in tokens.values()}) == 2 * len(SEEDED)
@@ -89,7 +118,8 @@ def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("shape", ["1b", "mha"])
 def test_replayed_decodes_and_steps_planned_ahead_change_no_token(shape, tp):
-    """As on CUDA: greedy, filtered and driver-chosen tokens, in a crowd that preempts, against the plain way."""
+    """As on CUDA: greedy, filtered and driver-chosen tokens, in a crowd that preempts, against the
+    plain way."""
     options = {"config": SHRUNK[shape], "runner": Runner}
     expected, _, _ = served(1, [*ALONE, *SAMPLED], **options)
     tokens, _, _ = served(tp, [*ALONE, *SAMPLED], **options, graphs=True)
@@ -107,19 +137,36 @@ def baseline():
         if (shape, dtype, fast) not in known:
             known[shape, dtype, fast] = {}
             for request in ALONE:
-                _, logits, _ = served(1, [request], config=SHRUNK[shape], dtype=DTYPES[dtype], deterministic=True, fast=fast)
+                _, logits, _ = served(
+                    1,
+                    [request],
+                    config=SHRUNK[shape],
+                    dtype=DTYPES[dtype],
+                    deterministic=True,
+                    fast=fast,
+                )
                 known[shape, dtype, fast] |= logits
         return known[shape, dtype, fast]
+
     return of
 
 
 @pytest.mark.parametrize("tp", TPS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape, fast", [("1b", True), ("8b", True), ("wide", True), ("8b", False), *(
-    pytest.param(big, True, marks=pytest.mark.slow) for big in ("70b", "405b"))], ids=lambda value: value if isinstance(
-        value, str) else "fast" if value else "plain")
+@pytest.mark.parametrize(
+    "shape, fast",
+    [
+        ("1b", True),
+        ("8b", True),
+        ("wide", True),
+        ("8b", False),
+        *(pytest.param(big, True, marks=pytest.mark.slow) for big in ("70b", "405b")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "fast" if value else "plain",
+)
 def test_deterministic_bits(shape, fast, dtype, tp, baseline):
-    """--deterministic: alone at tp 1 = together at tp n = in a crowd with chunks, preemptions and prefix hits at tp n."""
+    """--deterministic: alone at tp 1 = together at tp n = in a crowd with chunks, preemptions and
+    prefix hits at tp n."""
     options = {"config": SHRUNK[shape], "dtype": DTYPES[dtype], "deterministic": True, "fast": fast}
     _, together, _ = served(tp, ALONE, **options)
     same_bits(together, baseline(shape, dtype, fast))
@@ -129,9 +176,11 @@ def test_deterministic_bits(shape, fast, dtype, tp, baseline):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fast_and_plain_agree_within_rounding(dtype, baseline):
-    """The C++ kernels against plain torch through a whole model: logits of the same step differ by roundings only."""
+    """The C++ kernels against plain torch through a whole model: logits of the same step differ by
+    roundings only."""
     fast, plain = baseline("8b", dtype, True), baseline("8b", dtype, False)
-    first = [(f"r{i}", 0, len(ids)) for i, ids in enumerate(PROMPTS)]           # later steps may follow another token
+    # later steps may follow another token
+    first = [(f"r{i}", 0, len(ids)) for i, ids in enumerate(PROMPTS)]
     for key in first:
         limit = {"fp32": 1e-4, "bf16": 4e-2}[dtype] * plain[key].abs().max()
         assert (fast[key] - plain[key]).abs().max() < limit
@@ -142,14 +191,17 @@ def test_deterministic_bits_with_two_threads(baseline):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        _, together, _ = served(1, ALONE, config=SHRUNK["8b"], dtype=torch.bfloat16, deterministic=True)
+        _, together, _ = served(
+            1, ALONE, config=SHRUNK["8b"], dtype=torch.bfloat16, deterministic=True
+        )
     finally:
         torch.set_num_threads(before)
     same_bits(together, baseline("8b", "bf16"))
 
 
 def test_the_crowd_is_rough():
-    """The crowd of the tests above really chunks, preempts and hits prefixes (else they would prove nothing)."""
+    """The crowd of the tests above really chunks, preempts and hits prefixes (else they would prove
+    nothing)."""
     options = {key: value for key, value in TIGHT.items() if key != "arrivals"}
     one = engine(single_rank(), SHRUNK["8b"], **options)
     queue = list(CROWD)
@@ -175,8 +227,9 @@ def test_batch_invariance_of_sampled_tokens():
 
 
 def test_odd_sizes_are_padded():
-    """A vocabulary and an FFN width that tp does not divide: the reference's tokens, and the same bits."""
-    config = SHRUNK["mha"]                                              # vocabulary 271, FFN 200
+    """A vocabulary and an FFN width that tp does not divide: the reference's tokens, and the same
+    bits."""
+    config = SHRUNK["mha"]  # vocabulary 271, FFN 200
     weights = reference.random_weights(table(config))
     for tp in (2, 4):
         tokens, _, _ = served(tp, ALONE[:2], config=config)

@@ -1,1 +1,2 @@
-"""Measured numbers beside what the machine could do at best. Results and their history: README.md in this folder."""
+"""Measured numbers beside what the machine could do at best. Results and their history: README.md
+in this folder."""

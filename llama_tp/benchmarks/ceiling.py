@@ -1,8 +1,10 @@
-"""What this machine could do at best for this model: measured bandwidth and matrix rate, hence the floor of a step.
+"""What this machine could do at best for this model: measured bandwidth and matrix rate, hence the
+floor of a step.
 
-Decoding reads every weight once a step, and the KV cache of every sequence once; prefill multiplies every weight with
-every token. A step can be no faster than the slower of its reading and its arithmetic (the roofline, Williams et al.
-2009). All ranks measure at the same time, as they will work.
+Decoding reads every weight once a step, and the KV cache of every sequence once; prefill multiplies
+every weight with every token. A step can be no faster than the slower of its reading and its
+arithmetic (the roofline, Williams et al. 2009). All ranks measure at the same time, as they will
+work.
 """
 
 import statistics
@@ -21,19 +23,20 @@ from llama_tp.spec.config import ModelConfig
 from llama_tp.spec.memory import kv_bytes_per_token, weight_bytes
 
 REPEATS = 7
-PART_BYTES = 1 << 30            # read by one kernel: torch addresses no more than 2 GiB with 32 bits
+PART_BYTES = 1 << 30  # read by one kernel: torch addresses no more than 2 GiB with 32 bits
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Of one rank, the slowest: bytes/s it reads, FLOP/s it multiplies; bytes and FLOPs that a token needs there."""
+    """Of one rank, the slowest: bytes/s it reads, FLOP/s it multiplies; bytes and FLOPs that a
+    token needs there."""
 
     read_bytes_per_s: float
     flops_per_s: float
     weight_bytes_per_step: int
     kv_bytes_per_position: int
     flops_per_token: int
-    head_flops: int                 # of these, the head's, which a prompt needs at its end only
+    head_flops: int  # of these, the head's, which a prompt needs at its end only
     tp: int
 
     def decode_s(self, batch: int, context: int) -> float:
@@ -49,22 +52,29 @@ class Ceiling:
     def card(self) -> str:
         """The lines that a benchmark begins with."""
         prefill = self.flops_per_s / (self.flops_per_token - self.head_flops)
-        return "\n".join([
-            f"ceiling of each of {self.tp} rank(s): reads {self.read_bytes_per_s / 1e9:.1f} GB/s, multiplies "
-            f"{self.flops_per_s / 1e12:.2f} TFLOP/s (both measured now)",
-            f"a step reads {self.weight_bytes_per_step / 1e9:.3f} GB of weights there, a token takes "
-            f"{self.flops_per_token / 1e9:.3f} GFLOP: decode is at most {1 / self.decode_s(1, 0):.1f} tok/s a sequence, "
-            f"prefill {prefill:.0f} tok/s"])
+        return "\n".join(
+            [
+                f"ceiling of each of {self.tp} rank(s): reads {self.read_bytes_per_s / 1e9:.1f} "
+                "GB/s, multiplies "
+                f"{self.flops_per_s / 1e12:.2f} TFLOP/s (both measured now)",
+                f"a step reads {self.weight_bytes_per_step / 1e9:.3f} GB of weights there, a token "
+                "takes "
+                f"{self.flops_per_token / 1e9:.3f} GFLOP: decode is at most "
+                f"{1 / self.decode_s(1, 0):.1f} tok/s a sequence, "
+                f"prefill {prefill:.0f} tok/s",
+            ]
+        )
 
     def as_json(self) -> dict:
         return asdict(self)
 
 
 class Probe(Protocol):
-    """What differs between machines that are measured: how much it takes to see their memory and their multipliers, and how the
-    time of their work is told.
+    """What differs between machines that are measured: how much it takes to see their memory and
+    their multipliers, and how the time of their work is told.
 
-    n_bytes: read at once, far beyond any cache. n_rows, width, n_matrices: of the products, n_rows times square matrices.
+    n_bytes: read at once, far beyond any cache. n_rows, width, n_matrices: of the products, n_rows
+        times square matrices.
     """
 
     n_bytes: int
@@ -78,7 +88,8 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class HostProbe:
-    """A CPU: the host's clock. Little memory beside a model, since the peak reported includes it."""
+    """A CPU: the host's clock. Little memory beside a model, since the peak reported includes
+    it."""
 
     n_bytes: int = 1 << 28
     n_rows: int = 512
@@ -95,8 +106,9 @@ class HostProbe:
 
 
 class CudaProbe:
-    """A GPU: its own events, with all calls queued before anyone waits, so that neither launch nor wait counts. 4 GiB, if half
-    of what is free is as much: 256 MiB would take an H100 80 us, a launch being some 5, and a fifth of them would lie in its cache.
+    """A GPU: its own events, with all calls queued before anyone waits, so that neither launch nor
+    wait counts. 4 GiB, if half of what is free is as much: 256 MiB would take an H100 80 us, a
+    launch being some 5, and a fifth of them would lie in its cache.
     """
 
     n_rows, width, n_matrices = 8192, 8192, 1
@@ -120,8 +132,11 @@ def probe_of(device: torch.device) -> Probe:
     return CudaProbe(device) if device.type == "cuda" else HostProbe()
 
 
-def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, together: bool = True) -> Ceiling:
-    """Every rank calls it. `together` False leaves the other ranks out (a simulated rank has none)."""
+def ceiling(
+    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, together: bool = True
+) -> Ceiling:
+    """Every rank calls it. `together` False leaves the other ranks out (a simulated rank has
+    none)."""
     worst = (lambda value: min(gather_ints(int(value), ranks))) if together else int
     if together:
         barrier(ranks)
@@ -131,8 +146,15 @@ def ceiling(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, together: boo
     item = dtype.itemsize
     embedding = config.local_vocab(ranks.tp) * config.dim * item
     weights = weight_bytes(config, ranks.tp, item) - (0 if config.tied else embedding)
-    return Ceiling(bandwidth, rate, weights, kv_bytes_per_token(config, ranks.tp, item), 2 * weights // item,
-                   2 * embedding // item, ranks.tp)
+    return Ceiling(
+        bandwidth,
+        rate,
+        weights,
+        kv_bytes_per_token(config, ranks.tp, item),
+        2 * weights // item,
+        2 * embedding // item,
+        ranks.tp,
+    )
 
 
 @torch.inference_mode()
@@ -141,18 +163,22 @@ def read_rate(device: torch.device, probe: Probe) -> float:
     block = torch.empty(probe.n_bytes // 4, dtype=torch.int32, device=device).random_()
     library = load() if device.type == "cpu" else None
     if library:
-        return probe.n_bytes / statistics.median(probe.times(lambda: library.read_all(block.data_ptr(), probe.n_bytes // 8)))
+        return probe.n_bytes / statistics.median(
+            probe.times(lambda: library.read_all(block.data_ptr(), probe.n_bytes // 8))
+        )
     parts = block.split(PART_BYTES // 4)
     return probe.n_bytes / statistics.median(probe.times(lambda: [part.max() for part in parts]))
 
 
 @torch.inference_mode()
 def matrix_rate(device: torch.device, dtype: torch.dtype, probe: Probe) -> float:
-    """FLOP/s of rows times square matrices, the kind of product that prefill is made of. Random numbers: a GPU draws less power for
-    zeros and ones, and keeps a higher clock."""
+    """FLOP/s of rows times square matrices, the kind of product that prefill is made of. Random
+    numbers: a GPU draws less power for zeros and ones, and keeps a higher clock."""
     kernels = pick(device, dtype, fixed_bits=False)
     shape = probe.width, probe.width
-    matrices = [kernels.matrix(torch.randn(shape, device=device).to(dtype)) for _ in range(probe.n_matrices)]
+    matrices = [
+        kernels.matrix(torch.randn(shape, device=device).to(dtype)) for _ in range(probe.n_matrices)
+    ]
     x = torch.randn(probe.n_rows, probe.width, device=device).to(dtype)
-    n_flops = probe.n_matrices * 2 * probe.n_rows * probe.width ** 2
+    n_flops = probe.n_matrices * 2 * probe.n_rows * probe.width**2
     return n_flops / statistics.median(probe.times(lambda: [matrix(x) for matrix in matrices]))

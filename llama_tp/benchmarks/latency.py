@@ -1,4 +1,5 @@
-"""How long prompts take: for each batch size the time to the first token and the time of each further one."""
+"""How long prompts take: for each batch size the time to the first token and the time of each
+further one."""
 
 import statistics
 import time
@@ -10,14 +11,26 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.spec.errors import UserError
 
-HEADER = ["batch", "prompt", "new", "TTFT ms", "prefill tok/s", "prefill % of limit", "TPOT ms", "spread", "decode tok/s",
-          "GB/s a rank", "decode % of limit", "driver ms"]
+HEADER = [
+    "batch",
+    "prompt",
+    "new",
+    "TTFT ms",
+    "prefill tok/s",
+    "prefill % of limit",
+    "TPOT ms",
+    "spread",
+    "decode tok/s",
+    "GB/s a rank",
+    "decode % of limit",
+    "driver ms",
+]
 
 
 @dataclass(frozen=True)
 class Times:
-    """One run of a batch: seconds to the last sequence's first token, of each later step, in all, and the driver's own
-    part of a step."""
+    """One run of a batch: seconds to the last sequence's first token, of each later step, in all,
+    and the driver's own part of a step."""
 
     first_s: float
     steps_s: list[float]
@@ -29,11 +42,15 @@ def batch_of(engine: Engine, n: int, n_prompt: int, n_new: int, name: str) -> li
     """n greedy requests with different prompts and exactly n_new tokens each."""
     params = SamplingParams(max_tokens=n_new, temperature=0, ignore_eos=True)
     vocab = engine.runner.n_vocab
-    return [Request(f"{name}-{i}", [(7 * j + 131 * i + 11) % vocab for j in range(n_prompt)], params) for i in range(n)]
+    return [
+        Request(f"{name}-{i}", [(7 * j + 131 * i + 11) % vocab for j in range(n_prompt)], params)
+        for i in range(n)
+    ]
 
 
 def step(engine: Engine) -> list[Delta]:
-    """Driver: the engine's next step. Raises UserError for a sequence that was given up, whose tokens would be counted as made."""
+    """Driver: the engine's next step. Raises UserError for a sequence that was given up, whose
+    tokens would be counted as made."""
     deltas = engine.step()
     for delta in deltas:
         if delta.error:
@@ -57,30 +74,69 @@ def run(engine: Engine, requests: list[Request]) -> Times:
         else:
             steps_s.append(now - step_started)
     n_steps = engine.n_steps - before[1]
-    return Times(first_s, steps_s, time.perf_counter() - started, (engine.stats.driver_s - before[0]) / max(1, n_steps))
+    return Times(
+        first_s,
+        steps_s,
+        time.perf_counter() - started,
+        (engine.stats.driver_s - before[0]) / max(1, n_steps),
+    )
 
 
-def latency(engine: Engine, ceiling: Ceiling, batches: list[int], n_prompt: int, n_new: int,
-            n_runs: int) -> tuple[list[dict], dict]:
+def latency(
+    engine: Engine, ceiling: Ceiling, batches: list[int], n_prompt: int, n_new: int, n_runs: int
+) -> tuple[list[dict], dict]:
     """Driver: -> (table rows under HEADER, JSON). One warm-up run a batch size does not count."""
     rows, results = [], []
     for batch in batches:
-        runs = [run(engine, batch_of(engine, batch, n_prompt, n_new, f"{batch}-{i}")) for i in range(n_runs + 1)][1:]
+        runs = [
+            run(engine, batch_of(engine, batch, n_prompt, n_new, f"{batch}-{i}"))
+            for i in range(n_runs + 1)
+        ][1:]
         first_s = statistics.median(each.first_s for each in runs)
         medians = [statistics.median(each.steps_s) for each in runs if each.steps_s]
         step_s = statistics.median(medians) if medians else float("nan")
         spread = (max(medians) - min(medians)) / step_s if medians else float("nan")
         driver_s = statistics.median(each.driver_s for each in runs)
         context = n_prompt + n_new // 2
-        floor_first, floor_step = ceiling.prefill_s(batch * n_prompt), ceiling.decode_s(batch, context)
+        floor_first, floor_step = (
+            ceiling.prefill_s(batch * n_prompt),
+            ceiling.decode_s(batch, context),
+        )
         n_bytes = ceiling.weight_bytes_per_step + batch * context * ceiling.kv_bytes_per_position
-        rows.append(dict(zip(HEADER, [
-            batch, n_prompt, n_new, f"{1e3 * first_s:.1f}", f"{batch * n_prompt / first_s:.0f}", f"{floor_first / first_s:.0%}",
-            f"{1e3 * step_s:.2f}", f"{spread:.0%}", f"{batch / step_s:.1f}", f"{n_bytes / step_s / 1e9:.1f}",
-            f"{floor_step / step_s:.0%}", f"{1e3 * driver_s:.2f}"])))
-        results.append({
-            "batch_size": batch, "input_len": n_prompt, "output_len": n_new, "avg_latency": statistics.mean(r.all_s for r in runs),
-            "latencies": [each.all_s for each in runs], "median_ttft_ms": 1e3 * first_s, "median_tpot_ms": 1e3 * step_s,
-            "output_throughput": batch / step_s, "floor_ttft_ms": 1e3 * floor_first, "floor_tpot_ms": 1e3 * floor_step,
-            "driver_ms_per_step": 1e3 * driver_s})
+        rows.append(
+            dict(
+                zip(
+                    HEADER,
+                    [
+                        batch,
+                        n_prompt,
+                        n_new,
+                        f"{1e3 * first_s:.1f}",
+                        f"{batch * n_prompt / first_s:.0f}",
+                        f"{floor_first / first_s:.0%}",
+                        f"{1e3 * step_s:.2f}",
+                        f"{spread:.0%}",
+                        f"{batch / step_s:.1f}",
+                        f"{n_bytes / step_s / 1e9:.1f}",
+                        f"{floor_step / step_s:.0%}",
+                        f"{1e3 * driver_s:.2f}",
+                    ],
+                )
+            )
+        )
+        results.append(
+            {
+                "batch_size": batch,
+                "input_len": n_prompt,
+                "output_len": n_new,
+                "avg_latency": statistics.mean(r.all_s for r in runs),
+                "latencies": [each.all_s for each in runs],
+                "median_ttft_ms": 1e3 * first_s,
+                "median_tpot_ms": 1e3 * step_s,
+                "output_throughput": batch / step_s,
+                "floor_ttft_ms": 1e3 * floor_first,
+                "floor_tpot_ms": 1e3 * floor_step,
+                "driver_ms_per_step": 1e3 * driver_s,
+            }
+        )
     return rows, {"runs": results}

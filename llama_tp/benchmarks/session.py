@@ -44,29 +44,66 @@ class Load:
         return max(self.batches) if self.what == "latency" else self.max_rows
 
 
-def open_engine(load: Load, ckpt_dir: str | None, model: str | None, n_layers: int | None, tp: int | None, device: str | None,
-                dtype: str | None, deterministic: bool | None) -> tuple[Engine, tuple[float, float]]:
-    """A checkpoint's engine, or one with random weights; and the process's age before and after building it."""
+def open_engine(
+    load: Load,
+    ckpt_dir: str | None,
+    model: str | None,
+    n_layers: int | None,
+    tp: int | None,
+    device: str | None,
+    dtype: str | None,
+    deterministic: bool | None,
+) -> tuple[Engine, tuple[float, float]]:
+    """A checkpoint's engine, or one with random weights; and the process's age before and after
+    building it."""
     begun_s = startup.process_age_s()
     if ckpt_dir:
-        engine = build(EngineOptions(ckpt_dir, max_seq_len=load.n_positions, max_batch_size=load.rows, device=device, dtype=dtype,
-                                     deterministic=deterministic, prefix_cache=False))
+        engine = build(
+            EngineOptions(
+                ckpt_dir,
+                max_seq_len=load.n_positions,
+                max_batch_size=load.rows,
+                device=device,
+                dtype=dtype,
+                deterministic=deterministic,
+                prefix_cache=False,
+            )
+        )
     else:
         if dtype not in (None, *DTYPES):
-            raise UserError("--dtype is not one that llama_tp computes in", f"found {dtype!r}", f"use one of {', '.join(DTYPES)}")
+            raise UserError(
+                "--dtype is not one that llama_tp computes in",
+                f"found {dtype!r}",
+                f"use one of {', '.join(DTYPES)}",
+            )
         config = synthetic.shrunk(PUBLISHED[model], n_layers)
         ranks = synthetic.simulated(tp, pick_device(device, 0)) if tp else init_ranks(device)
         config.check_tp(ranks.tp)
         number = DTYPES[dtype or "bfloat16"]
-        watch = Watch(single_rank(ranks.device) if tp else ranks)           # a simulated rank has nobody to watch
-        engine = synthetic.engine_of(config, ranks, number, load.n_positions, load.rows,
-                                     pick_mode(deterministic, ranks.device, number), watch)
+        # a simulated rank has nobody to watch
+        watch = Watch(single_rank(ranks.device) if tp else ranks)
+        engine = synthetic.engine_of(
+            config,
+            ranks,
+            number,
+            load.n_positions,
+            load.rows,
+            pick_mode(deterministic, ranks.device, number),
+            watch,
+        )
     return engine, (begun_s, startup.process_age_s())
 
 
-def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, allreduce_us: float | None,
-            show: Callable[[str], None]) -> tuple[dict | None, list[list[dict]]]:
-    """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling card before."""
+def measure(
+    engine: Engine,
+    ages_s: tuple[float, float],
+    load: Load,
+    name: str,
+    allreduce_us: float | None,
+    show: Callable[[str], None],
+) -> tuple[dict | None, list[list[dict]]]:
+    """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling
+    card before."""
     ranks, model = engine.ranks, engine.runner.model
     alone = isinstance(ranks.room, synthetic.StandIn)
     limits, peak_before = limits_and_peak(engine, alone)
@@ -74,30 +111,50 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
         engine.follow()
         gather_ints(max(peak_before, peak_bytes(engine)), ranks)
         return None, []
-    show(f"{name}, {counted(model.config.n_params)} parameters, {str(model.dtype)[6:]}, "
-         + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
-         + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch {torch.__version__}, "
-         f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}")
+    show(
+        f"{name}, {counted(model.config.n_params)} parameters, {str(model.dtype)[6:]}, "
+        + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
+        + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch "
+        f"{torch.__version__}, "
+        f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}"
+    )
     if model.kernels.lacks:
         show(f"no paged FlashAttention here: {model.kernels.lacks}")
     show(limits.card())
     if load.what == "latency":
-        rows, result = latency.latency(engine, limits, list(load.batches), load.n_prompt, load.n_new, load.n_runs)
+        rows, result = latency.latency(
+            engine, limits, list(load.batches), load.n_prompt, load.n_new, load.n_runs
+        )
     elif load.what == "throughput":
-        rows, result = throughput.throughput(engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows)
+        rows, result = throughput.throughput(
+            engine, limits, load.n_requests, load.n_prompt, load.n_new, load.spread, load.max_rows
+        )
     else:
-        files = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix in (".pth", ".safetensors")
-                 and path.is_file()]
+        files = [
+            str(path)
+            for path in sorted(Path(name).iterdir())
+            if path.suffix in (".pth", ".safetensors") and path.is_file()
+        ]
         rows, result = startup.startup(engine, files, *ages_s)
     tables = [rows]
     engine.dismiss()
     peak = max(peak_before, peak_bytes(engine))
     peaks = [peak] if alone else gather_ints(peak, ranks)
     result |= {
-        "benchmark": load.what, "model": Path(name).name, "n_params": model.config.n_params, "tp": ranks.tp, "simulated": alone,
-        "dtype": str(model.dtype)[6:], "deterministic": model.deterministic, "device": device_name(ranks),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "ceiling": limits.as_json(), "peak_memory_gib": [round(peak / GIB, 3) for peak in peaks]}
+        "benchmark": load.what,
+        "model": Path(name).name,
+        "n_params": model.config.n_params,
+        "tp": ranks.tp,
+        "simulated": alone,
+        "dtype": str(model.dtype)[6:],
+        "deterministic": model.deterministic,
+        "device": device_name(ranks),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "ceiling": limits.as_json(),
+        "peak_memory_gib": [round(peak / GIB, 3) for peak in peaks],
+    }
     if alone:
         tables += predicted(engine, result, allreduce_us)
     show(f"peak memory: {', '.join(f'{peak / GIB:.2f}' for peak in peaks)} GiB")
@@ -105,7 +162,8 @@ def measure(engine: Engine, ages_s: tuple[float, float], load: Load, name: str, 
 
 
 def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
-    """The machine's limits, and the most bytes this rank had used before they were measured. A GPU forgets what that took."""
+    """The machine's limits, and the most bytes this rank had used before they were measured. A GPU
+    forgets what that took."""
     model, device, peak = engine.runner.model, engine.ranks.device, peak_bytes(engine)
     limits = ceiling(model.config, engine.ranks, model.dtype, together=not alone)
     if device.type == "cuda":
@@ -115,7 +173,8 @@ def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
 
 
 def predicted(engine: Engine, result: dict, allreduce_us: float | None) -> list[list[dict]]:
-    """Tables of a simulated rank: its messages, and the step's time with the sums that it did not wait for."""
+    """Tables of a simulated rank: its messages, and the step's time with the sums that it did not
+    wait for."""
     messages = synthetic.message_table(engine.ranks, engine.n_steps + 1)
     if allreduce_us is None:
         return [messages]
@@ -123,8 +182,15 @@ def predicted(engine: Engine, result: dict, allreduce_us: float | None) -> list[
     rows = []
     for run in result.get("runs", []):
         run["predicted_tpot_ms"] = run["median_tpot_ms"] + n_sums * allreduce_us / 1e3
-        rows.append({"batch": run["batch_size"], "computing ms": f"{run['median_tpot_ms']:.2f}", "sums": n_sums,
-                     "us each": allreduce_us, "PREDICTED ms a step": f"{run['predicted_tpot_ms']:.2f}"})
+        rows.append(
+            {
+                "batch": run["batch_size"],
+                "computing ms": f"{run['median_tpot_ms']:.2f}",
+                "sums": n_sums,
+                "us each": allreduce_us,
+                "PREDICTED ms a step": f"{run['predicted_tpot_ms']:.2f}",
+            }
+        )
     return [messages, rows] if rows else [messages]
 
 
@@ -134,4 +200,7 @@ def device_name(ranks: Ranks) -> str:
         return torch.cuda.get_device_name(ranks.device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

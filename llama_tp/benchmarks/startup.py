@@ -1,4 +1,5 @@
-"""From the command to the first token: what loading costs beside reading the same bytes, and what is left."""
+"""From the command to the first token: what loading costs beside reading the same bytes, and what
+is left."""
 
 import os
 import subprocess
@@ -21,26 +22,43 @@ def process_age_s() -> float:
         return time.process_time()
 
 
-def startup(engine: Engine, files: list[str], begun_s: float, built_s: float) -> tuple[list[dict], dict]:
+def startup(
+    engine: Engine, files: list[str], begun_s: float, built_s: float
+) -> tuple[list[dict], dict]:
     """Driver: -> (table row under HEADER, JSON).
 
-    files: the checkpoint's weight files, read again into fresh memory for comparison (the cache is warm by then).
+    files: the checkpoint's weight files, read again into fresh memory for comparison (the cache is
+        warm by then).
     begun_s, built_s: the process's age when the engine began to be built, and when it was.
     """
     first = run(engine, batch_of(engine, 1, min(128, engine.scheduler.max_len - 1), 1, "first"))
     age_s = process_age_s()
     read_s = _read_s(files)
     load_s = built_s - begun_s
-    row = [f"{begun_s:.2f}", f"{load_s:.2f}", f"{read_s:.2f}", f"{load_s / read_s:.2f}", f"{first.first_s:.2f}", f"{age_s:.2f}"]
-    return [dict(zip(HEADER, row))], {"import_s": begun_s, "load_s": load_s, "read_s": read_s, "first_token_s": first.first_s,
-                                      "process_to_first_token_s": age_s}
+    row = [
+        f"{begun_s:.2f}",
+        f"{load_s:.2f}",
+        f"{read_s:.2f}",
+        f"{load_s / read_s:.2f}",
+        f"{first.first_s:.2f}",
+        f"{age_s:.2f}",
+    ]
+    return [dict(zip(HEADER, row))], {
+        "import_s": begun_s,
+        "load_s": load_s,
+        "read_s": read_s,
+        "first_token_s": first.first_s,
+        "process_to_first_token_s": age_s,
+    }
 
 
 def _read_s(paths: list[str]) -> float:
-    """Seconds to read the files into fresh memory, in a process of its own that keeps all of it: pages used twice would cost
-    a fraction. The second pass counts: in the first, a virtual machine may have to get its memory from the host (0.35
-    GB/s here, against 1-2)."""
-    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, check=True)
+    """Seconds to read the files into fresh memory, in a process of its own that keeps all of it:
+    pages used twice would cost a fraction. The second pass counts: in the first, a virtual machine
+    may have to get its memory from the host (0.35 GB/s here, against 1-2)."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ, *paths], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 

@@ -1,8 +1,10 @@
-"""Engines without a checkpoint: a published size with random weights, on the ranks there are or as one rank of more.
+"""Engines without a checkpoint: a published size with random weights, on the ranks there are or as
+one rank of more.
 
-A simulated rank holds its real share of every weight and does its real work, alone. What it would say to the others
-goes to `StandIn`, which answers at once and counts: so the time measured is that rank's computing, and a whole step is
-that time plus the collectives', which must come from elsewhere. A prediction, never a measurement of tp ranks.
+A simulated rank holds its real share of every weight and does its real work, alone. What it would
+say to the others goes to `StandIn`, which answers at once and counts: so the time measured is that
+rank's computing, and a whole step is that time plus the collectives', which must come from
+elsewhere. A prediction, never a measurement of tp ranks.
 """
 
 from collections import Counter
@@ -46,34 +48,58 @@ class StandIn:
 
 
 def simulated(tp: int, device: torch.device) -> Ranks:
-    """The driver of tp ranks that do not exist. Its room's `calls` tell what would have been sent."""
+    """The driver of tp ranks that do not exist. Its room's `calls` tell what would have been
+    sent."""
     return Ranks(0, tp, device, room=StandIn(tp), control_room=StandIn(tp))
 
 
-def engine_of(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, n_positions: int, max_rows: int,
-              deterministic: bool, watch: Watch) -> Engine:
-    """This rank's engine with random weights, scaled so that activations keep their size through the layers."""
+def engine_of(
+    config: ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    n_positions: int,
+    max_rows: int,
+    deterministic: bool,
+    watch: Watch,
+) -> Engine:
+    """This rank's engine with random weights, scaled so that activations keep their size through
+    the layers."""
     model = Transformer(config, ranks, dtype, n_positions, deterministic)
-    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(ranks.device)
+    noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(
+        ranks.device
+    )
     for weight in table(config):
         slot = model.into(weight)
         if slot.dim() == 1:
             slot.fill_(1)
-        else:                           # the same million numbers over and over: as good as fresh ones for timing
+        else:  # the same million numbers over and over: as good as fresh ones for timing
             scaled = (noise * (weight.shape[1] ** -0.5)).to(dtype)
             for row in slot.view(-1).split(len(noise)) if slot.is_contiguous() else slot:
-                row.copy_(scaled[:len(row)])
+                row.copy_(scaled[: len(row)])
         model.loaded(weight)
     block_size = model.kernels.block_size
-    cache = KVCache(config, ranks.tp, max_rows * -(-n_positions // block_size), block_size, dtype, ranks.device)
+    cache = KVCache(
+        config, ranks.tp, max_rows * -(-n_positions // block_size), block_size, dtype, ranks.device
+    )
     letters = Tokenizer([b"x"] * config.vocab_size, {}, None, (), lambda text: [0] * len(text))
-    return assemble(model, cache, max_rows, STEP_TOKENS[ranks.device.type], letters, watch, prefix_cache=False, seed=1)
+    return assemble(
+        model,
+        cache,
+        max_rows,
+        STEP_TOKENS[ranks.device.type],
+        letters,
+        watch,
+        prefix_cache=False,
+        seed=1,
+    )
 
 
 def message_table(ranks: Ranks, n_steps: int) -> list[dict]:
     """What a simulated rank would have sent in each step, on average."""
-    return [{"collective": kind, "bytes": n_bytes, "a step": f"{n / max(1, n_steps):.1f}"}
-            for (kind, n_bytes), n in sorted(ranks.room.calls.items())]
+    return [
+        {"collective": kind, "bytes": n_bytes, "a step": f"{n / max(1, n_steps):.1f}"}
+        for (kind, n_bytes), n in sorted(ranks.room.calls.items())
+    ]
 
 
 def shrunk(config: ModelConfig, n_layers: int | None) -> ModelConfig:

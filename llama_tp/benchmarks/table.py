@@ -6,6 +6,14 @@ def markdown(rows: list[dict]) -> str:
     header = list(rows[0])
     cells = [[str(row[name]) for name in header] for row in rows]
     widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
+
     def line(words):
         return "| " + " | ".join(word.rjust(width) for word, width in zip(words, widths)) + " |"
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *map(line, cells)])
+
+    return "\n".join(
+        [
+            line(header),
+            "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|",
+            *map(line, cells),
+        ]
+    )

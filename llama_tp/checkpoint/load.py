@@ -1,6 +1,8 @@
-"""One rank's tensors out of an opened checkpoint: which part of each weight, and zeros where it is padded.
+"""One rank's tensors out of an opened checkpoint: which part of each weight, and zeros where it is
+padded.
 
-Rank and degree are plain integers: any rank's load can be run, and tested, in one process without a group.
+Rank and degree are plain integers: any rank's load can be run, and tested, in one process without a
+group.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,16 +13,23 @@ from llama_tp.checkpoint.source import Source
 from llama_tp.spec.weights import Weight, table
 
 
-def load(source: Source, rank: int, tp: int, into: Callable[[Weight], torch.Tensor],
-         progress: Callable[[int], None] | None = None) -> Iterator[Weight]:
+def load(
+    source: Source,
+    rank: int,
+    tp: int,
+    into: Callable[[Weight], torch.Tensor],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Weight]:
     """Yields every weight of the table once its destination is filled.
 
     Args:
         source: the opened checkpoint.
-        rank, tp: which part of how many; UserError before anything is read if the head counts do not allow tp.
-        into: gives a weight's destination: the local, padded shape (`weight.local_shape`), any float dtype, any
-            device and strides.
-        progress: called with stored bytes as they are done; they add up to `source.rank_bytes(rank, tp)`.
+        rank, tp: which part of how many; UserError before anything is read if the head counts do
+          not allow tp.
+        into: gives a weight's destination: the local, padded shape (`weight.local_shape`), any
+            float dtype, any device and strides.
+        progress: called with stored bytes as they are done; they add up to `source.rank_bytes(rank,
+            tp)`.
 
     Raises UserError when a file is cut short or changes meanwhile.
     """
@@ -37,7 +46,9 @@ def _load(source, rank, tp, into, progress) -> Iterator[Weight]:
             part, out = weight.part(config, rank, tp), into(weight).detach()
             shape = weight.local_shape(config, tp)
             if tuple(out.shape) != shape:
-                raise ValueError(f"{weight.name}: the destination is {tuple(out.shape)}, not {shape}")
+                raise ValueError(
+                    f"{weight.name}: the destination is {tuple(out.shape)}, not {shape}"
+                )
             n = part.stop - part.start
             dim = part.dim or 0
             source.read(weight, part, out.narrow(dim, 0, n), progress)

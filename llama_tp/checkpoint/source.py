@@ -1,7 +1,9 @@
-"""A checkpoint on disk, opened: which layout, which model, where every weight lies, and how a part of one is read.
+"""A checkpoint on disk, opened: which layout, which model, where every weight lies, and how a part
+of one is read.
 
-Headers only until `read`. Knows stored shards and a part of a weight; which rank wants which part, and what becomes
-of it, is decided above. All ranks open the same folder and come to the same decisions, from the files alone.
+Headers only until `read`. Knows stored shards and a part of a weight; which rank wants which part,
+and what becomes of it, is decided above. All ranks open the same folder and come to the same
+decisions, from the files alone.
 """
 
 import hashlib
@@ -25,9 +27,9 @@ from llama_tp.spec.errors import UserError
 from llama_tp.spec.regular_file import AGAIN, list_folder
 from llama_tp.spec.weights import Cut, Part, Weight, table
 
-
-_MOST_KV_HEADS = 8              # of any Llama 3; more in a file may be copies
-_LONG_CONTEXT_DIMS = (2048, 3072, 16384)    # widths that only Llama 3.1 and later have: their RoPE is always scaled
+_MOST_KV_HEADS = 8  # of any Llama 3; more in a file may be copies
+# widths that only Llama 3.1 and later have: their RoPE is always scaled
+_LONG_CONTEXT_DIMS = (2048, 3072, 16384)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Piece:
 
 
 class Source:
-    """An opened checkpoint. `config` is the model's, with duplicate KV heads folded and tied embeddings recognised.
+    """An opened checkpoint. `config` is the model's, with duplicate KV heads folded and tied
+    embeddings recognised.
 
     Attributes:
         folder: where the weight files are.
@@ -52,7 +55,9 @@ class Source:
         n_bytes: all weights as stored, each once.
     """
 
-    def __init__(self, folder: str, layout: str, config: ModelConfig, shards: tuple[Shard, ...], files: Files):
+    def __init__(
+        self, folder: str, layout: str, config: ModelConfig, shards: tuple[Shard, ...], files: Files
+    ):
         self.folder, self.layout, self.n_shards = folder, layout, len(shards)
         self._shards, self._files, self._reader = shards, files, BoxReader(files)
         head = next(w for w in table(replace(config, tied=False)) if w.name == "output.weight")
@@ -73,7 +78,7 @@ class Source:
         self.dtype, self.n_bytes = dtypes.most_common(1)[0][0], dtypes.total()
         self.notes = self.config.notes + tuple(_remarks(self.config, dtypes, said_tied))
 
-    # ------------------------------------------------------------------------------------------ where weights lie
+    # ---------------------------------------------------------------------------- where weights lie
 
     def _stored(self, weight: Weight) -> list[Stored]:
         """The weight's matrix in every shard."""
@@ -86,14 +91,21 @@ class Source:
         """The stored matrices that together are the whole weight."""
         stored = self._stored(weight)
         if weight.cut is Cut.WHOLE:
-            return [Piece(stored[0], 0, 0)]                     # norms are in every shard; the first one's counts
+            return [Piece(stored[0], 0, 0)]  # norms are in every shard; the first one's counts
         if weight.kind == "kv_heads" and self.config.kv_repeat > 1:
             heads, n, width = self._heads(weight), self.config.kv_repeat, self.config.head_dim
-            return [Piece(heads[i], i // n * width, 0, tuple(heads[i + 1:i + n])) for i in range(0, len(heads), n)]
-        # Cut along the columns if a shard's rows are narrower than the weight's (also the embedding of Llama 1 and 2).
+            return [
+                Piece(heads[i], i // n * width, 0, tuple(heads[i + 1 : i + n]))
+                for i in range(0, len(heads), n)
+            ]
+        # Cut along the columns if a shard's rows are narrower than the weight's (also the embedding
+        # of Llama 1 and 2).
         by_columns = stored[0].shape[1] != weight.shape[1]
         height, width = stored[0].shape
-        return [Piece(s, 0, i * width) if by_columns else Piece(s, i * height, 0) for i, s in enumerate(stored)]
+        return [
+            Piece(s, 0, i * width) if by_columns else Piece(s, i * height, 0)
+            for i, s in enumerate(stored)
+        ]
 
     def _heads(self, weight: Weight) -> list[Stored]:
         """Every stored KV head of wk or wv, in order; shards hold whole heads."""
@@ -101,13 +113,14 @@ class Source:
         return [s.rows(r, r + E) for s in self._stored(weight) for r in range(0, s.shape[0], E)]
 
     def _same_stored(self, one: str, other: str) -> bool:
-        """Whether two weights are the same bits in every shard (a band is read if they differ, all if not)."""
+        """Whether two weights are the same bits in every shard (a band is read if they differ, all
+        if not)."""
         pairs = zip(self._stored(self._weight(one)), self._stored(self._weight(other)), strict=True)
         return all(self._reader.same(a, b) for a, b in pairs)
 
     def _kv_repeat(self) -> int:
-        """How often each KV head of layer 0 is stored in a row: 2 in Meta's 16-shard 405B and its first HF export
-        (formats.md 1.4), else 1. Other layers are compared when they are read."""
+        """How often each KV head of layer 0 is stored in a row: 2 in Meta's 16-shard 405B and its
+        first HF export (formats.md 1.4), else 1. Other layers are compared when they are read."""
         config, n_rows = self.config, self.config.n_kv_heads * self.config.head_dim
         if config.n_kv_heads <= _MOST_KV_HEADS or n_rows // self.n_shards % config.head_dim:
             return 1
@@ -124,15 +137,21 @@ class Source:
             repeat = gcd(repeat, run)
         return repeat
 
-    # --------------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
 
-    def read(self, weight: Weight, part: Part, out: torch.Tensor,
-             progress: Callable[[int], None] | None = None) -> None:
-        """Reads [part.start, part.stop) of dimension part.dim of a weight into `out`, which has that part's shape (no
-        padding) and any dtype, device and strides. Only the bytes of the part are read (column cuts narrower than a
+    def read(
+        self,
+        weight: Weight,
+        part: Part,
+        out: torch.Tensor,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Reads [part.start, part.stop) of dimension part.dim of a weight into `out`, which has
+        that part's shape (no padding) and any dtype, device and strides. Only the bytes of the part
+        are read (column cuts narrower than a
         page: whole rows). `progress` is called with stored bytes as they are done."""
         (top, bottom), (left, right) = _box(weight, part)
-        out = out if out.dim() == 2 else out.unsqueeze(0)       # (rows, cols)
+        out = out if out.dim() == 2 else out.unsqueeze(0)  # (rows, cols)
         permuted = self.config.head_dim if weight.rotary_heads and self.layout == "hf" else 0
         for piece in self.pieces(weight):
             n_rows, n_cols = piece.stored.shape
@@ -142,11 +161,21 @@ class Source:
                 continue
             for copy in piece.copies:
                 if not self._reader.same(piece.stored, copy):
-                    raise UserError(f"{copy.path}: {weight.name} differs between KV heads that are copies in layer 0",
-                                    f"layer 0 stores each of its {self.config.n_kv_heads} KV heads "
-                                    f"{self.config.kv_repeat} times", AGAIN)
-            self._reader.read(piece.stored, (r0 - piece.row, r1 - piece.row), (c0 - piece.col, c1 - piece.col),
-                              out[r0 - top:r1 - top, c0 - left:c1 - left], permuted, progress)
+                    raise UserError(
+                        f"{copy.path}: {weight.name} differs between KV heads that are copies in "
+                        "layer 0",
+                        f"layer 0 stores each of its {self.config.n_kv_heads} KV heads "
+                        f"{self.config.kv_repeat} times",
+                        AGAIN,
+                    )
+            self._reader.read(
+                piece.stored,
+                (r0 - piece.row, r1 - piece.row),
+                (c0 - piece.col, c1 - piece.col),
+                out[r0 - top : r1 - top, c0 - left : c1 - left],
+                permuted,
+                progress,
+            )
 
     def rank_bytes(self, rank: int, tp: int) -> int:
         """Stored bytes that `rank` of `tp` reads: what `progress` adds up to."""
@@ -169,40 +198,64 @@ class Source:
         self._files.close()
 
     def digest(self) -> bytes:
-        """32 bytes over config, file names, sizes and headers: equal on nodes that see the same checkpoint."""
+        """32 bytes over config, file names, sizes and headers: equal on nodes that see the same
+        checkpoint."""
         state = hashlib.sha256(repr((self.layout, replace(self.config, notes=()))).encode())
         for path, size in sorted(self._files.sizes.items()):
             state.update(repr((os.path.basename(path), size)).encode())
         for shard in self._shards:
             for key, s in sorted(shard.tensors.items()):
-                state.update(repr((key, os.path.basename(s.path), s.offset, s.dtype, s.shape, s.stride)).encode())
+                state.update(
+                    repr(
+                        (key, os.path.basename(s.path), s.offset, s.dtype, s.shape, s.stride)
+                    ).encode()
+                )
         return state.digest()
 
 
 def _box(weight: Weight, part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of a part, as half-open ranges of the weight as a matrix (a vector is one row)."""
-    ranges = [(part.start, part.stop) if dim == part.dim else (0, size) for dim, size in enumerate(weight.shape)]
+    """Rows and columns of a part, as half-open ranges of the weight as a matrix (a vector is one
+    row)."""
+    ranges = [
+        (part.start, part.stop) if dim == part.dim else (0, size)
+        for dim, size in enumerate(weight.shape)
+    ]
     return (ranges[0], ranges[1]) if len(ranges) == 2 else ((0, 1), ranges[0])
 
 
 def _remarks(config: ModelConfig, dtypes: Counter, said_tied: bool):
     """What is odd but not wrong about a checkpoint."""
     if len(dtypes) > 1:
-        yield "weights are stored in several dtypes: " + ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        yield "weights are stored in several dtypes: " + ", ".join(
+            str(d).removeprefix("torch.") for d in dtypes
+        )
     if said_tied and not config.tied:
-        yield "the config ties the head to the embedding, but the files hold a head of its own, which is used"
-    if config.rope_scaling is None and config.dim in _LONG_CONTEXT_DIMS and config.vocab_size == 128256:
-        yield "this looks like Llama 3.1 or later, but the config does not scale RoPE: long texts may go wrong"
+        yield (
+            "the config ties the head to the embedding, but the files hold a head of its own, "
+            "which is used"
+        )
+    if (
+        config.rope_scaling is None
+        and config.dim in _LONG_CONTEXT_DIMS
+        and config.vocab_size == 128256
+    ):
+        yield (
+            "this looks like Llama 3.1 or later, but the config does not scale RoPE: "
+            "long texts may go wrong"
+        )
 
 
-# ------------------------------------------------------------------------------------------------------- opening
+# ------------------------------------------------------------------------------------------ opening
+
 
 def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
-    """Opens the checkpoint in a folder, or that of a hub name which `hub.fetch` has downloaded before.
+    """Opens the checkpoint in a folder, or that of a hub name which `hub.fetch` has downloaded
+    before.
 
-    Safetensors win over Meta's files in the same folder, unless they cannot be used; Meta's files are also looked for
-    in `original/`, `original/mp8/` and `original/mp16/`. `rope_factor` replaces the factor of a scaled RoPE. Raises
-    UserError for everything that is wrong with the files (headers only are read, and what tells copies from others).
+    Safetensors win over Meta's files in the same folder, unless they cannot be used; Meta's files
+    are also looked for in `original/`, `original/mp8/` and `original/mp16/`. `rope_factor` replaces
+    the factor of a scaled RoPE. Raises UserError for everything that is wrong with the files
+    (headers only are read, and what tells copies from others).
     """
     folder = fetch(os.fspath(path), cached_only=True)
     found = _layouts(folder)
@@ -211,9 +264,12 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
         seen = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise UserError(
             f"{folder} holds no checkpoint",
-            f"looked for config.json with *.safetensors, and params.json with consolidated.NN.pth there and in "
+            "looked for config.json with *.safetensors, and params.json with consolidated.NN.pth "
+            "there and in "
             f"{', '.join(META_FOLDERS[1:])}; found {seen or 'nothing'}",
-            "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files are not read)")
+            "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files "
+            "are not read)",
+        )
     failure = None
     for layout, where in found:
         try:
@@ -222,7 +278,9 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
             failure = failure or error
             continue
         if failure:
-            source.notes += (f"{where}: Meta's files used, as the safetensors cannot be: {failure}",)
+            source.notes += (
+                f"{where}: Meta's files used, as the safetensors cannot be: {failure}",
+            )
         elif layout == "hf" and ("meta", folder) in found:
             source.notes += (f"{folder} holds a model in both layouts: the safetensors are used",)
         return source

@@ -1,8 +1,10 @@
-"""The pickle in a .pth, read as data: which tensor views which bytes of which record. Nothing is called and no tensor is made.
+"""The pickle in a .pth, read as data: which tensor views which bytes of which record. Nothing is
+called and no tensor is made.
 
-torch's restricted unpickler runs no foreign code, but a file can keep it busy for ever: it hashes whatever stands in the place of a
-key (pairs of the same pair, 32 deep, take 2^32 steps), and builds bytearrays, sets and sparse tensors of any size. This one knows
-the operations that torch.save writes for a dict of plain tensors, hashes texts and numbers only, and counts its steps.
+torch's restricted unpickler runs no foreign code, but a file can keep it busy for ever: it hashes
+whatever stands in the place of a key (pairs of the same pair, 32 deep, take 2^32 steps), and builds
+bytearrays, sets and sparse tensors of any size. This one knows the operations that torch.save
+writes for a dict of plain tensors, hashes texts and numbers only, and counts its steps.
 """
 
 import pickletools
@@ -12,22 +14,39 @@ import torch
 
 from llama_tp.spec.errors import short
 
-# What torch calls a storage of a dtype; dtypes younger than these come with an untyped storage and are named beside it.
+# What torch calls a storage of a dtype; dtypes younger than these come with an untyped storage and
+# are named beside it.
 _STORAGES = {
-    "torch.BFloat16Storage": torch.bfloat16, "torch.HalfStorage": torch.float16, "torch.FloatStorage": torch.float32,
-    "torch.DoubleStorage": torch.float64, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.ShortStorage": torch.int16, "torch.IntStorage": torch.int32, "torch.LongStorage": torch.int64,
-    "torch.BoolStorage": torch.bool, "torch.ComplexFloatStorage": torch.complex64, "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.HalfStorage": torch.float16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.ShortStorage": torch.int16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-_CLASSES = ("collections.OrderedDict", "torch.Tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
-            "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2")
+_CLASSES = (
+    "collections.OrderedDict",
+    "torch.Tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
+)
 _MOST_DIMS = 8
-_MOST = 1 << 63                 # torch's sizes are signed 64-bit integers
+_MOST = 1 << 63  # torch's sizes are signed 64-bit integers
 
 
 class BadPickle(ValueError):
-    """The pickle is damaged, or holds something else than a dict of plain tensors; the text says what."""
+    """The pickle is damaged, or holds something else than a dict of plain tensors; the text says
+    what."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +77,8 @@ class Name:
 
 
 def read_pickle(raw: bytes, most_steps: int):
-    """What a pickle of torch.save holds, with a View for each tensor. Raises BadPickle after `most_steps` operations, and for
-    whatever a dict of plain tensors does not need."""
+    """What a pickle of torch.save holds, with a View for each tensor. Raises BadPickle after
+    `most_steps` operations, and for whatever a dict of plain tensors does not need."""
     machine = _Machine()
     try:
         for step, (operation, argument, _) in enumerate(pickletools.genops(raw)):
@@ -70,7 +89,8 @@ def read_pickle(raw: bytes, most_steps: int):
             machine.do(operation.name, argument)
     except BadPickle:
         raise
-    except (ValueError, IndexError, KeyError) as error:         # cut short; nothing on the stack; nothing remembered
+    # cut short; nothing on the stack; nothing remembered
+    except (ValueError, IndexError, KeyError) as error:
         raise BadPickle(f"its pickle is damaged: {type(error).__name__}: {error}"[:200]) from None
     raise BadPickle("its pickle does not end")
 
@@ -130,7 +150,7 @@ class _Machine:
         if len(items) % 2:
             raise BadPickle("its pickle is damaged: a key without a value")
         for key, value in zip(items[::2], items[1::2]):
-            if type(key) not in (str, int):                     # before it is hashed
+            if type(key) not in (str, int):  # before it is hashed
                 raise BadPickle(f"a key must be a text, found a {type(key).__name__}")
             if key in found:
                 raise BadPickle(f"the key {short(key)} stands there twice")
@@ -138,7 +158,10 @@ class _Machine:
 
     def _top(self, kind: type, what: str):
         if type(self._stack[-1]) is not kind:
-            raise BadPickle(f"its pickle is damaged: a {type(self._stack[-1]).__name__} stands in the place of {what}")
+            raise BadPickle(
+                f"its pickle is damaged: a {type(self._stack[-1]).__name__} stands in the place of "
+                f"{what}"
+            )
         return self._stack[-1]
 
     def _global(self, argument: str) -> None:
@@ -150,9 +173,12 @@ class _Machine:
         self._stack.append(dtype if isinstance(dtype, torch.dtype) else Name(path))
 
     def _storage(self, _) -> None:
-        """A persistent id stands for a record: ("storage", its type, its key, where it once was, its number of elements)."""
+        """A persistent id stands for a record: ("storage", its type, its key, where it once was,
+        its number of elements)."""
         match self.pop():
-            case ("storage", Name(path), str(key), _, int(n)) if path in _STORAGES and 0 <= n < _MOST:
+            case ("storage", Name(path), str(key), _, int(n)) if (
+                path in _STORAGES and 0 <= n < _MOST
+            ):
                 storage = Storage(key, _STORAGES[path], n * _STORAGES[path].itemsize)
             case other:
                 raise BadPickle(f"it refers to a record as {short(other)}")
@@ -174,34 +200,68 @@ class _Machine:
         self._top(dict, "a dict")
 
 
-_CONSTANTS = {"NEWTRUE": lambda: True, "NEWFALSE": lambda: False, "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+_CONSTANTS = {
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
 _METHODS = {
-    "MARK": _Machine._mark, "BINGET": _Machine._get, "LONG_BINGET": _Machine._get, "BINPUT": _Machine._put,
-    "LONG_BINPUT": _Machine._put, "TUPLE": _Machine._tuple,
-    **{f"TUPLE{n}": lambda machine, _, n=n: machine._stack.append(tuple(machine._last(n))) for n in (1, 2, 3)},
+    "MARK": _Machine._mark,
+    "BINGET": _Machine._get,
+    "LONG_BINGET": _Machine._get,
+    "BINPUT": _Machine._put,
+    "LONG_BINPUT": _Machine._put,
+    "TUPLE": _Machine._tuple,
+    **{
+        f"TUPLE{n}": lambda machine, _, n=n: machine._stack.append(tuple(machine._last(n)))
+        for n in (1, 2, 3)
+    },
     "APPEND": lambda machine, _: machine._append(machine._last(1)),
     "APPENDS": lambda machine, _: machine._append(machine._after_mark()),
     "SETITEM": lambda machine, _: machine._set(machine._last(2)),
     "SETITEMS": lambda machine, _: machine._set(machine._after_mark()),
-    "GLOBAL": _Machine._global, "BINPERSID": _Machine._storage, "REDUCE": _Machine._reduce, "BUILD": _Machine._build,
+    "GLOBAL": _Machine._global,
+    "BINPERSID": _Machine._storage,
+    "REDUCE": _Machine._reduce,
+    "BUILD": _Machine._build,
 }
 
 
 def _rebuilt(path: str, arguments: tuple):
-    """What torch would make by a call of `path`: an empty OrderedDict, or a tensor as a View of its storage."""
+    """What torch would make by a call of `path`: an empty OrderedDict, or a tensor as a View of its
+    storage."""
     match path.rpartition(".")[2], arguments:
         case "OrderedDict", ():
             return {}
-        case "_rebuild_tensor_v2", (Storage() as storage, offset, shape, stride, bool(), dict(), *metadata):
+        case "_rebuild_tensor_v2", (
+            Storage() as storage,
+            offset,
+            shape,
+            stride,
+            bool(),
+            dict(),
+            *metadata,
+        ):
             return _view(storage, storage.dtype, offset, shape, stride, metadata)
-        case "_rebuild_tensor_v3", (Storage() as storage, offset, shape, stride, bool(), dict(), torch.dtype() as dtype, *metadata):
+        case "_rebuild_tensor_v3", (
+            Storage() as storage,
+            offset,
+            shape,
+            stride,
+            bool(),
+            dict(),
+            torch.dtype() as dtype,
+            *metadata,
+        ):
             return _view(storage, dtype, offset, shape, stride, metadata)
         case "_rebuild_parameter", (View() as view, bool(), dict()):
             return view
         case "_rebuild_parameter_with_state", (View() as view, bool(), dict(), dict()):
             return view
         case "_rebuild_from_type_v2", (Name(function), Name("torch.Tensor"), tuple() as inner, _):
-            if function.endswith("_rebuild_from_type_v2"):      # one inside the other, without end
+            if function.endswith("_rebuild_from_type_v2"):  # one inside the other, without end
                 raise BadPickle("a tensor is wrapped twice")
             return _rebuilt(function, inner)
     raise BadPickle(f"it calls {path} with {short(arguments)}")
@@ -212,7 +272,10 @@ def _view(storage: Storage, dtype: torch.dtype, offset, shape, stride, metadata:
     sizes = (offset, *shape, *stride) if type(shape) is type(stride) is tuple else (None,)
     good = all(type(size) is int and 0 <= size < _MOST for size in sizes)
     if not good or len(shape) != len(stride) or len(shape) > _MOST_DIMS:
-        raise BadPickle(f"a tensor has the shape {short(shape)}, the strides {short(stride)} and the offset {short(offset)}")
+        raise BadPickle(
+            f"a tensor has the shape {short(shape)}, the strides {short(stride)} and the offset "
+            f"{short(offset)}"
+        )
     if any(metadata) or len(metadata) > 1:
         raise BadPickle("a tensor is stored negated or conjugated")
     return View(storage, dtype, offset, shape, stride)

@@ -1,7 +1,9 @@
-"""Tensors as they lie in files, and how a rectangle of one comes into memory. The same for .pth and .safetensors.
+"""Tensors as they lie in files, and how a rectangle of one comes into memory. The same for .pth and
+.safetensors.
 
-Both formats keep a tensor's elements uncompressed and in place, so a tensor is a file, an offset, a dtype, a shape
-and strides. Which rectangle is wanted, and of which weight, is the caller's business.
+Both formats keep a tensor's elements uncompressed and in place, so a tensor is a file, an offset, a
+dtype, a shape and strides. Which rectangle is wanted, and of which weight, is the caller's
+business.
 """
 
 from collections.abc import Callable
@@ -11,19 +13,22 @@ import torch
 
 from llama_tp.checkpoint.files import Files
 
-BAND_BYTES = 16 << 20           # what is read between two calls of progress; also the size of the staging buffer
-SEGMENT_BYTES = 4096            # column cuts at least a page wide are read row by row, narrower ones with whole rows
+# what is read between two calls of progress; also the size of the staging buffer
+BAND_BYTES = 16 << 20
+# column cuts at least a page wide are read row by row, narrower ones with whole rows
+SEGMENT_BYTES = 4096
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file. Element (r, c) lies at byte `offset` + (r * stride[0] + c * stride[1]) * itemsize."""
+    """One tensor in a file. Element (r, c) lies at byte `offset` + (r * stride[0] + c * stride[1])
+    * itemsize."""
 
     path: str
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
-    stride: tuple[int, ...]         # in elements
+    stride: tuple[int, ...]  # in elements
 
     @property
     def n_bytes(self) -> int:
@@ -44,13 +49,17 @@ class Stored:
         return replace(self, shape=(1, *self.shape), stride=(self.shape[0], *self.stride))
 
     def readable(self) -> bool:
-        """Whether `read_box` can read it: a vector or matrix whose rows, or whose columns, lie in one piece."""
-        return len(self.shape) in (1, 2) and 1 in self.stride and all(step > 0 for step in self.stride)
+        """Whether `read_box` can read it: a vector or matrix whose rows, or whose columns, lie in
+        one piece."""
+        return (
+            len(self.shape) in (1, 2) and 1 in self.stride and all(step > 0 for step in self.stride)
+        )
 
 
 @dataclass(frozen=True)
 class Shard:
-    """All tensors of one model-parallel shard by their names in the file, and what to call the shard in a message."""
+    """All tensors of one model-parallel shard by their names in the file, and what to call the
+    shard in a message."""
 
     path: str
     tensors: dict[str, Stored]
@@ -67,12 +76,14 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    flat = tensor.as_strided((tensor.numel(),), (1,))           # also where a dimension of 1 has an odd stride
+    # also where a dimension of 1 has an odd stride
+    flat = tensor.as_strided((tensor.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy())
 
 
 class BoxReader:
-    """Reads rectangles of stored matrices, a band of rows at a time, through one small buffer where one is needed."""
+    """Reads rectangles of stored matrices, a band of rows at a time, through one small buffer where
+    one is needed."""
 
     def __init__(self, files: Files):
         self._files = files
@@ -80,48 +91,76 @@ class BoxReader:
 
     def _staging(self, n_bytes: int, pinned: bool) -> torch.Tensor:
         """(n_bytes,) uint8 on the CPU, reused; page-locked when it feeds a GPU."""
-        if self._buffer is None or len(self._buffer) < n_bytes or (pinned and not self._buffer.is_pinned()):
-            self._buffer = torch.empty(max(n_bytes, BAND_BYTES), dtype=torch.uint8, pin_memory=pinned)
+        if (
+            self._buffer is None
+            or len(self._buffer) < n_bytes
+            or (pinned and not self._buffer.is_pinned())
+        ):
+            self._buffer = torch.empty(
+                max(n_bytes, BAND_BYTES), dtype=torch.uint8, pin_memory=pinned
+            )
         return self._buffer[:n_bytes]
 
-    def read(self, stored: Stored, rows: tuple[int, int], cols: tuple[int, int], out: torch.Tensor,
-             head_dim: int = 0, progress: Callable[[int], None] | None = None) -> None:
+    def read(
+        self,
+        stored: Stored,
+        rows: tuple[int, int],
+        cols: tuple[int, int],
+        out: torch.Tensor,
+        head_dim: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Copies stored[rows, cols] into `out`, casting where the dtypes differ.
 
         Args:
             stored: two-dimensional, `readable`.
             rows, cols: half-open ranges.
             out: (rows, cols) of any dtype, device and strides.
-            head_dim: where > 0, rows go from HF's rotary order (halves) to Meta's (neighbouring pairs) within each head
-                of so many rows; `rows` then covers whole heads.
+            head_dim: where > 0, rows go from HF's rotary order (halves) to Meta's (neighbouring
+                pairs) within each head of so many rows; `rows` then covers whole heads.
             progress: called with the stored bytes that each band brought.
         """
-        if stored.stride[1] != 1:                               # saved as a transposed view
+        if stored.stride[1] != 1:  # saved as a transposed view
             stored = replace(stored, shape=stored.shape[::-1], stride=stored.stride[::-1])
             rows, cols, out = cols, rows, out.t()
-        n_rows, n_cols, item, pitch = rows[1] - rows[0], cols[1] - cols[0], stored.dtype.itemsize, stored.stride[0]
+        n_rows, n_cols, item, pitch = (
+            rows[1] - rows[0],
+            cols[1] - cols[0],
+            stored.dtype.itemsize,
+            stored.stride[0],
+        )
         if n_rows * n_cols == 0:
             return
         by_row = n_cols != pitch and n_cols * item >= SEGMENT_BYTES
-        width = n_cols if n_cols == pitch or by_row else pitch  # elements that a row takes up once it is read
+        # elements that a row takes up once it is read
+        width = n_cols if n_cols == pitch or by_row else pitch
         height = max(1, BAND_BYTES // (width * item))
         height = max(head_dim, height - height % head_dim) if head_dim else height
         for r in range(0, n_rows, height):
             k = min(height, n_rows - r)
-            band = out.detach()[r:r + k]                        # (k, n_cols)
+            band = out.detach()[r : r + k]  # (k, n_cols)
             start = stored.offset + ((rows[0] + r) * pitch + cols[0]) * item
-            if (width == n_cols and not head_dim and band.is_contiguous() and band.dtype == stored.dtype
-                    and band.device.type == "cpu"):
+            if (
+                width == n_cols
+                and not head_dim
+                and band.is_contiguous()
+                and band.dtype == stored.dtype
+                and band.device.type == "cpu"
+            ):
                 self._fill(stored.path, start, _bytes_of(band), k if by_row else 1, pitch * item)
             else:
                 raw = self._staging(k * width * item, band.is_cuda)
-                # Whole rows are read only up to the last wanted column of the last row: the file may end there.
+                # Whole rows are read only up to the last wanted column of the last row: the file
+                # may end there.
                 n_bytes = ((k - 1) * width + n_cols) * item
-                self._fill(stored.path, start, _bytes_of(raw)[:n_bytes], k if by_row else 1, pitch * item)
-                found = raw.view(stored.dtype).view(k, width)[:, :n_cols]               # (k, n_cols)
+                self._fill(
+                    stored.path, start, _bytes_of(raw)[:n_bytes], k if by_row else 1, pitch * item
+                )
+                found = raw.view(stored.dtype).view(k, width)[:, :n_cols]  # (k, n_cols)
                 if head_dim:
-                    found = found.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)  # (heads, E/2, 2, n_cols)
-                    band = band.unflatten(0, (-1, head_dim // 2, 2))                    # (heads, E/2, 2, n_cols)
+                    # (heads, E/2, 2, n_cols)
+                    found = found.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
+                    band = band.unflatten(0, (-1, head_dim // 2, 2))  # (heads, E/2, 2, n_cols)
                 band.copy_(found)
             if progress:
                 progress(k * n_cols * item)
@@ -130,7 +169,7 @@ class BoxReader:
         """Fills `memory` with `n_runs` equal runs of the file that begin `step` bytes apart."""
         run = len(memory) // n_runs
         for i in range(n_runs):
-            self._files.fill(path, offset + i * step, memory[i * run:(i + 1) * run])
+            self._files.fill(path, offset + i * step, memory[i * run : (i + 1) * run])
 
     def same(self, a: Stored, b: Stored) -> bool:
         """Whether two stored matrices hold the same bits. Stops at the first band that differs."""

@@ -1,7 +1,8 @@
-"""From a checkpoint folder to an engine: the one place where all rooms meet, in the order that fails early.
+"""From a checkpoint folder to an engine: the one place where all rooms meet, in the order that
+fails early.
 
-Every rank runs this. What can be known without reading weights is checked first (layout, shapes, tokenizer, tp,
-memory), so that a bad launch ends in seconds with one message.
+Every rank runs this. What can be known without reading weights is checked first (layout, shapes,
+tokenizer, tp, memory), so that a bad launch ends in seconds with one message.
 """
 
 import os
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import Store
 
-from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.hub import fetch, is_repo
+from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.cuda_graph import CudaRecord
@@ -36,12 +37,20 @@ from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_byt
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}        # of prompts in a step, by device: enough for the matrix rate
-DEFAULT_SEQ_LEN = 8192          # unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
-PACK_BEHIND = 2                 # weights read and not yet packed: each is in memory once more than in the end
-MEMORY_SHARE = 0.9              # of what is free: the rest is for what no estimate sees
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
-          "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# of prompts in a step, by device: enough for the matrix rate
+STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+# unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
+DEFAULT_SEQ_LEN = 8192
+PACK_BEHIND = 2  # weights read and not yet packed: each is in memory once more than in the end
+MEMORY_SHARE = 0.9  # of what is free: the rest is for what no estimate sees
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +72,21 @@ class EngineOptions:
     step_timeout: float = 300.0
     load_timeout: float = 3600.0
     quiet: bool = False
-    chat_template: str = "meta"             # or hf: looked for here, before the weights; dialogs are encoded elsewhere
+    # or hf: looked for here, before the weights; dialogs are encoded elsewhere
+    chat_template: str = "meta"
 
 
 def build(options: EngineOptions, store: Store | None = None) -> Engine:
-    """Joins the other ranks, loads this rank's shard and returns its engine; `store` is the launch's, if it is open already.
-    Raises UserError on a single rank; under a launcher a failure on any rank ends the whole job with one message (health)."""
-    ranks = init_ranks(options.device, options.model_parallel_size, 2 * max(options.step_timeout, 60.0),
-                       options.load_timeout, store)
+    """Joins the other ranks, loads this rank's shard and returns its engine; `store` is the
+    launch's, if it is open already. Raises UserError on a single rank; under a launcher a failure
+    on any rank ends the whole job with one message (health)."""
+    ranks = init_ranks(
+        options.device,
+        options.model_parallel_size,
+        2 * max(options.step_timeout, 60.0),
+        options.load_timeout,
+        store,
+    )
     watch = Watch(ranks, options.step_timeout, options.load_timeout)
     try:
         with watch.busy("load", options.load_timeout):
@@ -92,42 +108,94 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
     kernels = pick_kernels(config, ranks, dtype, deterministic)
-    n_blocks = plan_cache(config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size)
-    changed = [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"] if dtype != source.dtype else []
-    for note in [*source.notes, *changed, *said_aloud(options, config, ranks, dtype, max_seq_len, kernels)]:
+    n_blocks = plan_cache(
+        config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
+    )
+    changed = (
+        [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"]
+        if dtype != source.dtype
+        else []
+    )
+    for note in [
+        *source.notes,
+        *changed,
+        *said_aloud(options, config, ranks, dtype, max_seq_len, kernels),
+    ]:
         say(note, ranks, options.quiet)
 
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
-    with ThreadPoolExecutor(1) as aside:                # takes 0.6 s, most of it without the interpreter's lock
+    with ThreadPoolExecutor(1) as aside:  # takes 0.6 s, most of it without the interpreter's lock
         tokenizer = aside.submit(_tokenizer, options, source)
         load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     if ranks.device.type == "cuda":
-        say("compiling, and capturing decodes as CUDA graphs: at most a minute or two", ranks, options.quiet)
-    engine = assemble(model, cache, options.max_batch_size, step_tokens, tokenizer, watch, options.prefix_cache, options.seed)
+        say(
+            "compiling, and capturing decodes as CUDA graphs: at most a minute or two",
+            ranks,
+            options.quiet,
+        )
+    engine = assemble(
+        model,
+        cache,
+        options.max_batch_size,
+        step_tokens,
+        tokenizer,
+        watch,
+        options.prefix_cache,
+        options.seed,
+    )
     mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
     if engine.runner.graphs and engine.runner.graphs.captured:
         mode += f", {len(engine.runner.graphs.captured)} captured decodes"
-    say(f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, {counted(config.n_params)} parameters, "
-        f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for {n_blocks * kernels.block_size:,} tokens", ranks,
-        options.quiet)
+    say(
+        f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, "
+        f"{counted(config.n_params)} parameters, "
+        f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for "
+        f"{n_blocks * kernels.block_size:,} tokens",
+        ranks,
+        options.quiet,
+    )
     return engine
 
 
-def assemble(model: Transformer, cache: KVCache, max_rows: int, step_tokens: int, tokenizer: Tokenizer, watch: Watch,
-             prefix_cache: bool, seed: int) -> Engine:
-    """The engine of a loaded model. On CUDA the arithmetic between the products is compiled, decodes are replayed from graphs and
-    steps planned one ahead; on CPU, where the device is the host, none of them has anything to hide."""
+def assemble(
+    model: Transformer,
+    cache: KVCache,
+    max_rows: int,
+    step_tokens: int,
+    tokenizer: Tokenizer,
+    watch: Watch,
+    prefix_cache: bool,
+    seed: int,
+) -> Engine:
+    """The engine of a loaded model. On CUDA the arithmetic between the products is compiled,
+    decodes are replayed from graphs and steps planned one ahead; on CPU, where the device is the
+    host, none of them has anything to hide."""
     on_cuda = model.ranks.device.type == "cuda"
     if on_cuda and not model.deterministic and (why := fuse(model)):
-        warn(f"torch.compile is of no use here, the arithmetic between the products stays plain torch: {why}", model.ranks)
-    runner = Runner(model, cache, max_rows, min(tokenizer.n_vocab, model.config.vocab_size), CudaRecord() if on_cuda else None)
+        warn(
+            "torch.compile is of no use here, the arithmetic between the products stays plain "
+            f"torch: {why}",
+            model.ranks,
+        )
+    runner = Runner(
+        model,
+        cache,
+        max_rows,
+        min(tokenizer.n_vocab, model.config.vocab_size),
+        CudaRecord() if on_cuda else None,
+    )
     if why := runner.capture():
-        warn(f"decodes cannot be captured as CUDA graphs on this rank, so that all ranks launch them one by one, slower: {why}",
-             model.ranks)
+        warn(
+            "decodes cannot be captured as CUDA graphs on this rank, so that all ranks launch "
+            f"them one by one, slower: {why}",
+            model.ranks,
+        )
     blocks = BlockManager(cache.n_blocks, cache.block_size, prefix_cache)
-    scheduler = Scheduler(blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context)
+    scheduler = Scheduler(
+        blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context
+    )
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
 
@@ -138,7 +206,8 @@ def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer:
 
 
 def _download(ckpt_dir: str, ranks: Ranks) -> None:
-    """A hub name is downloaded by the first rank of each node while the others wait; a folder is left alone."""
+    """A hub name is downloaded by the first rank of each node while the others wait; a folder is
+    left alone."""
     if is_repo(ckpt_dir):
         if ranks.local_rank == 0:
             fetch(ckpt_dir)
@@ -148,36 +217,53 @@ def _download(ckpt_dir: str, ranks: Ranks) -> None:
 def check_chat_template(options: EngineOptions) -> None:
     """Refuses a way to encode dialogs that there is not, or that the folder has not."""
     if options.chat_template not in ("meta", "hf"):
-        raise UserError("chat_template is neither meta nor hf", f"found {options.chat_template!r}", "use one of them")
+        raise UserError(
+            "chat_template is neither meta nor hf",
+            f"found {options.chat_template!r}",
+            "use one of them",
+        )
     if options.chat_template == "hf":
         find_template(fetch(options.ckpt_dir, cached_only=True))
 
 
 def same_everywhere(digest: bytes, ranks: Ranks) -> None:
-    """Refuses ranks that see different checkpoints (another node's folder, a half-finished copy)."""
+    """Refuses ranks that see different checkpoints (another node's folder, a half-finished
+    copy)."""
     mine = int.from_bytes(digest[:7], "big")
     all_of_them = gather_ints(mine, ranks)
     odd = [rank for rank, value in enumerate(all_of_them) if value != all_of_them[0]]
     if odd:
-        raise UserError("the ranks see different checkpoints", f"rank(s) {', '.join(map(str, odd))} differ from rank 0 in file "
-                        "names, sizes or headers", "copy the same folder to every node")
+        raise UserError(
+            "the ranks see different checkpoints",
+            f"rank(s) {', '.join(map(str, odd))} differ from rank 0 in file "
+            "names, sizes or headers",
+            "copy the same folder to every node",
+        )
 
 
 def pick_dtype(wanted: str | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype asked for, else the stored one (fp16 becomes bf16 on CPU, which has no fast fp16)."""
+    """The dtype asked for, else the stored one (fp16 becomes bf16 on CPU, which has no fast
+    fp16)."""
     if wanted is None:
         return torch.bfloat16 if stored == torch.float16 and device.type == "cpu" else stored
     if wanted not in DTYPES:
-        raise UserError("--dtype is not one that llama_tp computes in", f"found {wanted!r}", f"use one of {', '.join(DTYPES)}")
+        raise UserError(
+            "--dtype is not one that llama_tp computes in",
+            f"found {wanted!r}",
+            f"use one of {', '.join(DTYPES)}",
+        )
     return DTYPES[wanted]
 
 
 def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> bool:
-    """Deterministic or not, as asked for; unless asked, where it keeps its promise and costs little: on CPU with the C++ parts."""
+    """Deterministic or not, as asked for; unless asked, where it keeps its promise and costs
+    little: on CPU with the C++ parts."""
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 
-def pick_kernels(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool) -> Kernels:
+def pick_kernels(
+    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool
+) -> Kernels:
     """The fastest that all ranks have: the driver deals out blocks of one size."""
     kernels = pick(ranks.device, dtype, deterministic, heads_of(config, ranks.tp))
     sizes = gather_ints(kernels.block_size, ranks)
@@ -187,27 +273,42 @@ def pick_kernels(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, determin
     return kernels
 
 
-def plan_cache(config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int, max_rows: int, step_tokens: int,
-               block_size: int) -> int:
-    """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on the tightest rank.
-    Raises UserError with the sum if not even one sequence fits."""
+def plan_cache(
+    config: ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    max_rows: int,
+    step_tokens: int,
+    block_size: int,
+) -> int:
+    """KV blocks on every rank: enough for a full batch of longest sequences, or as many as fit on
+    the tightest rank. Raises UserError with the sum if not even one sequence fits."""
     budget = Budget(
-        free=int(free_bytes(ranks) * MEMORY_SHARE), weights=weight_bytes(config, ranks.tp, dtype.itemsize),
+        free=int(free_bytes(ranks) * MEMORY_SHARE),
+        weights=weight_bytes(config, ranks.tp, dtype.itemsize),
         workspace=workspace_bytes(config, ranks.tp, step_tokens, max_rows, max_seq_len),
-        kv_per_block=block_size * kv_bytes_per_token(config, ranks.tp, dtype.itemsize))
+        kv_per_block=block_size * kv_bytes_per_token(config, ranks.tp, dtype.itemsize),
+    )
     longest = -(-max_seq_len // block_size)
     return min(gather_ints(budget.n_blocks(longest * max_rows, longest, block_size), ranks))
 
 
 def free_bytes(ranks: Ranks) -> int:
-    """Memory this rank may take now: the GPU's free memory, or its share of the host's (cgroup limits included)."""
+    """Memory this rank may take now: the GPU's free memory, or its share of the host's (cgroup
+    limits included)."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":") for line in f)
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit, used in (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-                        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
         if os.path.exists(limit):
             with open(limit) as f, open(used) as g:
                 most, now = f.read().strip(), int(g.read())
@@ -216,39 +317,74 @@ def free_bytes(ranks: Ranks) -> int:
     return free // ranks.local_size
 
 
-def said_aloud(options: EngineOptions, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, max_seq_len: int,
-               kernels: Kernels) -> list[str]:
+def said_aloud(
+    options: EngineOptions,
+    config: ModelConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    kernels: Kernels,
+) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
     notes = []
     if ranks.device.type == "cpu" and library() is None:
-        notes.append("the C++ parts are not built for this machine: attention runs in plain torch, sums go through gloo, both "
-                     "slower; to build them: python -m llama_tp.native.build")
+        notes.append(
+            "the C++ parts are not built for this machine: attention runs in plain torch, sums go "
+            "through gloo, both "
+            "slower; to build them: python -m llama_tp.native.build"
+        )
     elif ranks.device.type == "cpu" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
-        notes.append("the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go through gloo, slower")
+        notes.append(
+            "the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go "
+            "through gloo, slower"
+        )
     elif ranks.device.type == "cuda" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
-        notes.append("torch's symmetric memory is off, not to be had or not in agreement with NCCL: small sums go through NCCL")
+        notes.append(
+            "torch's symmetric memory is off, not to be had or not in agreement with NCCL: small "
+            "sums go through NCCL"
+        )
     if ranks.device.type == "cuda" and kernels.lacks:
-        notes.append(f"attention runs in plain torch, slower: no paged FlashAttention here: {kernels.lacks}")
+        notes.append(
+            f"attention runs in plain torch, slower: no paged FlashAttention here: {kernels.lacks}"
+        )
     if (options.max_seq_len or 0) > max_seq_len:
-        notes.append(f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the model was trained for")
+        notes.append(
+            f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the "
+            "model was trained for"
+        )
     if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
-        notes.append(f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other tp")
+        notes.append(
+            f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other "
+            "tp"
+        )
     if options.deterministic and ranks.device.type == "cpu" and not fixes_rows(ranks.device, dtype):
-        notes.append(f"--deterministic in {str(dtype)[6:]}: bits that do not depend on the batch take the C++ products, or weights "
-                     "packed by oneDNN, and this machine has neither for this dtype")
+        notes.append(
+            f"--deterministic in {str(dtype)[6:]}: bits that do not depend on the batch take the "
+            "C++ products, or weights "
+            "packed by oneDNN, and this machine has neither for this dtype"
+        )
     if options.deterministic and ranks.device.type == "cuda":
-        notes.append("--deterministic on CUDA: sums over the ranks have a fixed order; cuBLAS may still choose other kernels for "
-                     "other batch sizes, so bits can depend on the batch")
+        notes.append(
+            "--deterministic on CUDA: sums over the ranks have a fixed order; cuBLAS may still "
+            "choose other kernels for "
+            "other batch sizes, so bits can depend on the batch"
+        )
     return notes
 
 
-def load_into(model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool, unless: Future) -> None:
-    """Reads this rank's bytes into the model; the driver shows how far all ranks are together. While one weight is read,
-    a thread packs the one before. Ends at the next weight if `unless` has failed, raising its error."""
+def load_into(
+    model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool, unless: Future
+) -> None:
+    """Reads this rank's bytes into the model; the driver shows how far all ranks are together.
+    While one weight is read, a thread packs the one before. Ends at the next weight if `unless` has
+    failed, raising its error."""
     total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
     # A thread begins with OpenMP's own number of threads, not with the one that was set.
-    packer = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+    packer = ThreadPoolExecutor(
+        1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+    )
     with packer, Progress("loading", total, shown=ranks.is_driver and not quiet) as bar:
+
         def done(n: int) -> None:
             watch.add_done(n)
             bar.at(watch.all_done())

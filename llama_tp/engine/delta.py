@@ -1,4 +1,5 @@
-"""What the engine hands out: what a sample gained in a step. Apart from the engine, for those who read it without torch."""
+"""What the engine hands out: what a sample gained in a step. Apart from the engine, for those who
+read it without torch."""
 
 from dataclasses import dataclass
 
@@ -16,10 +17,11 @@ class TokenLogprobs:
 class Delta:
     """What one sample of a request gained in a step.
 
-    `ids` hold no stop ids; `text` may lag behind them by half a character or the beginning of a stop string, and may be cut before
-    a stop string that the ids still spell. `finish_reason` is set on the last delta: "stop", "length" or "abort", the last with an
-    `error` when it was not the caller's wish. `prompt_logprobs` come once, with sample 0's first delta: one entry a prompt token,
-    None for the first. `refused` says what, found and fix where the error is the caller's.
+    `ids` hold no stop ids; `text` may lag behind them by half a character or the beginning of a
+    stop string, and may be cut before a stop string that the ids still spell. `finish_reason` is
+    set on the last delta: "stop", "length" or "abort", the last with an `error` when it was not the
+    caller's wish. `prompt_logprobs` come once, with sample 0's first delta: one entry a prompt
+    token, None for the first. `refused` says what, found and fix where the error is the caller's.
     """
 
     request_id: str

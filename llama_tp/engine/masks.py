@@ -1,10 +1,12 @@
-"""Which tokens each sample of a request with a form may write next, as workers in other processes find out (text/grammar_pool).
+"""Which tokens each sample of a request with a form may write next, as workers in other processes
+find out (text/grammar_pool).
 
-A mask is asked for as soon as a token is known and taken when the next is to be sampled, a whole pass of the model later. `wait`
-waits `GRACE_S` for one that is late. After that its row is left out of the steps (`Sequence.held`) until it has come, and one that
-has been late is not waited for again until it has come in time for a while. A request whose mask does not come at all, or whose
-form cannot be kept, is among the `failures`. A worker that somebody kills is replaced: the new one is told what the samples have
-written.
+A mask is asked for as soon as a token is known and taken when the next is to be sampled, a whole
+pass of the model later. `wait` waits `GRACE_S` for one that is late. After that its row is left out
+of the steps (`Sequence.held`) until it has come, and one that has been late is not waited for again
+until it has come in time for a while. A request whose mask does not come at all, or whose form
+cannot be kept, is among the `failures`. A worker that somebody kills is replaced: the new one is
+told what the samples have written.
 
 Driver only. Knows no tensors and no sampling.
 """
@@ -17,29 +19,41 @@ import numpy as np
 
 from llama_tp.engine.request import Request, Sequence
 from llama_tp.spec.errors import UserError
-from llama_tp.text.grammar_pool import MAX_DEATHS, START_S, GrammarPool, Worker, error_of, start_message, tokens_message, wait_for
+from llama_tp.text.grammar_pool import (
+    MAX_DEATHS,
+    START_S,
+    GrammarPool,
+    Worker,
+    error_of,
+    start_message,
+    tokens_message,
+    wait_for,
+)
 from llama_tp.text.grammar_process import ALL, HEAD
 
-GRACE_S = 0.02          # an honest mask takes less than a thousandth of a second, an honest form some to compile
-ALONE_S = 0.2           # the same where the step has no other rows
-N_FORGIVEN = 32         # masks in time, after which one may be late again
+# an honest mask takes less than a thousandth of a second, an honest form some to compile
+GRACE_S = 0.02
+ALONE_S = 0.2  # the same where the step has no other rows
+N_FORGIVEN = 32  # masks in time, after which one may be late again
 
 
 @dataclass(eq=False)
 class _Followed:
-    """A form, its samples that still run, and the worker that follows it; None as long as all workers are taken."""
+    """A form, its samples that still run, and the worker that follows it; None as long as all
+    workers are taken."""
 
     request: Request
     samples: dict[int, Sequence]
     worker: Worker | None = None
-    masks: dict[int, np.ndarray] = field(default_factory=dict)          # by sample; none there: it is asked for
-    unsent: list[tuple[int, int]] = field(default_factory=list)         # (sample, token)
+    # by sample; none there: it is asked for
+    masks: dict[int, np.ndarray] = field(default_factory=dict)
+    unsent: list[tuple[int, int]] = field(default_factory=list)  # (sample, token)
     n_unanswered: int = 0
     asked_at: float = 0.0
-    was_there: bool = False             # the worker, when it was looked at last
+    was_there: bool = False  # the worker, when it was looked at last
     n_deaths: int = 0
-    cpu_s: float = 0.0                  # of the worker, when it was asked
-    n_to_forgive: int = 0               # masks that have to come in time before one is waited for
+    cpu_s: float = 0.0  # of the worker, when it was asked
+    n_to_forgive: int = 0  # masks that have to come in time before one is waited for
 
     @property
     def waits(self) -> bool:
@@ -48,8 +62,8 @@ class _Followed:
 
 class Masks:
     """Args:
-        pool: where workers come from.
-        max_workers: as many requests with forms run at once; others wait, and keep their order.
+    pool: where workers come from.
+    max_workers: as many requests with forms run at once; others wait, and keep their order.
     """
 
     def __init__(self, pool: GrammarPool, max_workers: int):
@@ -68,7 +82,7 @@ class Masks:
     def sampled(self, sequence: Sequence, token: int) -> None:
         """A sample has written a token. The next mask is asked for by `ask`."""
         one = self._followed.get(sequence.request)
-        if one is None or sequence.index not in one.samples:            # it has failed meanwhile
+        if one is None or sequence.index not in one.samples:  # it has failed meanwhile
             return
         one.masks.pop(sequence.index, None)
         one.unsent.append((sequence.index, token))
@@ -105,16 +119,24 @@ class Masks:
         self._start_some()
 
     def wait(self, sequences: list[Sequence], alone: bool) -> None:
-        """Returns when all their masks are there, or have had their time, which is longer where nobody waits with them: `alone`
-        says that the step has no other rows."""
-        ones = {one.request: one for one in (self._followed.get(sequence.request) for sequence in sequences) if one}
-        for one in ones.values():                           # most have come while the model ran: no need to poll
+        """Returns when all their masks are there, or have had their time, which is longer where
+        nobody waits with them: `alone` says that the step has no other rows."""
+        ones = {
+            one.request: one
+            for one in (self._followed.get(sequence.request) for sequence in sequences)
+            if one
+        }
+        for one in ones.values():  # most have come while the model ran: no need to poll
             if one.waits:
                 self._read(one)
         while True:
             now = time.monotonic()
             grace_s = ALONE_S if alone and all(one.waits for one in ones.values()) else GRACE_S
-            waited = [(one.asked_at + grace_s - now, one) for one in ones.values() if one.waits and not one.n_to_forgive]
+            waited = [
+                (one.asked_at + grace_s - now, one)
+                for one in ones.values()
+                if one.waits and not one.n_to_forgive
+            ]
             in_time = [one for left, one in waited if left > 0]
             if not in_time:
                 break
@@ -125,15 +147,19 @@ class Masks:
 
     @staticmethod
     def _blame(one: _Followed) -> None:
-        """A worker that has computed for too long makes room for others; one that was not given a CPU is not to blame."""
+        """A worker that has computed for too long makes room for others; one that was not given a
+        CPU is not to blame."""
         if one.worker.cpu_s > one.cpu_s + GRACE_S:
             one.n_to_forgive = N_FORGIVEN
             one.worker.demote()
 
     def look(self, seconds: float = 0.0) -> None:
         """Takes what has come, waiting so long for anything."""
-        ones = [one for one in self._followed.values()
-                if one.waits and any(sequence.held for sequence in one.samples.values())]
+        ones = [
+            one
+            for one in self._followed.values()
+            if one.waits and any(sequence.held for sequence in one.samples.values())
+        ]
         if ones:
             self._take(ones, seconds)
         now = time.monotonic()
@@ -161,7 +187,7 @@ class Masks:
                 one.worker.kill()
         self.pool.close()
 
-    # ------------------------------------------------------------------------------------------------- the parts
+    # ------------------------------------------------------------------------------------ the parts
 
     def _start_some(self) -> None:
         n_workers = len(self._followed) - len(self._unstarted)
@@ -185,7 +211,7 @@ class Masks:
         worker = one.worker
         for answer in worker.take():
             self._hear(one, answer)
-        if worker.pid and not one.was_there:                # its time begins when it is there
+        if worker.pid and not one.was_there:  # its time begins when it is there
             one.was_there, one.asked_at = True, time.monotonic()
         if worker.gone and one.waits:
             self._replace(one)
@@ -198,7 +224,7 @@ class Masks:
             return
         one.n_unanswered -= 1
         _, sample = HEAD.unpack_from(answer)
-        if sample in one.samples:                           # else it has ended meanwhile
+        if sample in one.samples:  # else it has ended meanwhile
             one.masks[sample] = np.frombuffer(answer, np.uint32, offset=HEAD.size)
             one.samples[sample].held = False
             one.n_deaths = 0
@@ -214,7 +240,9 @@ class Masks:
         self._start(one)
 
     def _fail(self, one: _Followed, error: UserError, sample: int = ALL) -> None:
-        for sequence in [sequence for index, sequence in one.samples.items() if sample in (ALL, index)]:
+        for sequence in [
+            sequence for index, sequence in one.samples.items() if sample in (ALL, index)
+        ]:
             self._failures.append((sequence, error))
             sequence.held = True
             self.end(sequence)

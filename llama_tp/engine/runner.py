@@ -1,8 +1,10 @@
-"""Runs a step on this rank: plain ints in, the model's pass over its shard, the sampled ids kept on every rank.
+"""Runs a step on this rank: plain ints in, the model's pass over its shard, the sampled ids kept on
+every rank.
 
-The same code on every rank; only `choose` and `score` are the driver's. What a row sampled last is kept here, on
-every rank, so that a decode row travels without its token. Nothing here waits for the device unless the driver has to
-see logits: the sampled ids are read when the driver asks for them, which may be one step later.
+The same code on every rank; only `choose` and `score` are the driver's. What a row sampled last is
+kept here, on every rank, so that a decode row travels without its token. Nothing here waits for the
+device unless the driver has to see logits: the sampled ids are read when the driver asks for them,
+which may be one step later.
 """
 
 import time
@@ -21,7 +23,7 @@ from llama_tp.model.layer import Batch
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
 
-SCORE_ROWS = 64                 # prompt positions whose logits exist at once when prompt logprobs are asked for
+SCORE_ROWS = 64  # prompt positions whose logits exist at once when prompt logprobs are asked for
 
 Choose = Callable[[list[StepRow], torch.Tensor], list[int]]
 Score = Callable[[StepRow, int, torch.Tensor], None]
@@ -32,7 +34,8 @@ Sampled = Callable[[], dict[int, int]]
 class Judge:
     """The driver's part of a step.
 
-    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each, below `n_vocab`.
+    choose: the GATHERED rows that sample and their logits (R, V) fp32 -> one token id each, below
+        `n_vocab`.
     score: a row, the first position scored and the logits (n, V) of n consecutive prompt positions.
     V is the checkpoint's whole vocabulary: rows of the head without a token id count in logprobs.
     """
@@ -47,30 +50,44 @@ class Runner:
     Args:
         max_rows: the most sequences at once; rows are numbered below it.
         n_vocab: ids that may be sampled; the head's rows beyond have no text, or pad the shards.
-        record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any other.
+        record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any
+            other.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, max_rows: int, n_vocab: int, record: Record | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        max_rows: int,
+        n_vocab: int,
+        record: Record | None = None,
+    ):
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
-        self.planning_s = 0.0           # of the last step: from ints to tensors
-        self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)      # one more: padding's
+        self.planning_s = 0.0  # of the last step: from ints to tensors
+        # one more: padding's
+        self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)
         self.graphs = record and DecodeGraphs(model, cache, self.last, self.on_shards, record)
 
     def capture(self) -> str | None:
-        """Every rank, before the first step: captures what decodes will be replayed from. -> why not, on one rank."""
+        """Every rank, before the first step: captures what decodes will be replayed from. -> why
+        not, on one rank."""
         return self.graphs and self.graphs.capture()
 
     def release(self) -> None:
-        """Drops what was captured, which the process groups would wait for when they are taken down."""
+        """Drops what was captured, which the process groups would wait for when they are taken
+        down."""
         if self.graphs:
             self.graphs.release()
 
     @torch.inference_mode()
-    def run(self, step: Step, judge: Judge | None, masks: Callable[[], torch.Tensor] | None = None) -> Sampled:
-        """One step. `judge` is given on the driver and None elsewhere; masks: gives, once the model has run, (masked rows, words)
-        int32, which tokens may come (sampler.allowed), in the order of the rows. -> on the driver what gives row -> sampled id, or
-        NOT_FINITE or UNDECIDED, when called, waiting for the device if need be."""
+    def run(
+        self, step: Step, judge: Judge | None, masks: Callable[[], torch.Tensor] | None = None
+    ) -> Sampled:
+        """One step. `judge` is given on the driver and None elsewhere; masks: gives, once the model
+        has run, (masked rows, words) int32, which tokens may come (sampler.allowed), in the order
+        of the rows. -> on the driver what gives row -> sampled id, or NOT_FINITE or UNDECIDED, when
+        called, waiting for the device if need be."""
         started = time.perf_counter()
         for row in step.rows:
             if row.blocks:
@@ -81,10 +98,10 @@ class Runner:
             return later([row.row for row in step.rows], tokens) if judge else dict
         batch, ends = self._batch(step)
         self.planning_s = time.perf_counter() - started
-        hidden = self.model(batch, self.cache)                      # (T, D)
+        hidden = self.model(batch, self.cache)  # (T, D)
         for row, end in zip(step.rows, ends):
             if row.prompt_logits:
-                self._score(row, hidden[end - row.n:end], judge)
+                self._score(row, hidden[end - row.n : end], judge)
         ways: dict[tuple[int, bool], list[tuple[StepRow, int]]] = {}
         for row, end in zip(step.rows, ends):
             if row.sample:
@@ -107,9 +124,10 @@ class Runner:
         return on_device(torch.tensor(ints), self.ranks.device)
 
     def _own(self, row: StepRow) -> None:
-        """Extends the row's block table; blocks that are not prefix hits are cleared for their new owner."""
+        """Extends the row's block table; blocks that are not prefix hits are cleared for their new
+        owner."""
         table = self.tables[row.row]
-        del table[row.block_start:]
+        del table[row.block_start :]
         table.extend(row.blocks)
         n_reused = row.start // self.cache.block_size if row.block_start == 0 else 0
         if row.blocks[n_reused:]:
@@ -138,40 +156,68 @@ class Runner:
                 blocks.append(table[start // S])
             ends.append(len(ids))
         padding = max(self.model.rows_floor, self.model.kernels.rounded(len(ids))) - len(ids)
-        ids, positions, blocks = ids + [0] * padding, positions + [0] * padding, blocks + [self.cache.trash] * padding
-        flat = self._tensor([ids, positions, blocks])                                  # (3, T)
+        ids, positions, blocks = (
+            ids + [0] * padding,
+            positions + [0] * padding,
+            blocks + [self.cache.trash] * padding,
+        )
+        flat = self._tensor([ids, positions, blocks])  # (3, T)
         if decodes:
             at, rows = self._tensor(decodes).T
-            flat[0, at] = self.last[rows].clamp(min=0)      # a row that ended meanwhile may have "sampled" NOT_FINITE
-        plan = self.model.kernels.plan(spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids))
+            # a row that ended meanwhile may have "sampled" NOT_FINITE
+            flat[0, at] = self.last[rows].clamp(min=0)
+        plan = self.model.kernels.plan(
+            spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids)
+        )
         return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
-        """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None elsewhere."""
+        """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None
+        elsewhere."""
         shards = gather_to_driver(self.model.logits(hidden), self.ranks)
-        return None if shards is None else torch.cat(shards, dim=-1)[:, :self.model.config.vocab_size]
+        return (
+            None if shards is None else torch.cat(shards, dim=-1)[:, : self.model.config.vocab_size]
+        )
 
     def _score(self, row: StepRow, hidden: torch.Tensor, judge: Judge | None) -> None:
         for at in range(0, row.n, SCORE_ROWS):
-            logits = self._logits(hidden[at:at + SCORE_ROWS])
+            logits = self._logits(hidden[at : at + SCORE_ROWS])
             if judge is not None:
                 judge.score(row, row.start + at, logits)
 
-    def _sample(self, way: int, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None,
-                masks: torch.Tensor | None) -> torch.Tensor:
-        """One token for each row of one way. hidden: (R, D); masks: (R, words) or None -> (R,) int64."""
+    def _sample(
+        self,
+        way: int,
+        rows: tuple[StepRow, ...],
+        hidden: torch.Tensor,
+        judge: Judge | None,
+        masks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One token for each row of one way. hidden: (R, D); masks: (R, words) or None -> (R,)
+        int64."""
         if way == GATHERED:
             return self._choose(rows, hidden, judge)
-        return self.on_shards(hidden, frozenset((way,)), None if way == GREEDY else self._tensor([row.draw for row in rows]), masks)
+        return self.on_shards(
+            hidden,
+            frozenset((way,)),
+            None if way == GREEDY else self._tensor([row.draw for row in rows]),
+            masks,
+        )
 
     def _masks_of(self, rows: tuple[StepRow, ...], step: Step, masks: torch.Tensor) -> torch.Tensor:
         order = [row.row for row in step.rows if row.masked]
         return on_device(masks[[order.index(row.row) for row in rows]], self.ranks.device)
 
-    def on_shards(self, hidden: torch.Tensor, ways: frozenset[int], draws: torch.Tensor | None,
-                  masks: torch.Tensor | None = None) -> torch.Tensor:
-        """Sampling without gathering logits. hidden: (R, D); ways: those that occur among the rows, a greedy row among others
-        having a draw with top_k 1; draws: (R, 5), or None where all are greedy; masks: (R, words) -> (R,) int64."""
+    def on_shards(
+        self,
+        hidden: torch.Tensor,
+        ways: frozenset[int],
+        draws: torch.Tensor | None,
+        masks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Sampling without gathering logits. hidden: (R, D); ways: those that occur among the rows,
+        a greedy row among others having a draw with top_k 1; draws: (R, 5), or None where all are
+        greedy; masks: (R, words) -> (R,) int64."""
         if draws is None:
             return self._agree(hidden, masks)
         mine, first = self._choices(self.model.logits(hidden), masks)
@@ -185,24 +231,28 @@ class Runner:
         return tokens
 
     def _agree(self, hidden: torch.Tensor, masks: torch.Tensor | None) -> torch.Tensor:
-        """The likeliest token of each row: every rank compares all ranks' best, so no logits travel and no choice.
+        """The likeliest token of each row: every rank compares all ranks' best, so no logits travel
+        and no choice.
         Of equal ones the lowest id wins, at any tp."""
         mine, first = self._choices(self.model.head(hidden), masks)
-        value, at = mine.max(dim=-1)                                                    # (R,) each; NaN counts as largest
-        best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)       # (tp, 2, R)
+        value, at = mine.max(dim=-1)  # (R,) each; NaN counts as largest
+        # (tp, 2, R)
+        best = gather_stack(torch.stack([value.double(), (at + first).double()]), self.ranks)
         value, who = best[:, 0].max(dim=0)
         tokens = best[:, 1].gather(0, who.unsqueeze(0))[0].long()
         return torch.where(value.isfinite(), tokens, NOT_FINITE)
 
     def _whole(self, mine: torch.Tensor, first: int, draws: torch.Tensor) -> torch.Tensor:
-        """The token at quantile u of softmax(logits / temperature): the ranks tell each other their shards' weights, exact
-        integers, and the one whose shard holds it the token. mine: (R, V) fp32."""
+        """The token at quantile u of softmax(logits / temperature): the ranks tell each other their
+        shards' weights, exact integers, and the one whose shard holds it the token. mine: (R, V)
+        fp32."""
         kernels, temperature, u = self.model.kernels, unpacked(draws)[0].float(), unpacked(draws)[4]
-        best = gather_stack(mine.amax(-1, keepdim=True), self.ranks).amax(0)            # (R, 1); NaN if any is
-        chunks = kernels.weigh(mine, temperature, best)                                 # (R, C)
-        sums = gather_stack(chunks.sum(-1, keepdim=True), self.ranks)                   # (tp, R, 1)
+        # (R, 1); NaN if any is
+        best = gather_stack(mine.amax(-1, keepdim=True), self.ranks).amax(0)
+        chunks = kernels.weigh(mine, temperature, best)  # (R, C)
+        sums = gather_stack(chunks.sum(-1, keepdim=True), self.ranks)  # (tp, R, 1)
         total, rank = sums.sum(0), self.ranks.rank
-        target = torch.minimum((u * total.double()).long(), total - 1)                  # (R, 1)
+        target = torch.minimum((u * total.double()).long(), total - 1)  # (R, 1)
         rest = target - (sums.cumsum(0) - sums)[rank]
         here = (rest >= 0) & (rest < sums[rank])
         tokens = place_in(mine, chunks, rest, temperature, best, kernels.weights) + first
@@ -210,28 +260,41 @@ class Runner:
         return torch.where(best.isfinite(), tokens, NOT_FINITE)[:, 0]
 
     def _shortlist(self, mine: torch.Tensor, first: int, draws: torch.Tensor) -> torch.Tensor:
-        """Each shard's best few and its whole mass, at each row's temperature, are all it takes to apply top_k, top_p and
-        min_p, if these cut within the best few. Rank 0's result is everyone's: on unlike hosts exp may differ."""
+        """Each shard's best few and its whole mass, at each row's temperature, are all it takes to
+        apply top_k, top_p and min_p, if these cut within the best few. Rank 0's result is
+        everyone's: on unlike hosts exp may differ."""
         kernels, temperature = self.model.kernels, unpacked(draws)[0].float()
-        values, at = likeliest(mine, min(SHORTLIST, mine.shape[1]))                     # (R, SHORTLIST) each, or fewer
-        best = gather_stack(values[:, :1].contiguous(), self.ranks).amax(0)             # (R, 1); NaN if any is
-        mass = kernels.weigh(mine, temperature, best).sum(-1, keepdim=True)             # (R, 1)
-        values = F.pad(values, (0, SHORTLIST - values.shape[1]), value=-torch.inf).view(torch.int32).long()
+        values, at = likeliest(mine, min(SHORTLIST, mine.shape[1]))  # (R, SHORTLIST) each, or fewer
+        best = gather_stack(values[:, :1].contiguous(), self.ranks).amax(0)  # (R, 1); NaN if any is
+        mass = kernels.weigh(mine, temperature, best).sum(-1, keepdim=True)  # (R, 1)
+        values = (
+            F.pad(values, (0, SHORTLIST - values.shape[1]), value=-torch.inf)
+            .view(torch.int32)
+            .long()
+        )
         ids = F.pad(at + first, (0, SHORTLIST - at.shape[1]))
-        lists = gather_stack(torch.cat([values, ids, mass], dim=1), self.ranks)         # (tp, R, 2 SHORTLIST + 1)
+        # (tp, R, 2 SHORTLIST + 1)
+        lists = gather_stack(torch.cat([values, ids, mass], dim=1), self.ranks)
         return broadcast(pick(lists, best, draws, kernels.weights), self.ranks)
 
-    def _choices(self, logits: torch.Tensor, masks: torch.Tensor | None) -> tuple[torch.Tensor, int]:
-        """This rank's logits (R, V) of ids that may be sampled, minus infinity where a mask forbids it, and the id of the
-        first. A rank that holds nothing but padding offers one of minus infinity."""
+    def _choices(
+        self, logits: torch.Tensor, masks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, int]:
+        """This rank's logits (R, V) of ids that may be sampled, minus infinity where a mask forbids
+        it, and the id of the first. A rank that holds nothing but padding offers one of minus
+        infinity."""
         first = self.ranks.rank * logits.shape[1]
         n = min(self.n_vocab - first, logits.shape[1])
         if n <= 0:
             return torch.full_like(logits[:, :1], -torch.inf), 0
         mine = logits[:, :n]
-        return (mine if masks is None else mine.masked_fill(~allowed(masks, first, n), -torch.inf)), first
+        return (
+            mine if masks is None else mine.masked_fill(~allowed(masks, first, n), -torch.inf)
+        ), first
 
-    def _choose(self, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None) -> torch.Tensor:
+    def _choose(
+        self, rows: tuple[StepRow, ...], hidden: torch.Tensor, judge: Judge | None
+    ) -> torch.Tensor:
         """The driver's choice from the gathered logits, broadcast to all. -> (R,) int64."""
         logits = self._logits(hidden)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=self.ranks.device)
@@ -251,4 +314,5 @@ def later(rows: list[int], tokens: torch.Tensor) -> Sampled:
     def read() -> dict[int, int]:
         done.synchronize()
         return dict(zip(rows, host.tolist()))
+
     return read

@@ -1,28 +1,37 @@
-"""Who computes what in the next step: continuous batching, chunked prefill, prefix reuse, preemption.
+"""Who computes what in the next step: continuous batching, chunked prefill, prefix reuse,
+preemption.
 
-Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. The policy, all of it:
+Plain ints; runs on the driver alone and knows neither tensors, ranks nor text. The policy, all of
+it:
 
- 1. Sequences are served in order of arrival. At any time the running ones arrived before all waiting ones.
- 2. A step holds at most `max_step_tokens` tokens: one for each decoding row, then chunks of the prompts that are partly
-    computed, then chunks of waiting sequences, each in order of arrival and at most `prefill_chunk` tokens long.
- 3. A waiting sequence is let in when a row is free, and blocks for all its ids that the prefix cache does not hold, and
-    one more for every running sequence: else the newcomer would be the next to be thrown out. The first that does not
-    fit holds up those behind it, so none is passed by for ever.
- 4. A decode that needs a block when none is free takes it from the newest running sequence, which goes back to the head
-    of the queue and is computed anew, its output as if it were prompt; tokens once sampled never change. The newest
-    itself, having nobody to take from, sits the step out and keeps what it has.
- 5. A newcomer is let in when every running sequence has got on and the step has a token left for it. No more run than
-    a step has tokens (there are no more rows), so the oldest gets on in every step, and everything finishes.
+ 1. Sequences are served in order of arrival. At any time the running ones arrived before all
+   waiting ones.
+ 2. A step holds at most `max_step_tokens` tokens: one for each decoding row, then chunks of the
+    prompts that are partly computed, then chunks of waiting sequences, each in order of arrival and
+    at most `prefill_chunk` tokens long.
+ 3. A waiting sequence is let in when a row is free, and blocks for all its ids that the prefix
+    cache does not hold, and one more for every running sequence: else the newcomer would be the
+    next to be thrown out. The first that does not fit holds up those behind it, so none is passed
+    by for ever.
+ 4. A decode that needs a block when none is free takes it from the newest running sequence, which
+    goes back to the head of the queue and is computed anew, its output as if it were prompt; tokens
+    once sampled never change. The newest itself, having nobody to take from, sits the step out and
+    keeps what it has.
+ 5. A newcomer is let in when every running sequence has got on and the step has a token left for
+    it. No more run than a step has tokens (there are no more rows), so the oldest gets on in every
+    step, and everything finishes.
 
-`plan()` may be called again before `update()` has told it what the last step sampled, while no sequence needs the driver to
-know its last token first (`n_driven`). `in_flight` then holds both steps, and a sequence that ends meanwhile is dropped from
-the later one, whose row is computed in vain. Ranks run steps in the order they were planned, so a block freed by one step may
-be written by the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its last
-position computed again for the driver to choose, whose tokens are chosen until fewer than one in `FEW` was UNDECIDED.
+`plan()` may be called again before `update()` has told it what the last step sampled, while no
+sequence needs the driver to know its last token first (`n_driven`). `in_flight` then holds both
+steps, and a sequence that ends meanwhile is dropped from the later one, whose row is computed in
+vain. Ranks run steps in the order they were planned, so a block freed by one step may be written by
+the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its
+last position computed again for the driver to choose, whose tokens are chosen until fewer than one
+in `FEW` was UNDECIDED.
 
-A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt is computed up to the last
-position. One that comes back LATE has its last position computed again once it is held no more. Whoever holds a sequence sees to
-it that it ends.
+A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt
+is computed up to the last position. One that comes back LATE has its last position computed again
+once it is held no more. Whoever holds a sequence sees to it that it ends.
 """
 
 from collections import deque
@@ -30,10 +39,20 @@ from collections.abc import Mapping
 
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import FILTERED, GATHERED, LATE, NOT_FINITE, UNDECIDED, WHOLE, Step, StepRow
+from llama_tp.engine.step import (
+    FILTERED,
+    GATHERED,
+    LATE,
+    NOT_FINITE,
+    UNDECIDED,
+    WHOLE,
+    Step,
+    StepRow,
+)
 from llama_tp.spec.errors import UserError
 
-FEW = 8                         # computing one position in eight twice costs less than holding up every other sequence's steps
+# computing one position in eight twice costs less than holding up every other sequence's steps
+FEW = 8
 
 
 class Scheduler:
@@ -45,25 +64,36 @@ class Scheduler:
         max_step_tokens: most tokens in a step.
         max_seq_len: most ids in a sequence, prompt and output together.
         prefill_chunk: most tokens of one prompt in a step; None: whatever the step holds.
-        max_context: how far max_seq_len could be raised: the positions that the model was trained for.
+        max_context: how far max_seq_len could be raised: the positions that the model was trained
+            for.
 
-    Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all blocks together if that
-    is less); `rows`, row -> Sequence or None, as the last plan left it; `in_flight`, for every step planned and not yet
-    updated the pair (Step, {row: Sequence}); the counters `n_driven` (unfinished sequences whose tokens the driver
-    chooses from all logits, or whose form it must follow), `n_preemptions` and `prefix_hit_tokens`.
+    Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all
+    blocks together if that is less); `rows`, row -> Sequence or None, as the last plan left it;
+    `in_flight`, for every step planned and not yet updated the pair (Step, {row: Sequence}); the
+    counters `n_driven` (unfinished sequences whose tokens the driver chooses from all logits, or
+    whose form it must follow), `n_preemptions` and `prefix_hit_tokens`.
     """
 
-    def __init__(self, blocks: BlockManager, max_rows: int, max_step_tokens: int, max_seq_len: int,
-                 prefill_chunk: int | None = None, max_context: int | None = None):
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_rows: int,
+        max_step_tokens: int,
+        max_seq_len: int,
+        prefill_chunk: int | None = None,
+        max_context: int | None = None,
+    ):
         self.blocks = blocks
         self.max_step_tokens = max_step_tokens
         self.prefill_chunk = prefill_chunk or max_step_tokens
         self.max_seq_len, self.max_context = max_seq_len, max_context or max_seq_len
         self.max_len = min(max_seq_len, blocks.n_blocks * blocks.block_size)
-        # also when steps are planned ahead, and a sequence thought to be at its end comes back UNDECIDED
+        # also when steps are planned ahead, and a sequence thought to be at its end comes back
+        # UNDECIDED
         self.rows: list[Sequence | None] = [None] * min(max_rows, max_step_tokens)
-        self.running: list[Sequence] = []               # in order of arrival
-        self.waiting: deque[Sequence] = deque()         # in order of arrival, all of them after the running ones
+        self.running: list[Sequence] = []  # in order of arrival
+        # in order of arrival, all of them after the running ones
+        self.waiting: deque[Sequence] = deque()
         self.in_flight: deque[tuple[Step, dict[int, Sequence]]] = deque()
         self.n_steps = 0
         self.n_added = 0
@@ -71,40 +101,55 @@ class Scheduler:
         self.n_preemptions = 0
         self.prefix_hit_tokens = 0
 
-    # ------------------------------------------------------------------------------------------------ in and out
+    # ----------------------------------------------------------------------------------- in and out
 
     def check_fits(self, n_prompt: int) -> None:
-        """Raises UserError when a prompt of `n_prompt` ids and one token of output can never fit."""
+        """Raises UserError when a prompt of `n_prompt` ids and one token of output can never
+        fit."""
         if n_prompt + 1 > self.max_seq_len:
             fits = n_prompt + 1 <= self.max_context
-            raise UserError("the prompt is too long",
-                            f"found {n_prompt} tokens, and max_seq_len {self.max_seq_len} must also hold one of output",
-                            f"shorten the prompt or raise --max_seq_len, at most to {self.max_context}" if fits else
-                            f"shorten the prompt: the model was trained for {self.max_context} positions")
+            raise UserError(
+                "the prompt is too long",
+                f"found {n_prompt} tokens, and max_seq_len {self.max_seq_len} must also hold one "
+                "of output",
+                f"shorten the prompt or raise --max_seq_len, at most to {self.max_context}"
+                if fits
+                else f"shorten the prompt: the model was trained for {self.max_context} positions",
+            )
         if n_prompt + 1 > self.max_len:
-            raise UserError("the prompt does not fit in the KV cache",
-                            f"found {n_prompt} tokens, and the cache's {self.max_len} must also hold one of output",
-                            "shorten the prompt or give the KV cache more memory")
+            raise UserError(
+                "the prompt does not fit in the KV cache",
+                f"found {n_prompt} tokens, and the cache's {self.max_len} must also hold one of "
+                "output",
+                "shorten the prompt or give the KV cache more memory",
+            )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; those of one request are added one after the other. Raises UserError as `check_fits`."""
+        """Queue a sequence; those of one request are added one after the other. Raises UserError as
+        `check_fits`."""
         self.check_fits(len(sequence.ids))
         max_tokens = sequence.params.max_tokens
-        sequence.limit = self.max_len if max_tokens is None else min(self.max_len, sequence.n_prompt + max_tokens)
+        sequence.limit = (
+            self.max_len
+            if max_tokens is None
+            else min(self.max_len, sequence.n_prompt + max_tokens)
+        )
         sequence.arrival = self.n_added
         self.n_added += 1
         self.n_driven += sequence.driven
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
-        """Finish all sequences of a request with "abort" and return them; none, if it is unknown or has finished."""
+        """Finish all sequences of a request with "abort" and return them; none, if it is unknown or
+        has finished."""
         aborted = [s for s in (*self.running, *self.waiting) if s.request.id == request_id]
         for sequence in aborted:
             self.finish(sequence, "abort")
         return aborted
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """End a sequence; its row and blocks are free at once. The engine may name a better reason ("stop") for one
+        """End a sequence; its row and blocks are free at once. The engine may name a better reason
+        ("stop") for one
         that `update` has just ended with "length"."""
         if sequence.finish_reason is None:
             self.n_driven -= sequence.driven
@@ -114,13 +159,15 @@ class Scheduler:
                 self._leave(sequence)
         sequence.finish_reason = reason
 
-    # ---------------------------------------------------------------------------------------------------- a step
+    # --------------------------------------------------------------------------------------- a step
 
     def plan(self) -> Step | None:
-        """The next step; None when there is nothing to compute (until `update`, where steps are in flight)."""
+        """The next step; None when there is nothing to compute (until `update`, where steps are in
+        flight)."""
         n_preemptions, rows = self.n_preemptions, []
         for sequence in list(self.running):
-            # a sequence that this loop has preempted decodes no more; one at its limit has its last token in flight
+            # a sequence that this loop has preempted decodes no more; one at its limit has its last
+            # token in flight
             ready = sequence.decoding and not sequence.held and sequence.n_ids < sequence.limit
             if ready and self._has_block(sequence):
                 rows.append(self._row(sequence, 1))
@@ -141,20 +188,25 @@ class Scheduler:
         """Take in what the oldest step in flight has computed.
 
         Args:
-            sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the sequence with "abort",
-                alone; UNDECIDED has the position computed again, for the driver to choose; LATE, when it is not held.
+            sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the
+                sequence with "abort", alone; UNDECIDED has the position computed again, for the
+                driver to choose; LATE, when it is not held.
 
-        Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already, and a sequence that
-        has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a whole) is finished with "length": that
-        is decided here and nowhere else. Stop ids and stop strings are the engine's to find.
+        Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already,
+        and a sequence that has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a
+        whole) is finished with "length": that is decided here and nowhere else. Stop ids and stop
+        strings are the engine's to find.
         """
         planned, sequences = self.in_flight.popleft()
         if planned.number != step.number:
-            raise RuntimeError(f"step {step.number} was updated while step {planned.number} is the oldest in flight")
+            raise RuntimeError(
+                f"step {step.number} was updated while step {planned.number} is the oldest in "
+                "flight"
+            )
         tokens = []
         for row in step.rows:
             sequence = sequences.get(row.row)
-            if sequence is None:                                    # it ended, or was preempted, after this was planned
+            if sequence is None:  # it ended, or was preempted, after this was planned
                 continue
             if row.sample:
                 token = sampled[row.row]
@@ -168,16 +220,22 @@ class Scheduler:
                 sequence.ids.append(token)
                 sequence.n_pending -= 1
                 if sequence.n_undecided:
-                    self._go(sequence, GATHERED if sequence.n_undecided * FEW > sequence.n_output else sequence.usual_way)
+                    self._go(
+                        sequence,
+                        GATHERED
+                        if sequence.n_undecided * FEW > sequence.n_output
+                        else sequence.usual_way,
+                    )
             self._computed(sequence, row.n)
             if len(sequence.ids) == sequence.limit:
                 self.finish(sequence, "length")
         return tokens
 
-    # ------------------------------------------------------------------------------------------------- the parts
+    # ------------------------------------------------------------------------------------ the parts
 
     def _has_block(self, sequence: Sequence) -> bool:
-        """Give a decoding sequence the block of its next position, a newer sequence's if need be. False: no block."""
+        """Give a decoding sequence the block of its next position, a newer sequence's if need be.
+        False: no block."""
         if sequence.n_planned < len(sequence.blocks) * self.blocks.block_size:
             return True
         while not self.blocks.n_free:
@@ -188,7 +246,8 @@ class Scheduler:
         return True
 
     def _admit(self) -> bool:
-        """Let the oldest waiting sequence in, with a row and blocks for all its ids. False: none waits, or no room."""
+        """Let the oldest waiting sequence in, with a row and blocks for all its ids. False: none
+        waits, or no room."""
         if not self.waiting or len(self.running) == len(self.rows):
             return False
         sequence = self.waiting[0]
@@ -210,10 +269,19 @@ class Scheduler:
         return True
 
     def _waits_for_sibling(self, sequence: Sequence) -> bool:
-        """Samples 1 .. n - 1 of a request come in once sample 0 has computed the prompt, and share its blocks."""
-        return (sequence.index > 0 and self.blocks.prefix_cache and sequence.n_prompt > self.blocks.block_size
-                and any(other.request is sequence.request and other.index == 0 and other.n_computed < other.n_prompt
-                        for other in self.running))
+        """Samples 1 .. n - 1 of a request come in once sample 0 has computed the prompt, and share
+        its blocks."""
+        return (
+            sequence.index > 0
+            and self.blocks.prefix_cache
+            and sequence.n_prompt > self.blocks.block_size
+            and any(
+                other.request is sequence.request
+                and other.index == 0
+                and other.n_computed < other.n_prompt
+                for other in self.running
+            )
+        )
 
     def _chunk(self, sequence: Sequence, budget: int, rows: list[StepRow]) -> int:
         """Plan some positions of a prompt, into `rows`. -> how many."""
@@ -227,12 +295,16 @@ class Scheduler:
         start, end = sequence.n_planned, sequence.n_planned + n
         way = sequence.way if end == sequence.n_ids else GATHERED
         row = StepRow(
-            row=sequence.row, start=start, n=n,
+            row=sequence.row,
+            start=start,
+            n=n,
             ids=() if sequence.decoding else tuple(sequence.ids[start:end]),
             sample=end == sequence.n_ids,
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
-            block_start=sequence.n_sent, blocks=tuple(sequence.blocks[sequence.n_sent:]),
-            way=way, draw=sequence.draw() if way in (FILTERED, WHOLE) else None,
+            block_start=sequence.n_sent,
+            blocks=tuple(sequence.blocks[sequence.n_sent :]),
+            way=way,
+            draw=sequence.draw() if way in (FILTERED, WHOLE) else None,
             masked=way != GATHERED and sequence.params.form is not None,
         )
         sequence.n_sent = len(sequence.blocks)
@@ -243,7 +315,8 @@ class Scheduler:
         return row
 
     def _computed(self, sequence: Sequence, n: int) -> None:
-        """The KV of the next `n` positions is in the cache: offer the blocks that they filled for reuse."""
+        """The KV of the next `n` positions is in the cache: offer the blocks that they filled for
+        reuse."""
         first_open = sequence.n_computed // self.blocks.block_size
         sequence.n_computed += n
         if self.blocks.prefix_cache:
@@ -252,7 +325,8 @@ class Scheduler:
                 self.blocks.register(sequence.blocks[i], sequence.keys[i])
 
     def _again(self, sequence: Sequence, n: int, undecided: bool) -> None:
-        """Have a sequence's last position computed anew; of the step that did it in vain the n positions before count."""
+        """Have a sequence's last position computed anew; of the step that did it in vain the n
+        positions before count."""
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
@@ -279,13 +353,13 @@ class Scheduler:
         sequence.leave()
 
     def _drop(self, sequence: Sequence) -> None:
-        """Take a sequence's part in the steps in flight: a token that it samples there is dropped unseen, and sampled
-        again (the draw is keyed by position) should the sequence get on."""
+        """Take a sequence's part in the steps in flight: a token that it samples there is dropped
+        unseen, and sampled again (the draw is keyed by position) should the sequence get on."""
         for _, sequences in self.in_flight:
             if sequences.get(sequence.row) is sequence:
                 del sequences[sequence.row]
 
-    # ------------------------------------------------------------------------------------------------- the books
+    # ------------------------------------------------------------------------------------ the books
 
     @property
     def n_running(self) -> int:
@@ -301,7 +375,8 @@ class Scheduler:
 
     @property
     def kv_use(self) -> float:
-        """The part of the KV cache that running sequences hold, 0 to 1; what is merely kept for reuse is free."""
+        """The part of the KV cache that running sequences hold, 0 to 1; what is merely kept for
+        reuse is free."""
         return 1.0 - self.blocks.n_free / self.blocks.n_blocks
 
     def check_integrity(self) -> None:
@@ -309,7 +384,11 @@ class Scheduler:
         self.blocks.check_integrity(sequence.blocks for sequence in self.running)
         order = [sequence.arrival for sequence in (*self.running, *self.waiting)]
         if order != sorted(set(order)):
-            raise RuntimeError(f"sequences are out of order, or twice in the queue: arrivals {order}")
+            raise RuntimeError(
+                f"sequences are out of order, or twice in the queue: arrivals {order}"
+            )
         held = {sequence.row: sequence for sequence in self.running}
-        if held != {row: sequence for row, sequence in enumerate(self.rows) if sequence is not None}:
+        if held != {
+            row: sequence for row, sequence in enumerate(self.rows) if sequence is not None
+        }:
             raise RuntimeError(f"the rows {self.rows} are not those of {self.running}")

@@ -1,23 +1,26 @@
 """One step of work as plain ints: what the driver decided and every rank carries out.
 
-A Step says which positions of which rows are computed and where their KV goes. It never says what a decode row's
-input is: that is "what the row sampled last", kept on every rank, so that a step can be planned and sent before the
-one in front of it has ended. Knows no tensors and no transport; the runner sends `encode()` as one int64 tensor.
+A Step says which positions of which rows are computed and where their KV goes. It never says what a
+decode row's input is: that is "what the row sampled last", kept on every rank, so that a step can
+be planned and sent before the one in front of it has ended. Knows no tensors and no transport; the
+runner sends `encode()` as one int64 tensor.
 """
 
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
-_MAGIC = int.from_bytes(b"STEP", "big")         # fits int32; a message of another kind is refused at its first int
+# fits int32; a message of another kind is refused at its first int
+_MAGIC = int.from_bytes(b"STEP", "big")
 _SAMPLE, _PROMPT_LOGITS, _DECODE, _MASKED = 1, 2, 4, 8
 GATHERED, GREEDY, FILTERED, WHOLE = 0, 1, 2, 3  # of StepRow.way
-NOT_FINITE, UNDECIDED = -1, -2                  # in the place of a sampled id: see StepRow.way
-LATE = -3                                       # the same, of a row whose mask had not come: the driver alone knows
+NOT_FINITE, UNDECIDED = -1, -2  # in the place of a sampled id: see StepRow.way
+LATE = -3  # the same, of a row whose mask had not come: the driver alone knows
 
 
 class Draw(NamedTuple):
-    """What drawing a token needs besides logits, as ints: floats as the bits of a double, `u` (the draw) times 2**53."""
+    """What drawing a token needs besides logits, as ints: floats as the bits of a double, `u` (the
+    draw) times 2**53."""
 
     temperature: int
     top_k: int
@@ -29,15 +32,18 @@ class Draw(NamedTuple):
 class StepRow(NamedTuple):
     """The work of one row in a step: positions start .. start + n - 1.
 
-    `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk; empty for a decode row,
-    whose one input is what the row sampled last. `sample`: a token is sampled after the last position.
-    `prompt_logits`: the logits of every position are wanted. `way`: how the token is sampled: GREEDY, or with a `draw`
-    FILTERED (top_k, top_p, min_p) or from the WHOLE distribution, on the vocabulary's shards by all ranks, which then know
-    it without the driver; GATHERED by the driver from all logits. FILTERED may end in UNDECIDED (the filters do not cut
-    among the likeliest few of the shards, so that the driver must have all logits), all in NOT_FINITE. `masked`: only some
-    tokens may be sampled, not when GATHERED (the driver has the mask itself); which travels behind the
-    step. `blocks` join the row's block table from index `block_start` on; block_start 0 starts a new table, and so a
-    new occupant of the row, whose cache already holds the positions before `start` (prefix hits).
+    `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk;
+    empty for a decode row, whose one input is what the row sampled last. `sample`: a token is
+    sampled after the last position. `prompt_logits`: the logits of every position are wanted.
+    `way`: how the token is sampled: GREEDY, or with a `draw` FILTERED (top_k, top_p, min_p) or from
+    the WHOLE distribution, on the vocabulary's shards by all ranks, which then know it without the
+    driver; GATHERED by the driver from all logits. FILTERED may end in UNDECIDED (the filters do
+    not cut among the likeliest few of the shards, so that the driver must have all logits), all in
+    NOT_FINITE. `masked`: only some tokens may be sampled, not when GATHERED (the driver has the
+    mask itself); which travels behind the
+    step. `blocks` join the row's block table from index `block_start` on; block_start 0 starts a
+    new table, and so a new occupant of the row, whose cache already holds the positions before
+    `start` (prefix hits).
     """
 
     row: int
@@ -63,7 +69,8 @@ class StepRow(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Rows that are computed together, decode rows first. `number` counts steps from 0 and names them in errors."""
+    """Rows that are computed together, decode rows first. `number` counts steps from 0 and names
+    them in errors."""
 
     number: int
     rows: tuple[StepRow, ...]
@@ -73,19 +80,37 @@ class Step(NamedTuple):
         return sum(row.n for row in self.rows)
 
     def encode(self) -> list[int]:
-        """[magic, count of all ints, number, rows] and for each row [row, start, n, flags, block_start, count of
-        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED or WHOLE one a draw."""
+        """[magic, count of all ints, number, rows] and for each row [row, start, n, flags,
+        block_start, count of
+        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED or
+        WHOLE one a draw."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
-            flags = _SAMPLE * row.sample | _PROMPT_LOGITS * row.prompt_logits | _DECODE * row.decodes | _MASKED * row.masked
-            ints += (row.row, row.start, row.n, flags, row.block_start, len(row.blocks), row.way,
-                     *row.ids, *row.blocks, *(row.draw or ()))
+            flags = (
+                _SAMPLE * row.sample
+                | _PROMPT_LOGITS * row.prompt_logits
+                | _DECODE * row.decodes
+                | _MASKED * row.masked
+            )
+            ints += (
+                row.row,
+                row.start,
+                row.n,
+                flags,
+                row.block_start,
+                len(row.blocks),
+                row.way,
+                *row.ids,
+                *row.blocks,
+                *(row.draw or ()),
+            )
         ints[1] = len(ints)
         return ints
 
     @classmethod
     def decode(cls, ints: Sequence[int]) -> "Step":
-        """The Step that `encode` wrote. Raises ValueError for anything that `encode` does not write: ranks that have
+        """The Step that `encode` wrote. Raises ValueError for anything that `encode` does not
+        write: ranks that have
         lost count of the messages must end there, and not in a collective that waits for ever."""
         if len(ints) < 4 or ints[0] != _MAGIC or ints[1] != len(ints) or min(ints) < 0:
             raise ValueError(f"not a step: {len(ints)} ints that begin {list(ints[:4])}")
@@ -103,8 +128,21 @@ class Step(NamedTuple):
             whole = len(blocks) == n_blocks and len(draw) == n_draw and way <= WHOLE
             if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _MASKED):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
-            rows.append(StepRow(row, start, n, ids, bool(flags & _SAMPLE), bool(flags & _PROMPT_LOGITS),
-                                block_start, blocks, way, Draw(*draw) if draw else None, bool(flags & _MASKED)))
+            rows.append(
+                StepRow(
+                    row,
+                    start,
+                    n,
+                    ids,
+                    bool(flags & _SAMPLE),
+                    bool(flags & _PROMPT_LOGITS),
+                    block_start,
+                    blocks,
+                    way,
+                    Draw(*draw) if draw else None,
+                    bool(flags & _MASKED),
+                )
+            )
         if next(rest, None) is not None:
             raise ValueError(f"step {ints[2]}: ints are left over after its {ints[3]} rows")
         if len({row.row for row in rows}) != len(rows):

@@ -1,4 +1,5 @@
-"""The paged KV cache of one rank: its own KV heads only, in blocks that sequences own through block tables."""
+"""The paged KV cache of one rank: its own KV heads only, in blocks that sequences own through block
+tables."""
 
 import math
 
@@ -9,20 +10,38 @@ from llama_tp.spec.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the block, head dim.
+    """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the
+    block, head dim.
 
-    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E) matrix (the C++ kernels order the
-    numbers of every 16 slots of a head in their own way: GROUP in kernels.cpp). Two blocks more
-    than the `n_blocks` that sequences may own are kept: `trash`, which padding rows of a step write to, and `empty`,
-    which nobody writes to and attention reads where a block table is padded (its zeros, weighted with zero, stay zero).
+    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E)
+    matrix (the C++ kernels order the numbers of every 16 slots of a head in their own way: GROUP in
+    kernels.cpp). Two blocks more
+    than the `n_blocks` that sequences may own are kept: `trash`, which padding rows of a step write
+    to, and `empty`, which nobody writes to and attention reads where a block table is padded (its
+    zeros, weighted with zero, stay zero).
     """
 
-    def __init__(self, config: ModelConfig, tp: int, n_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.n_layers, n_blocks + 2, config.local_kv_heads(tp), block_size, config.head_dim)
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: int,
+        n_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        shape = (
+            config.n_layers,
+            n_blocks + 2,
+            config.local_kv_heads(tp),
+            block_size,
+            config.head_dim,
+        )
         self.n_blocks, self.block_size = n_blocks, block_size
         self.trash, self.empty = n_blocks, n_blocks + 1
         self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
-        self.layers = list(zip(self.k.unbind(), self.v.unbind()))      # indexing a tensor takes longer than adding to it
+        # indexing a tensor takes longer than adding to it
+        self.layers = list(zip(self.k.unbind(), self.v.unbind()))
 
     def write(self, layer: int, slots: "Slots", k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores this step's keys and values. k, v: (T, K, E)."""
@@ -31,8 +50,10 @@ class KVCache:
         its_v[slots.blocks, :, slots.offsets] = v
 
     def clear(self, blocks: torch.Tensor) -> None:
-        """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero weights: without
-        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN). blocks: (n,) int64."""
+        """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero
+        weights: without
+        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN).
+        blocks: (n,) int64."""
         self.k[:, blocks] = 0
         self.v[:, blocks] = 0
 
@@ -45,14 +66,22 @@ class Slots:
 
 
 def on_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device; on CUDA by way of pinned memory, so that the host does not wait for what the device still
-    has to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device, non_blocking=True)
+    """A host tensor on the device; on CUDA by way of pinned memory, so that the host does not wait
+    for what the device still has to do."""
+    return (
+        x.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else x.to(device, non_blocking=True)
+    )
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros whose pages, on CPU, are not touched before they are used: numpy's zeros is calloc, torch's is a memset,
-    which would make a large, mostly idle cache resident at once."""
+    """Zeros whose pages, on CPU, are not touched before they are used: numpy's zeros is calloc,
+    torch's is a memset, which would make a large, mostly idle cache resident at once."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8))
+        .view(dtype)
+        .view(shape)
+    )

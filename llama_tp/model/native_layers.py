@@ -1,8 +1,8 @@
-"""All layers of a step, each as one call of C++ (native/layer.cpp): the functions that Transformer._one_by_one calls, in the
-same order and with the same bits.
+"""All layers of a step, each as one call of C++ (native/layer.cpp): the functions that
+Transformer._one_by_one calls, in the same order and with the same bits.
 
-Python takes 12 us for each of a layer's nine functions once a token's weights have swept it out of the caches: 1.7 ms a token
-of the 1B, which takes 28 to 60.
+Python takes 12 us for each of a layer's nine functions once a token's weights have swept it out of
+the caches: 1.7 ms a token of the 1B, which takes 28 to 60.
 """
 
 import ctypes
@@ -22,34 +22,62 @@ from llama_tp.parallel.shared import Room
 class LayerArgs(ctypes.Structure):
     """What stays from step to step, as layer.cpp has it."""
 
-    _fields_ = [*((name, POINTER) for name in ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")),
-                *((name, LONG) for name in ("D", "H", "K", "E", "F", "n_chunks")), ("eps", DOUBLE),
-                ("room", POINTER), *((name, LONG) for name in ("tp", "rank", "wide")), ("timeout_s", DOUBLE)]
+    _fields_ = [
+        *((name, POINTER) for name in ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")),
+        *((name, LONG) for name in ("D", "H", "K", "E", "F", "n_chunks")),
+        ("eps", DOUBLE),
+        ("room", POINTER),
+        *((name, LONG) for name in ("tp", "rank", "wide")),
+        ("timeout_s", DOUBLE),
+    ]
 
 
 class StepArgs(ctypes.Structure):
     """What stays from layer to layer."""
 
-    _fields_ = [("T", LONG), ("S", LONG), *((name, POINTER) for name in ("cos", "sin", "blocks", "offsets", "spans")),
-                ("n_spans", LONG), ("tables", POINTER), ("complete", LONG)]
+    _fields_ = [
+        ("T", LONG),
+        ("S", LONG),
+        *((name, POINTER) for name in ("cos", "sin", "blocks", "offsets", "spans")),
+        ("n_spans", LONG),
+        ("tables", POINTER),
+        ("complete", LONG),
+    ]
 
 
 class NativeLayers:
     """Raises RuntimeError when the other ranks do not come to a sum in time."""
 
     def __init__(self, layers: list[Layer], ranks: Ranks):
-        self.layers, self.ranks = layers, ranks                         # also keeps what the pointers point to
+        self.layers, self.ranks = layers, ranks  # also keeps what the pointers point to
         self._args = [layer_args(layer, ranks) for layer in layers]
         self._call = getattr(load(), f"layer_{DTYPES[layers[0].ffn_norm.weight.dtype]}")
 
     def __call__(self, x: torch.Tensor, batch: Batch, turn: Turn, cache: KVCache) -> torch.Tensor:
         """As Transformer._one_by_one."""
         slots, plan, delta = batch.slots, batch.plan, torch.empty_like(x)
-        step = StepArgs(len(x), cache.block_size, turn.cos.data_ptr(), turn.sin.data_ptr(), slots.blocks.data_ptr(),
-                        slots.offsets.data_ptr(), plan.spans.buffer_info()[0], len(plan.spans) // 4, plan.tables.buffer_info()[0],
-                        plan.complete)
+        step = StepArgs(
+            len(x),
+            cache.block_size,
+            turn.cos.data_ptr(),
+            turn.sin.data_ptr(),
+            slots.blocks.data_ptr(),
+            slots.offsets.data_ptr(),
+            plan.spans.buffer_info()[0],
+            len(plan.spans) // 4,
+            plan.tables.buffer_info()[0],
+            plan.complete,
+        )
         for i, (layer, (k, v)) in enumerate(zip(self._args, cache.layers)):
-            if not self._call(addressof(layer), addressof(step), x.data_ptr(), delta.data_ptr(), i > 0, k.data_ptr(), v.data_ptr()):
+            if not self._call(
+                addressof(layer),
+                addressof(step),
+                x.data_ptr(),
+                delta.data_ptr(),
+                i > 0,
+                k.data_ptr(),
+                v.data_ptr(),
+            ):
                 raise RuntimeError(self.ranks.room.late)
         if self.ranks.tp > 1:
             self.ranks.tally.collectives += 2 * len(self._args)
@@ -58,15 +86,45 @@ class NativeLayers:
 
 def can_run(layers: list[Layer], ranks: Ranks) -> bool:
     """Whether all products of these layers are in C++, and their sums too."""
-    linears = [linear for layer in layers for linear in (layer.attention.wqkv, layer.attention.wo, layer.feed_forward.w13,
-                                                         layer.feed_forward.w2)]
-    return (ranks.tp == 1 or isinstance(ranks.room, Room)) and all(isinstance(linear.matrix, NativeMatrix) for linear in linears)
+    linears = [
+        linear
+        for layer in layers
+        for linear in (
+            layer.attention.wqkv,
+            layer.attention.wo,
+            layer.feed_forward.w13,
+            layer.feed_forward.w2,
+        )
+    ]
+    return (ranks.tp == 1 or isinstance(ranks.room, Room)) and all(
+        isinstance(linear.matrix, NativeMatrix) for linear in linears
+    )
 
 
 def layer_args(layer: Layer, ranks: Ranks) -> LayerArgs:
     attention, ffn = layer.attention, layer.feed_forward
-    wqkv, wo, w13, w2 = (linear.matrix.weight.data_ptr() for linear in (attention.wqkv, attention.wo, ffn.w13, ffn.w2))
+    wqkv, wo, w13, w2 = (
+        linear.matrix.weight.data_ptr()
+        for linear in (attention.wqkv, attention.wo, ffn.w13, ffn.w2)
+    )
     room, tp, rank, timeout_s = ranks.room.place if ranks.tp > 1 else (None, 1, 0, 0.0)
-    return LayerArgs(layer.attention_norm.weight.data_ptr(), wqkv, wo, layer.ffn_norm.weight.data_ptr(), w13, w2,
-                     len(layer.ffn_norm.weight), attention.H, attention.K, attention.E, ffn.ffn, attention.wo.n_chunks,
-                     layer.ffn_norm.eps, room, tp, rank, attention.wo.deterministic, timeout_s)
+    return LayerArgs(
+        layer.attention_norm.weight.data_ptr(),
+        wqkv,
+        wo,
+        layer.ffn_norm.weight.data_ptr(),
+        w13,
+        w2,
+        len(layer.ffn_norm.weight),
+        attention.H,
+        attention.K,
+        attention.E,
+        ffn.ffn,
+        attention.wo.n_chunks,
+        layer.ffn_norm.eps,
+        room,
+        tp,
+        rank,
+        attention.wo.deterministic,
+        timeout_s,
+    )

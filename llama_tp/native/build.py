@@ -1,8 +1,9 @@
 """Compiles the C++ sources: `python -m llama_tp.native.build`, which `make setup` runs once.
 
-One compiler call, some seconds, no headers but the compiler's. The result is named after all that it depends on
-(sources, flags, this CPU's features), so that another machine or another version never loads a wrong one; it is
-written beside the sources under a name of its own and then moved, so that builds at the same time do no harm.
+One compiler call, some seconds, no headers but the compiler's. The result is named after all that
+it depends on (sources, flags, this CPU's features), so that another machine or another version
+never loads a wrong one; it is written beside the sources under a name of its own and then moved, so
+that builds at the same time do no harm.
 """
 
 import functools
@@ -20,9 +21,19 @@ from llama_tp.spec.errors import UserError
 HERE = Path(__file__).parent
 SOURCES = [HERE / name for name in ("kernels.cpp", "layer.cpp", "product.cpp", "shared.cpp")]
 BUILT = HERE / "built"
-# No -ffast-math: sums must keep their order, and NaN must stay NaN. -fopenmp names libgomp, and finds the copy that
-# torch has loaded already, so that torch, oneDNN and these kernels share one pool of threads.
-FLAGS = ["-O3", "-std=c++17", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
+# No -ffast-math: sums must keep their order, and NaN must stay NaN. -fopenmp names libgomp, and
+# finds the copy that torch has loaded already, so that torch, oneDNN and these kernels share one
+# pool of threads.
+FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-fPIC",
+    "-shared",
+]
 COMPILE_S = 300
 
 
@@ -39,29 +50,49 @@ def cpu_features() -> str:
     """What -march=native looks at, as Linux tells it; "" elsewhere."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+    return next(
+        (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), ""
+    )
 
 
 def build() -> Path:
-    """Compiles the library unless it is there. Raises UserError, with the compiler's words, if it cannot."""
-    target, compiler = path(), os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    """Compiles the library unless it is there. Raises UserError, with the compiler's words, if it
+    cannot."""
+    target, compiler = (
+        path(),
+        os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++"),
+    )
     if target.exists():
         return target
     if compiler is None:
-        raise UserError("there is no C++ compiler", "looked for CXX, g++ and clang++", "install g++; llama_tp runs without, slower")
+        raise UserError(
+            "there is no C++ compiler",
+            "looked for CXX, g++ and clang++",
+            "install g++; llama_tp runs without, slower",
+        )
     try:
         BUILT.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILT) as folder:
             made = Path(folder) / target.name
-            subprocess.run([compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)], check=True, capture_output=True,
-                           text=True, timeout=COMPILE_S)
+            subprocess.run(
+                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)],
+                check=True,
+                capture_output=True,
+                text=True,
+                timeout=COMPILE_S,
+            )
             made.replace(target)
     except subprocess.SubprocessError as error:
         words = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        raise UserError("the C++ parts do not compile", "; ".join(words[:5]), "llama_tp runs without, slower; g++ 12 is known "
-                        "to work") from None
+        raise UserError(
+            "the C++ parts do not compile",
+            "; ".join(words[:5]),
+            "llama_tp runs without, slower; g++ 12 is known to work",
+        ) from None
     except OSError as error:
-        raise UserError(f"the C++ parts cannot be written to {BUILT}", str(error), "make the folder writable") from None
+        raise UserError(
+            f"the C++ parts cannot be written to {BUILT}", str(error), "make the folder writable"
+        ) from None
     for old in BUILT.glob("native-*.so"):
         if old != target:
             old.unlink(missing_ok=True)

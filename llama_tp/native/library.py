@@ -1,4 +1,5 @@
-"""Loads the compiled library and declares its functions, so that wrong arguments end in Python and not in memory.
+"""Loads the compiled library and declares its functions, so that wrong arguments end in Python and
+not in memory.
 
 Import torch first: the library's OpenMP is then the one that torch has loaded.
 """
@@ -9,12 +10,21 @@ import os
 
 from llama_tp.native.build import path
 
-POINTER, INT, LONG, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
-_ROOM = [POINTER, INT, INT, DOUBLE]                     # of shared.cpp: base, tp, rank, timeout_s
+POINTER, INT, LONG, FLOAT, DOUBLE = (
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+)
+_ROOM = [POINTER, INT, INT, DOUBLE]  # of shared.cpp: base, tp, rank, timeout_s
 
 # name -> (result, arguments); a name that ends in _ stands for one function a dtype.
 _FUNCTIONS = {
-    "attend_": (None, [POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, LONG]),
+    "attend_": (
+        None,
+        [POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, LONG],
+    ),
     "add_norm_": (None, [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG]),
     "rotate_write_": (None, [POINTER] * 7 + [LONG] * 5),
     "inputs_together_": (INT, []),
@@ -36,7 +46,8 @@ DTYPE_NAMES = ("fp32", "bf16")
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library; None if it has not been built for this machine, or LLAMA_TP_NATIVE=0 turns it off."""
+    """The library; None if it has not been built for this machine, or LLAMA_TP_NATIVE=0 turns it
+    off."""
     if os.environ.get("LLAMA_TP_NATIVE") == "0" or not path().exists():
         return None
     library = ctypes.CDLL(str(path()))

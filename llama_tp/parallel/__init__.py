@@ -1,1 +1,2 @@
-"""The ranks: process groups, collectives, liveness, logging. Knows nothing of requests or weights."""
+"""The ranks: process groups, collectives, liveness, logging. Knows nothing of requests or
+weights."""

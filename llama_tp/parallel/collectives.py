@@ -1,9 +1,10 @@
-"""What ranks say to each other: sums, gathers and small messages, each a plain function that takes `ranks`.
+"""What ranks say to each other: sums, gathers and small messages, each a plain function that takes
+`ranks`.
 
-The model group carries tensors on the device; the control group carries CPU integers and bytes; CPU ranks of one host
-have a room in shared memory that stands in for each (shared.py), GPUs of one node a buffer for small sums
-(one_shot.py). With one rank every function is a no-op that returns what the only rank would get. Nothing is pickled.
-Refuses to know what is sent.
+The model group carries tensors on the device; the control group carries CPU integers and bytes; CPU
+ranks of one host have a room in shared memory that stands in for each (shared.py), GPUs of one node
+a buffer for small sums (one_shot.py). With one rank every function is a no-op that returns what the
+only rank would get. Nothing is pickled. Refuses to know what is sent.
 """
 
 import torch
@@ -16,7 +17,8 @@ MESSAGE_INTS = 1024
 
 
 def all_reduce(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Sums `x` over the ranks, in place. The order of the sum is the backend's: see `tree_sum` for a fixed one."""
+    """Sums `x` over the ranks, in place. The order of the sum is the backend's: see `tree_sum` for
+    a fixed one."""
     if ranks.tp > 1:
         ranks.tally.collectives += 1
         if ranks.room and ranks.room.sums(x):
@@ -26,40 +28,45 @@ def all_reduce(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def gather_stack(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Every rank's `x` on every rank, in rank order: (tp, *x.shape). Shapes and dtypes must agree."""
+    """Every rank's `x` on every rank, in rank order: (tp, *x.shape). Shapes and dtypes must
+    agree."""
     if ranks.tp == 1:
         return x.unsqueeze(0)
     ranks.tally.collectives += 1
     if ranks.room:
         return ranks.room.gather(x.contiguous())
     out = x.new_empty((ranks.tp, *x.shape))
-    # The list form works on gloo and nccl in every torch we support; all_gather_into_tensor is deprecated from 2.13.
+    # The list form works on gloo and nccl in every torch we support; all_gather_into_tensor is
+    # deprecated from 2.13.
     dist.all_gather(list(out.unbind()), x.contiguous(), group=ranks.group)
     return out
 
 
 def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sums the parts as a binary tree, ((0+1)+(2+3))+...: neighbours first, an odd one out waits for the next round.
+    """Sums the parts as a binary tree, ((0+1)+(2+3))+...: neighbours first, an odd one out waits
+    for the next round.
 
-    With 2**k parts, a rank that tree-adds its own run of parts computes exactly one subtree of the whole tree; hence
-    `tree_sum` of such partial sums has the same bits for every tp that divides the number of parts.
+    With 2**k parts, a rank that tree-adds its own run of parts computes exactly one subtree of the
+    whole tree; hence `tree_sum` of such partial sums has the same bits for every tp that divides
+    the number of parts.
     """
     while len(parts) > 1:
         pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(parts) - len(parts) % 2:]
+        parts = pairs + parts[len(parts) - len(parts) % 2 :]
     return parts[0]
 
 
 def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on every rank. May write
-    the sum to `x`."""
+    """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on
+    every rank. May write the sum to `x`."""
     if ranks.room and ranks.room.in_tree_order and ranks.room.sums(x):
         return all_reduce(x, ranks)
     return tree_add(list(gather_stack(x, ranks).unbind()))
 
 
 def gather_to_driver(x: torch.Tensor, ranks: Ranks) -> list[torch.Tensor] | None:
-    """Every rank's `x` in rank order on the driver, None on workers. Built on all-gather: old NCCL has no gather."""
+    """Every rank's `x` in rank order on the driver, None on workers. Built on all-gather: old NCCL
+    has no gather."""
     stack = gather_stack(x, ranks)
     return list(stack.unbind()) if ranks.is_driver else None
 
@@ -75,7 +82,8 @@ def broadcast(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def barrier(ranks: Ranks) -> None:
-    """Waits for every rank, on the control group: as long as it takes (health watches meanwhile)."""
+    """Waits for every rank, on the control group: as long as it takes (health watches
+    meanwhile)."""
     if ranks.tp > 1:
         ranks.tally.collectives += 1
         dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=ranks.control)
@@ -92,7 +100,8 @@ def gather_ints(value: int, ranks: Ranks) -> list[int]:
 
 
 def which_ranks(mine: bool, ranks: Ranks) -> list[int]:
-    """The ranks on which it is so, on every rank; a rank that is alone, or simulated, hears of itself only."""
+    """The ranks on which it is so, on every rank; a rank that is alone, or simulated, hears of
+    itself only."""
     if ranks.control is None:
         return [ranks.rank] if mine else []
     return [rank for rank, its in enumerate(gather_ints(int(mine), ranks)) if its]
@@ -116,7 +125,7 @@ def recv_ints(ranks: Ranks) -> list[int]:
     first = torch.empty(MESSAGE_INTS, dtype=torch.int64)
     _control(first, ranks)
     n = int(first[0])
-    ints = first[1:n + 1].tolist()
+    ints = first[1 : n + 1].tolist()
     if n >= MESSAGE_INTS:
         rest = torch.empty(n + 1 - MESSAGE_INTS, dtype=torch.int64)
         _control(rest, ranks)
@@ -125,7 +134,8 @@ def recv_ints(ranks: Ranks) -> list[int]:
 
 
 def share_words(words: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The driver's CPU tensor on every rank, over the control group; workers pass an empty one of its shape. -> it."""
+    """The driver's CPU tensor on every rank, over the control group; workers pass an empty one of
+    its shape. -> it."""
     if ranks.tp > 1:
         _control(words, ranks)
     return words

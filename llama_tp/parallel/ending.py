@@ -1,4 +1,5 @@
-"""How a process ends when its job has failed: last words, then out. Refuses to know why (verdict) and when (health)."""
+"""How a process ends when its job has failed: last words, then out. Refuses to know why (verdict)
+and when (health)."""
 
 import contextlib
 import os
@@ -12,23 +13,29 @@ from typing import NoReturn
 from llama_tp.parallel import log
 from llama_tp.spec.errors import mark_told
 
-WRITE_S = 2.0           # for last words: a terminal or pipe that nobody reads must not keep the process
+WRITE_S = 2.0  # for last words: a terminal or pipe that nobody reads must not keep the process
 
 
 def kill_here(stopped: list) -> None:
     """Ends processes that do not answer, if they are on this host (Linux).
 
-    Two containers may share a host name and still count processes apart: hence only what runs our own command line.
+    Two containers may share a host name and still count processes apart: hence only what runs our
+    own command line.
     """
     for pid, host in stopped:
         if pid and host == socket.gethostname() and pid != os.getpid():
             with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes():
+                if (
+                    Path(f"/proc/{pid}/cmdline").read_bytes()
+                    == Path("/proc/self/cmdline").read_bytes()
+                ):
                     os.kill(pid, signal.SIGKILL)
 
 
 def leave(code: int, text: str) -> NoReturn:
-    """Ends this process at once: no collective, no teardown, no exit handlers, any of which may hang."""
+    """Ends this process at once: no collective, no teardown, no exit handlers, any of which may
+    hang."""
+
     def last_words() -> None:
         sys.stdout.flush()
         if text:

@@ -1,8 +1,9 @@
 """Who am I: this process's rank, its device, and the process groups it shares with the others.
 
-Starts `torch.distributed` on the store of the launch (rendezvous), fills in fairscale's model-parallel groups and hands
-everything on as one frozen `Ranks`, which callers pass along; nothing here is kept in a global of ours. Refuses to know: what
-is computed (model), what is sent (collectives) and whether the others are still alive (health).
+Starts `torch.distributed` on the store of the launch (rendezvous), fills in fairscale's
+model-parallel groups and hands everything on as one frozen `Ranks`, which callers pass along;
+nothing here is kept in a global of ours. Refuses to know: what is computed (model), what is sent
+(collectives) and whether the others are still alive (health).
 """
 
 import contextlib
@@ -27,15 +28,17 @@ from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call, unc
 from llama_tp.parallel.shared import Room, open_rooms
 from llama_tp.spec.errors import UserError
 
-# Workers wait for the next step on the control group while a user thinks: that wait must never run out by itself.
+# Workers wait for the next step on the control group while a user thinks: that wait must never run
+# out by itself.
 CONTROL_TIMEOUT = timedelta(days=365)
 CLOSE_TIMEOUT_S = 20
-PR_SET_PDEATHSIG = 1            # linux/prctl.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
 class Tally:
-    """What this rank has done so far; health compares it between ranks to find the one that lags behind."""
+    """What this rank has done so far; health compares it between ranks to find the one that lags
+    behind."""
 
     collectives: int = 0
     watches: int = 0
@@ -49,14 +52,16 @@ class Ranks:
         rank: 0 <= rank < tp; rank 0 is the driver, the others are workers.
         tp: how many ranks share the model.
         device: where this rank computes.
-        group: the model group (nccl on CUDA, gloo on CPU); None with a single rank that was not launched.
-        control: gloo group for CPU tensors that tell ranks what to do; waits in it practically never time out.
+        group: the model group (nccl on CUDA, gloo on CPU); None with a single rank that was not
+            launched.
+        control: gloo group for CPU tensors that tell ranks what to do; waits in it practically
+            never time out.
         local_rank, local_size: place and number of ranks on this node.
         n_nodes: how many nodes there are.
         master: host name or address of the driver, for sockets of our own.
         store: the key-value store of the launch, or None.
-        room, control_room: shared memory that does the work of `group` and `control`, where the ranks have one; for sums
-            over NVLink, `room` alone.
+        room, control_room: shared memory that does the work of `group` and `control`, where the
+            ranks have one; for sums over NVLink, `room` alone.
         tally: counts that change; the only mutable part.
     """
 
@@ -79,15 +84,21 @@ class Ranks:
         return self.rank == 0
 
 
-def init_ranks(device: str | torch.device | None = None, model_parallel_size: int | None = None,
-               timeout_s: float = 600, start_timeout_s: float | None = None, store: dist.Store | None = None) -> Ranks:
+def init_ranks(
+    device: str | torch.device | None = None,
+    model_parallel_size: int | None = None,
+    timeout_s: float = 600,
+    start_timeout_s: float | None = None,
+    store: dist.Store | None = None,
+) -> Ranks:
     """Joins the other ranks of this launch; every rank calls it once, and `close` at the end.
 
     Args:
         device: "cpu", "cuda" or a torch device; None takes CUDA if there is any.
         model_parallel_size: what the caller expects; must be the number of ranks.
-        timeout_s: longest wait for the others in each collective of the model group. Let it be longer than health's step
-            timeout, so that health can name the culprit before the collective gives up.
+        timeout_s: longest wait for the others in each collective of the model group. Let it be
+            longer than health's step timeout, so that health can name the culprit before the
+            collective gives up.
         start_timeout_s: longest wait for the others to come, if it is another one.
         store: of this launch, if it is open already.
 
@@ -97,8 +108,12 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     launch = read_launch(os.environ)
     world = launch.world if launch else 1
     if model_parallel_size not in (None, world):
-        raise UserError(f"model_parallel_size is {model_parallel_size}", f"{world} rank(s) were started",
-                        f"start it with python -m llama_tp.launch --nproc_per_node {model_parallel_size}, or leave the size out")
+        raise UserError(
+            f"model_parallel_size is {model_parallel_size}",
+            f"{world} rank(s) were started",
+            f"start it with python -m llama_tp.launch --nproc_per_node {model_parallel_size}, or "
+            "leave the size out",
+        )
     if launch is None:
         return single_rank(pick_device(device, 0))
     where = pick_device(device, launch.local_rank)
@@ -114,12 +129,18 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     roll_call(store, launch, start_timeout_s)
     store.set_timeout(timeout)
     try:
-        dist.init_process_group("nccl" if where.type == "cuda" else "gloo", store=dist.PrefixStore("llama_tp", store),
-                                rank=launch.rank, world_size=launch.world, timeout=timeout)
-        with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):     # it announces itself on stdout
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            store=dist.PrefixStore("llama_tp", store),
+            rank=launch.rank,
+            world_size=launch.world,
+            timeout=timeout,
+        )
+        # it announces itself on stdout
+        with groups_get(timeout), contextlib.redirect_stdout(io.StringIO()):
             fairscale_groups.initialize_model_parallel(launch.world)
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
-    except RuntimeError as error:                           # a rank that has died, or a stranger at gloo's port
+    except RuntimeError as error:  # a rank that has died, or a stranger at gloo's port
         raise unconnected(launch, error) from error
     rooms = None
     if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
@@ -127,8 +148,19 @@ def init_ranks(device: str | torch.device | None = None, model_parallel_size: in
     group = fairscale_groups.get_model_parallel_group()
     if where.type == "cuda" and launch.n_nodes == 1 < launch.world:
         rooms = (open_one_shot(group, control, launch.rank, launch.world, where), None)
-    return Ranks(launch.rank, launch.world, where, group, control, launch.local_rank, launch.local_size, launch.n_nodes,
-                 launch.master, store, *(rooms or ()))
+    return Ranks(
+        launch.rank,
+        launch.world,
+        where,
+        group,
+        control,
+        launch.local_rank,
+        launch.local_size,
+        launch.n_nodes,
+        launch.master,
+        store,
+        *(rooms or ()),
+    )
 
 
 def single_rank(device: str | torch.device = "cpu") -> Ranks:
@@ -137,39 +169,45 @@ def single_rank(device: str | torch.device = "cpu") -> Ranks:
 
 
 def close(ranks: Ranks) -> None:
-    """Takes the groups down, in bounded time; safe to call twice, and with a single rank. Captured graphs must be gone: NCCL waits
-    for them (pytorch #115388)."""
+    """Takes the groups down, in bounded time; safe to call twice, and with a single rank. Captured
+    graphs must be gone: NCCL waits for them (pytorch #115388)."""
     if ranks.group is None or not dist.is_initialized():
         return
     fairscale_groups.destroy_model_parallel()
 
     def destroy() -> None:
         if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)        # what still runs uses the communicators
+            torch.cuda.synchronize(ranks.device)  # what still runs uses the communicators
         dist.destroy_process_group()
-    # Both wait for work that a vanished rank never joins; the process is about to end, so leave them behind.
+
+    # Both wait for work that a vanished rank never joins; the process is about to end, so leave
+    # them behind.
     worker = threading.Thread(target=destroy, daemon=True)
     worker.start()
     worker.join(CLOSE_TIMEOUT_S)
 
 
 def pick_device(wanted: str | torch.device | None, local_rank: int) -> torch.device:
-    """The device of this rank: `wanted`, with the local rank as index of a bare "cuda"; made current if CUDA."""
+    """The device of this rank: `wanted`, with the local rank as index of a bare "cuda"; made
+    current if CUDA."""
     device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type != "cuda":
         return device
     n_gpus = torch.cuda.device_count()
     index = local_rank if device.index is None else device.index
     if index >= n_gpus:
-        raise UserError(f"local rank {local_rank} has no GPU", f"this node shows {n_gpus}",
-                        "start one rank a GPU (--nproc_per_node), or pass --device cpu")
+        raise UserError(
+            f"local rank {local_rank} has no GPU",
+            f"this node shows {n_gpus}",
+            "start one rank a GPU (--nproc_per_node), or pass --device cpu",
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def end_with_launcher() -> None:
-    """Has Linux send SIGTERM when torchrun dies: it starts each rank in a session of its own and, killed, leaves them
-    behind. Elsewhere health notices, once it watches."""
+    """Has Linux send SIGTERM when torchrun dies: it starts each rank in a session of its own and,
+    killed, leaves them behind. Elsewhere health notices, once it watches."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
@@ -177,58 +215,78 @@ def end_with_launcher() -> None:
 def set_threads(local_size: int) -> None:
     """Divides the cores among the ranks of this node; without a launcher torch's own choice stays.
 
-    torchrun sets OMP_NUM_THREADS=1 when the user has not (and `serve` does, or torchrun would warn of it), which then
-    looks like the user's own wish: it is ignored, and LLAMA_TP_THREADS is the way to choose.
+    torchrun sets OMP_NUM_THREADS=1 when the user has not (and `serve` does, or torchrun would warn
+    of it), which then looks like the user's own wish: it is ignored, and LLAMA_TP_THREADS is the
+    way to choose.
     """
     wanted = os.environ.get("LLAMA_TP_THREADS", "")
     if wanted and not (wanted.isdigit() and int(wanted) > 0):
-        raise UserError("LLAMA_TP_THREADS is not a number of threads", repr(wanted), "set it to 1 or more, or unset it")
+        raise UserError(
+            "LLAMA_TP_THREADS is not a number of threads",
+            repr(wanted),
+            "set it to 1 or more, or unset it",
+        )
     if wanted:
         torch.set_num_threads(int(wanted))
     elif local_size > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
-        # Slurm binds each task to its own CPUs if it was asked for some: then what we may use is ours alone.
+        # Slurm binds each task to its own CPUs if it was asked for some: then what we may use is
+        # ours alone.
         alone = "SLURM_CPUS_PER_TASK" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
         torch.set_num_threads(max(1, usable_cores() // (1 if alone else local_size)))
 
 
 def pin(local_rank: int, local_size: int) -> None:
-    """Gives each rank of this node CPUs of its own, where there are enough; LLAMA_TP_PIN=0 leaves them to the kernel.
+    """Gives each rank of this node CPUs of its own, where there are enough; LLAMA_TP_PIN=0 leaves
+    them to the kernel.
 
-    Linux moves processes that wake each other through a socket onto one core: two ranks on two cores took 5.0 s for a
-    prompt of 128 and 21 new tokens of the 1B shape without this, and 3.4 s with it.
+    Linux moves processes that wake each other through a socket onto one core: two ranks on two
+    cores took 5.0 s for a prompt of 128 and 21 new tokens of the 1B shape without this, and 3.4 s
+    with it.
     """
-    if os.environ.get("LLAMA_TP_PIN") == "0" or "SLURM_CPUS_PER_TASK" in os.environ or not hasattr(os, "sched_setaffinity"):
+    if (
+        os.environ.get("LLAMA_TP_PIN") == "0"
+        or "SLURM_CPUS_PER_TASK" in os.environ
+        or not hasattr(os, "sched_setaffinity")
+    ):
         return
     cpus = sorted(os.sched_getaffinity(0))
     share = len(cpus) // local_size
     if share and local_size > 1:
-        os.sched_setaffinity(0, cpus[local_rank * share:(local_rank + 1) * share])
+        os.sched_setaffinity(0, cpus[local_rank * share : (local_rank + 1) * share])
 
 
 def usable_cores() -> int:
-    """Physical cores that this process may use: its CPU affinity, hyperthreads counted once, and the cgroup's quota."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    """Physical cores that this process may use: its CPU affinity, hyperthreads counted once, and
+    the cgroup's quota."""
+    cpus = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
     cores = set()
     for cpu in cpus:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.exists() else cpu)
-    limit = Path("/sys/fs/cgroup/cpu.max")                  # cgroup v2 in a container: "200000 100000" or "max ..."
+    limit = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2 in a container: "200000 100000" or "max ..."
     quota = limit.read_text().split() if limit.exists() else ["max"]
-    return len(cores) if quota[0] == "max" else max(1, min(len(cores), int(quota[0]) // int(quota[1])))
+    return (
+        len(cores) if quota[0] == "max" else max(1, min(len(cores), int(quota[0]) // int(quota[1])))
+    )
 
 
 def listen_on_loopback() -> None:
-    """Keeps the unauthenticated sockets of gloo and NCCL on the loopback interface when all ranks are on this machine."""
+    """Keeps the unauthenticated sockets of gloo and NCCL on the loopback interface when all ranks
+    are on this machine."""
     names = [name for _, name in socket.if_nameindex()]
     for name in ("lo", "lo0"):
         if name in names:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")     # without =, a name is only its beginning
+            # without =, a name is only its beginning
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
 
 
 @contextlib.contextmanager
 def groups_get(timeout: timedelta):
-    """Gives groups made inside the block our timeout: fairscale 0.4.13 asks for none and would get torch's 30 min."""
+    """Gives groups made inside the block our timeout: fairscale 0.4.13 asks for none and would get
+    torch's 30 min."""
     new_group = dist.new_group
     dist.new_group = functools.partial(new_group, timeout=timeout)
     try:

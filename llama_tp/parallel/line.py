@@ -1,4 +1,5 @@
-"""JSON lines over TCP between ranks: what health speaks. No pickle, and nothing is waited for for long.
+"""JSON lines over TCP between ranks: what health speaks. No pickle, and nothing is waited for for
+long.
 
 Refuses to know what the lines mean.
 """
@@ -9,15 +10,17 @@ import ipaddress
 import json
 import socket
 
-LINE_BYTES = 1 << 18    # longest line: an error with its traceback, with room
-SOCKET_S = 0.5          # longest wait for a peer that does not read
+LINE_BYTES = 1 << 18  # longest line: an error with its traceback, with room
+SOCKET_S = 0.5  # longest wait for a peer that does not read
 
 
 class Line:
-    """One connection. What a peer does not read in time is dropped: it will be judged by its silence."""
+    """One connection. What a peer does not read in time is dropped: it will be judged by its
+    silence."""
 
     def __init__(self, sock: socket.socket, rank: int | None = None):
-        self.sock, self.rank, self._buffer = sock, rank, b""    # rank: of the peer, None until it has said so
+        # rank: of the peer, None until it has said so
+        self.sock, self.rank, self._buffer = sock, rank, b""
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.settimeout(SOCKET_S)
 
@@ -41,9 +44,10 @@ class Line:
 def listen(master: str, n_nodes: int, port: int = 0) -> socket.socket:
     """A listening socket of the driver, which is on the machine `master`.
 
-    It listens on the loopback if all ranks are on this machine, or if `master` can only mean this machine; else on the
-    interface that has the master's address. If no interface has it (address translation), or if the master's name means the
-    loopback here and may mean another address elsewhere (Debian puts a host's own name at 127.0.1.1), it listens on all of them.
+    It listens on the loopback if all ranks are on this machine, or if `master` can only mean this
+    machine; else on the interface that has the master's address. If no interface has it (address
+    translation), or if the master's name means the loopback here and may mean another address
+    elsewhere (Debian puts a host's own name at 127.0.1.1), it listens on all of them.
     """
     host = "127.0.0.1" if n_nodes == 1 else master
     try:
@@ -52,7 +56,7 @@ def listen(master: str, n_nodes: int, port: int = 0) -> socket.socket:
             return socket.create_server((address[0], port), family=family)
     except OSError as error:
         if error.errno != errno.EADDRNOTAVAIL and not isinstance(error, socket.gaierror):
-            raise                                           # a port that is taken, say
+            raise  # a port that is taken, say
     return socket.create_server(("", port))
 
 

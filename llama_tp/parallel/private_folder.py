@@ -1,7 +1,9 @@
-"""Folders for sockets and stores that only this user can enter, and that go when the process that made them has ended.
+"""Folders for sockets and stores that only this user can enter, and that go when the process that
+made them has ended.
 
-Each is locked by its process. The kernel drops the lock when that ends in whatever way, so `sweep` knows what to remove: what a
-`kill -9` has left behind goes at the next start. (systemd, which clears /tmp of what is old, heeds such locks too.) No torch.
+Each is locked by its process. The kernel drops the lock when that ends in whatever way, so `sweep`
+knows what to remove: what a `kill -9` has left behind goes at the next start. (systemd, which
+clears /tmp of what is old, heeds such locks too.) No torch.
 """
 
 import atexit
@@ -16,7 +18,7 @@ from pathlib import Path
 from llama_tp.spec.errors import UserError
 
 PREFIX = "llama_tp-"
-MARK = "locked"         # a file in each folder whose lock says whether it is needed
+MARK = "locked"  # a file in each folder whose lock says whether it is needed
 
 
 class PrivateFolder:
@@ -29,13 +31,14 @@ class PrivateFolder:
     def __init__(self) -> None:
         sweep()
         self.path, self._lock, self._pid = tempfile.mkdtemp(prefix=PREFIX), None, os.getpid()
-        with contextlib.suppress(OSError):                  # a file system without locks: then no sweep may take it
+        with contextlib.suppress(OSError):  # a file system without locks: then no sweep may take it
             self._lock = hold(self.path)
             Path(self.path, MARK).touch()
         atexit.register(self.remove)
 
     def remove(self) -> None:
-        """Removes it with all that it holds; safe to call twice, and in a forked child, whose it is not."""
+        """Removes it with all that it holds; safe to call twice, and in a forked child, whose it is
+        not."""
         atexit.unregister(self.remove)
         if os.getpid() != self._pid:
             return
@@ -61,15 +64,18 @@ def check(path: str) -> None:
         if stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077:
             return
         found = f"mode {stat.filemode(info.st_mode)}, user {info.st_uid}"
-    raise UserError(f"{path!r} is no private folder of this user", found,
-                    "start the ranks as one user, with the same TMPDIR (python -m llama_tp.launch does)")
+    raise UserError(
+        f"{path!r} is no private folder of this user",
+        found,
+        "start the ranks as one user, with the same TMPDIR (python -m llama_tp.launch does)",
+    )
 
 
 def is_held(path: str) -> bool:
     """Whether the process that made the folder still lives."""
     try:
         lock = hold(path)
-    except OSError:                                         # no locks here: nobody can tell
+    except OSError:  # no locks here: nobody can tell
         return True
     if lock is not None:
         os.close(lock)
@@ -77,8 +83,8 @@ def is_held(path: str) -> bool:
 
 
 def hold(path: str) -> int | None:
-    """Locks a folder or a file. -> The descriptor that holds the lock, or None if another process has it, or has removed what was
-    there. Raises OSError where nothing is there, or no lock."""
+    """Locks a folder or a file. -> The descriptor that holds the lock, or None if another process
+    has it, or has removed what was there. Raises OSError where nothing is there, or no lock."""
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +103,7 @@ def sweep() -> None:
     """Removes the folders that processes have left which have ended: nobody holds their lock."""
     for mark in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{MARK}"):
         path = str(mark.parent)
-        with contextlib.suppress(OSError, UserError):       # whose it may be, or who else sweeps it
+        with contextlib.suppress(OSError, UserError):  # whose it may be, or who else sweeps it
             check(path)
             lock = hold(path)
             if lock is not None:

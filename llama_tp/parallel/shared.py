@@ -1,8 +1,10 @@
-"""Collectives through shared memory, for CPU ranks that are all on one host: a sum of a few KB in microseconds where
-gloo's sockets take 200 and, on cores that fall asleep between steps, some milliseconds (native/shared.cpp).
+"""Collectives through shared memory, for CPU ranks that are all on one host: a sum of a few KB in
+microseconds where gloo's sockets take 200 and, on cores that fall asleep between steps, some
+milliseconds (native/shared.cpp).
 
-`Room` is one channel: its operations must be called in the same order on all its ranks. `open_rooms` agrees with the
-other ranks whether there is one; where there is none, collectives use gloo.
+`Room` is one channel: its operations must be called in the same order on all its ranks.
+`open_rooms` agrees with the other ranks whether there is one; where there is none, collectives use
+gloo.
 """
 
 import ctypes
@@ -17,21 +19,33 @@ import torch.distributed as dist
 from llama_tp.native.library import load
 from llama_tp.parallel import private_folder
 
-MAX_RANKS = 64                  # shared.cpp's
+MAX_RANKS = 64  # shared.cpp's
 FOLDER, PREFIX = "/dev/shm", "llama_tp-ranks-"
 FOREVER_S = 1e9
 
 
 class Room:
-    """One channel between tp ranks in a mapped file. Errors: RuntimeError when the others do not come in time."""
+    """One channel between tp ranks in a mapped file. Errors: RuntimeError when the others do not
+    come in time."""
 
-    in_tree_order = True        # sums are those of collectives.tree_add
+    in_tree_order = True  # sums are those of collectives.tree_add
 
-    def __init__(self, library: ctypes.CDLL, memory: mmap.mmap, offset: int, rank: int, tp: int, timeout_s: float):
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        memory: mmap.mmap,
+        offset: int,
+        rank: int,
+        tp: int,
+        timeout_s: float,
+    ):
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory, offset))
         self._memory, self._library, self.tp = memory, library, tp
-        self.place = (base, tp, rank, timeout_s)                # as the C++ side takes it
-        self._sums = {torch.float32: library.shared_sum_fp32, torch.bfloat16: library.shared_sum_bf16}
+        self.place = (base, tp, rank, timeout_s)  # as the C++ side takes it
+        self._sums = {
+            torch.float32: library.shared_sum_fp32,
+            torch.bfloat16: library.shared_sum_bf16,
+        }
 
     @property
     def late(self) -> str:
@@ -43,13 +57,16 @@ class Room:
         return x.dtype in self._sums and x.is_contiguous()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """Sums x over the ranks in place: in fp32, as collectives.tree_add does, the same bits on every rank."""
+        """Sums x over the ranks in place: in fp32, as collectives.tree_add does, the same bits on
+        every rank."""
         return self._checked(self._sums[x.dtype](*self.place, x.data_ptr(), x.numel()), x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x (contiguous) in rank order: (tp, *x.shape)."""
         out = x.new_empty((self.tp, *x.shape))
-        return self._checked(self._library.shared_gather(*self.place, x.data_ptr(), out.data_ptr(), x.nbytes), out)
+        return self._checked(
+            self._library.shared_gather(*self.place, x.data_ptr(), out.data_ptr(), x.nbytes), out
+        )
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x (contiguous) with the driver's, which does not wait for the workers."""
@@ -61,11 +78,15 @@ class Room:
         return result
 
 
-def open_rooms(rank: int, tp: int, timeout_s: float, store: dist.Store, control: dist.ProcessGroup) -> tuple[Room, Room] | None:
-    """Every rank of one host calls it once. -> (the room for tensors, the room for control messages, whose waits do not
-    run out), or None on all ranks if any of them cannot: not built, no /dev/shm, no space there."""
+def open_rooms(
+    rank: int, tp: int, timeout_s: float, store: dist.Store, control: dist.ProcessGroup
+) -> tuple[Room, Room] | None:
+    """Every rank of one host calls it once. -> (the room for tensors, the room for control
+    messages, whose waits do not run out), or None on all ranks if any of them cannot: not built, no
+    /dev/shm, no space there."""
     memory = None
-    key = f"llama_tp/shared/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"        # torchrun's store outlives a restart
+    # torchrun's store outlives a restart
+    key = f"llama_tp/shared/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     library = load() if tp <= MAX_RANKS and os.environ.get("LLAMA_TP_SHARED") != "0" else None
     n_bytes = 2 * library.shared_bytes(tp) if library else 0
     if rank == 0:
@@ -78,28 +99,32 @@ def open_rooms(rank: int, tp: int, timeout_s: float, store: dist.Store, control:
             file = os.open(path, os.O_RDWR) if file is None else file
             memory = mmap.mmap(file, n_bytes)
     except OSError:
-        pass                                                # said below by None, and by whoever built the ranks
+        pass  # said below by None, and by whoever built the ranks
     if file is not None:
         os.close(file)
     all_have = torch.tensor([memory is not None], dtype=torch.int64)
     dist.all_reduce(all_have, dist.ReduceOp.MIN, group=control)
     if rank == 0 and path:
-        os.unlink(path)                                     # all have it open, or will not use it: nothing is left behind
+        os.unlink(path)  # all have it open, or will not use it: nothing is left behind
     if not all_have.item():
         return None
-    return (Room(library, memory, 0, rank, tp, timeout_s),
-            Room(library, memory, n_bytes // 2, rank, tp, FOREVER_S))
+    return (
+        Room(library, memory, 0, rank, tp, timeout_s),
+        Room(library, memory, n_bytes // 2, rank, tp, FOREVER_S),
+    )
 
 
 def _create(n_bytes: int) -> tuple[int | None, str]:
-    """A file of zeros that only this user may open, its pages reserved: writing to a full /dev/shm would be a SIGBUS."""
+    """A file of zeros that only this user may open, its pages reserved: writing to a full /dev/shm
+    would be a SIGBUS."""
     try:
         private_folder.sweep_files(FOLDER, PREFIX)
         file, path = tempfile.mkstemp(prefix=PREFIX, dir=FOLDER)
     except OSError:
         return None, ""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX)                    # the mapping keeps it: a sweep elsewhere sees that it is needed
+        # the mapping keeps it: a sweep elsewhere sees that it is needed
+        fcntl.flock(file, fcntl.LOCK_EX)
         os.posix_fallocate(file, 0, n_bytes)
     except OSError:
         os.close(file)

@@ -1,4 +1,5 @@
-"""All lines of a batch's input, looked at before any of them runs, one after the other: the file does not sit in memory."""
+"""All lines of a batch's input, looked at before any of them runs, one after the other: the file
+does not sit in memory."""
 
 import hashlib
 from array import array
@@ -13,16 +14,18 @@ from llama_tp.protocol.forms import check_form
 from llama_tp.protocol.order import Order, ServedModel
 from llama_tp.text.grammar_pool import GrammarPool
 
-MAX_SHOWN = 20          # bad lines listed one by one
+MAX_SHOWN = 20  # bad lines listed one by one
 
 
 @dataclass
 class Checked:
-    """What is wrong with an input file. `duplicates`: numbers of lines whose custom_id an earlier line has already."""
+    """What is wrong with an input file. `duplicates`: numbers of lines whose custom_id an earlier
+    line has already."""
 
     n_lines: int = 0
     n_bad: int = 0
-    shown: list[tuple[int, str]] = field(default_factory=list)          # number and sentence of the first bad lines
+    # number and sentence of the first bad lines
+    shown: list[tuple[int, str]] = field(default_factory=list)
     duplicates: set[int] = field(default_factory=set)
 
     def bad(self, number: int, error: RequestError) -> None:
@@ -32,9 +35,11 @@ class Checked:
 
 
 def check_lines(path: str, model: ServedModel, defaults: SamplingDefaults, key: bytes) -> Checked:
-    """Reads every line as it will be run: its shape, its fields, its length in tokens, its custom_id."""
+    """Reads every line as it will be run: its shape, its fields, its length in tokens, its
+    custom_id."""
     checked, forms = Checked(), _Forms(model)
-    numbers, hashes, wrong = array("Q"), array("Q"), bytearray()        # 17 bytes a line, where the ids would be a hundred
+    # 17 bytes a line, where the ids would be a hundred
+    numbers, hashes, wrong = array("Q"), array("Q"), bytearray()
     for number, raw in lines_of(path):
         checked.n_lines += 1
         numbers.append(number)
@@ -59,7 +64,8 @@ def check_lines(path: str, model: ServedModel, defaults: SamplingDefaults, key: 
 
 
 class _Forms:
-    """The forms of answers that lines ask for: each is compiled once, most jobs having one or two."""
+    """The forms of answers that lines ask for: each is compiled once, most jobs having one or
+    two."""
 
     def __init__(self, model: ServedModel):
         self._model, self._pool, self._good = model, None, set()
@@ -79,7 +85,9 @@ class _Forms:
 
 def duplicate_id() -> RequestError:
     """What is wrong with a line whose custom_id is taken."""
-    return invalid("custom_id", "an earlier line has the same custom_id", "", "give each line one of its own")
+    return invalid(
+        "custom_id", "an earlier line has the same custom_id", "", "give each line one of its own"
+    )
 
 
 def _hash(custom_id: str) -> int:

@@ -1,6 +1,8 @@
-"""What a batch job is: an input, an output, a model and parameters, under one key from which all ids and seeds follow.
+"""What a batch job is: an input, an output, a model and parameters, under one key from which all
+ids and seeds follow.
 
-`open_job` finds out whether the output can be begun or gone on with, before a model is loaded. Knows no engine.
+`open_job` finds out whether the output can be begun or gone on with, before a model is loaded.
+Knows no engine.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ from llama_tp.spec.errors import UserError
 from llama_tp.spec.regular_file import open_regular
 
 ANEW = "to begin anew, remove the output and its .job file, or name another --output"
-SAMPLES, SAMPLE_BYTES = 64, 4096        # of each weight file: fine-tuned models differ in their numbers alone
+# of each weight file: fine-tuned models differ in their numbers alone
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 @dataclass
@@ -29,7 +32,8 @@ class Job:
     """One run of the command on rank 0.
 
     Attributes:
-        target: where lines are written: the output, or the file that replaces it when failed lines are tried again.
+        target: where lines are written: the output, or the file that replaces it when failed lines
+            are tried again.
         old: the output whose good lines are copied meanwhile, else None.
         n_lines: of the input; n_failed: of those that are done already.
         input_state: what the file system said about the input when it was looked at.
@@ -66,22 +70,31 @@ class Job:
 
     def beginnings(self) -> Iterator[bytes]:
         """How each line of the output has to begin."""
-        return (beginning(self.custom_id(raw, number), self.key) for number, raw in lines_of(self.input))
+        return (
+            beginning(self.custom_id(raw, number), self.key) for number, raw in lines_of(self.input)
+        )
 
     def computed_by(self, computed: dict) -> None:
-        """Notes how the lines are computed from now on. Raises UserError if those that are done were computed otherwise."""
+        """Notes how the lines are computed from now on. Raises UserError if those that are done
+        were computed otherwise."""
         before = self.description.get("computed")
         if before not in (None, computed) and (self.target.n_lines or self.old):
-            raise UserError(f"the lines in {self.output} were computed in another way",
-                            "; ".join(differences({"": before}, {"": computed})), f"use the same again; {ANEW}")
+            raise UserError(
+                f"the lines in {self.output} were computed in another way",
+                "; ".join(differences({"": before}, {"": computed})),
+                f"use the same again; {ANEW}",
+            )
         self.description["computed"] = computed
         write_job(self.sidecar, self.description)
 
     def check_input(self) -> None:
         """Raises UserError if the input is not the file any more that was looked at."""
         if _state(self.input) != self.input_state:
-            raise UserError(f"--input {self.input} was changed while the job ran",
-                            "answers may be to what stands there now", f"let it be while a job runs; {ANEW}")
+            raise UserError(
+                f"--input {self.input} was changed while the job ran",
+                "answers may be to what stands there now",
+                f"let it be while a job runs; {ANEW}",
+            )
 
     def finish(self) -> None:
         """Puts the new file in the place of the old one, if there are two."""
@@ -89,12 +102,22 @@ class Job:
             self.target.becomes(self.old.path)
 
 
-def open_job(input: str, output: str, model: ServedModel, defaults: SamplingDefaults, made_of: dict, skip_bad: bool,
-             retry_failed: bool, tell) -> Job:
-    """Locks the output, checks the input's lines unless that has been done, and counts what is done.
+def open_job(
+    input: str,
+    output: str,
+    model: ServedModel,
+    defaults: SamplingDefaults,
+    made_of: dict,
+    skip_bad: bool,
+    retry_failed: bool,
+    tell,
+) -> Job:
+    """Locks the output, checks the input's lines unless that has been done, and counts what is
+    done.
 
     Args:
-        made_of: what must stay the same beside the input: {"model": digest, ..., "parameters": {...}}.
+        made_of: what must stay the same beside the input: {"model": digest, ..., "parameters":
+            {...}}.
         tell: called with each line for people.
 
     Raises UserError for bad lines without `skip_bad`, and for an output of another job.
@@ -108,8 +131,18 @@ def open_job(input: str, output: str, model: ServedModel, defaults: SamplingDefa
         if description is None or (description["n_bad"] and not skip_bad):
             description = _checked(input, model, defaults, made_of, key, skip_bad, tell)
             write_job(sidecar, description)
-        job = Job(input, model, defaults, key, sidecar, description, journal, description["n_lines"],
-                  frozenset(description["duplicates"]), input_state=state)
+        job = Job(
+            input,
+            model,
+            defaults,
+            key,
+            sidecar,
+            description,
+            journal,
+            description["n_lines"],
+            frozenset(description["duplicates"]),
+            input_state=state,
+        )
         _recover(job, Path(f"{output}.retry"), retry_failed)
     except BaseException:
         journal.discard()
@@ -119,7 +152,8 @@ def open_job(input: str, output: str, model: ServedModel, defaults: SamplingDefa
 
 
 def _recover(job: Job, retry: Path, retry_failed: bool) -> None:
-    """Counts what is done, in the output and, where failed lines are tried again, in the file that will replace it."""
+    """Counts what is done, in the output and, where failed lines are tried again, in the file that
+    will replace it."""
     job.n_failed = job.target.recover(job.beginnings())
     if retry_failed and job.n_failed:
         job.old, job.target = job.target, Journal(retry)
@@ -134,29 +168,55 @@ def _description(journal: Journal, sidecar: Path, made_of: dict) -> dict | None:
     if journal.is_empty:
         return old if old and old["made_of"] == made_of else None
     if old is None:
-        raise UserError(f"--output {journal.path} exists, and no job is known to have written it",
-                        f"there is no {sidecar.name} beside it", "name another --output, or move it away")
+        raise UserError(
+            f"--output {journal.path} exists, and no job is known to have written it",
+            f"there is no {sidecar.name} beside it",
+            "name another --output, or move it away",
+        )
     found = differences(old["made_of"], made_of)
     if found:
-        raise UserError(f"--output {journal.path} belongs to another job", "; ".join(found), f"use what it was begun with; {ANEW}")
+        raise UserError(
+            f"--output {journal.path} belongs to another job",
+            "; ".join(found),
+            f"use what it was begun with; {ANEW}",
+        )
     return old
 
 
-def _checked(input: str, model: ServedModel, defaults: SamplingDefaults, made_of: dict, key: bytes, skip_bad: bool, tell) -> dict:
+def _checked(
+    input: str,
+    model: ServedModel,
+    defaults: SamplingDefaults,
+    made_of: dict,
+    key: bytes,
+    skip_bad: bool,
+    tell,
+) -> dict:
     started = time.monotonic()
     checked = check_lines(input, model, defaults, key)
     if not checked.n_lines:
-        raise UserError(f"--input {input} holds no lines", "it is empty", "write one request a line")
+        raise UserError(
+            f"--input {input} holds no lines", "it is empty", "write one request a line"
+        )
     for number, said in checked.shown:
         tell(f"bad line {number}: {said}")
     if checked.n_bad > len(checked.shown):
         tell(f"and {checked.n_bad - len(checked.shown)} more bad lines")
     if checked.n_bad and not skip_bad:
         found = f"{checked.n_bad} of {checked.n_lines}, from line {checked.shown[0][0]} on"
-        raise UserError(f"--input {input} has bad lines", found, "correct them, or write errors in their place with --skip_bad")
+        raise UserError(
+            f"--input {input} has bad lines",
+            found,
+            "correct them, or write errors in their place with --skip_bad",
+        )
     tell(f"checked {checked.n_lines} lines in {time.monotonic() - started:.1f} s")
-    return {"format": 1, "made_of": made_of, "n_lines": checked.n_lines, "n_bad": checked.n_bad,
-            "duplicates": sorted(checked.duplicates)}
+    return {
+        "format": 1,
+        "made_of": made_of,
+        "n_lines": checked.n_lines,
+        "n_bad": checked.n_bad,
+        "duplicates": sorted(checked.duplicates),
+    }
 
 
 def _state(path: str) -> tuple:
@@ -175,12 +235,14 @@ def _file_digest(path: str) -> str:
                 digest.update(data)
         return digest.hexdigest()
     except OSError as error:
-        raise UserError(f"--input {path} cannot be read", str(error.strerror), "name a file of JSON lines") from None
+        raise UserError(
+            f"--input {path} cannot be read", str(error.strerror), "name a file of JSON lines"
+        ) from None
 
 
 def sampled_digest(folder: str, names: list[str], state: bytes) -> str:
-    """A digest of `state` and of samples from the files called `names`: tells two models of one shape apart without reading
-    all of them."""
+    """A digest of `state` and of samples from the files called `names`: tells two models of one
+    shape apart without reading all of them."""
     digest = hashlib.sha256(state)
     for name in sorted(names):
         path = os.path.join(folder, name)

@@ -1,6 +1,8 @@
-"""The lines of a batch job through an engine: many at once, so that its rows stay busy, and written in the input's order.
+"""The lines of a batch job through an engine: many at once, so that its rows stay busy, and written
+in the input's order.
 
-An engine is anything with `submit(request)`, `step() -> deltas`, `abort(id)` and `has_work`: the real one, or a test's.
+An engine is anything with `submit(request)`, `step() -> deltas`, `abort(id)` and `has_work`: the
+real one, or a test's.
 """
 
 from collections import deque
@@ -9,14 +11,23 @@ from dataclasses import dataclass
 
 from llama_tp.protocol.batch_check import duplicate_id
 from llama_tp.protocol.batch_job import Job
-from llama_tp.protocol.batch_lines import answer, beginning, has_failed, lines_of, order_of, read_line, refusal
+from llama_tp.protocol.batch_lines import (
+    answer,
+    beginning,
+    has_failed,
+    lines_of,
+    order_of,
+    read_line,
+    refusal,
+)
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.reply import Chunks, Fold
 from llama_tp.spec.errors import UserError
 
-AHEAD = 4                       # samples handed to the engine, for each of its rows: it never waits for the next line
-REORDER = 32                    # lines begun or done but not written, for each row: behind a long one, short ones go on
-HELD_BYTES = 256 << 20          # the same in bytes of output
+AHEAD = 4  # samples handed to the engine, for each of its rows: it never waits for the next line
+# lines begun or done but not written, for each row: behind a long one, short ones go on
+REORDER = 32
+HELD_BYTES = 256 << 20  # the same in bytes of output
 
 
 @dataclass
@@ -36,22 +47,31 @@ class Work:
     Args:
         n_rows: sequences that the engine computes at once.
         fingerprint: of the replies.
-        progress: called after each step with (lines written, failed lines among them, tokens generated since the last call).
+        progress: called after each step with (lines written, failed lines among them, tokens
+            generated since the last call).
     """
 
-    def __init__(self, job: Job, engine, n_rows: int, fingerprint: str, progress: Callable[[int, int, int], None]):
+    def __init__(
+        self,
+        job: Job,
+        engine,
+        n_rows: int,
+        fingerprint: str,
+        progress: Callable[[int, int, int], None],
+    ):
         self.job, self.engine, self.fingerprint, self.progress = job, engine, fingerprint, progress
         self.n_rows = n_rows
         self.slots: deque[_Slot] = deque()
         self.by_request: dict[str, _Slot] = {}
-        self.running: dict[str, int] = {}                   # samples in the engine, by request
-        self.n_running = self.n_held = 0                    # all of them; bytes of slots' texts
+        self.running: dict[str, int] = {}  # samples in the engine, by request
+        self.n_running = self.n_held = 0  # all of them; bytes of slots' texts
         self.lines = self._lines(job.target.n_lines)
         self.input_ended = False
 
     def run(self, wants_stop: Callable[[], bool]) -> bool:
-        """Runs until all lines are written (True), or until a step after which `wants_stop()` (False: what was done in order is
-        written). Raises UserError if the output cannot be written."""
+        """Runs until all lines are written (True), or until a step after which `wants_stop()`
+        (False: what was done in order is written). Raises UserError if the output cannot be
+        written."""
         while not wants_stop():
             self._feed()
             deltas = self.engine.step()
@@ -64,21 +84,29 @@ class Work:
         return False
 
     def _lines(self, start: int) -> Iterator[tuple[int, bytes, bytes | None]]:
-        """(number, input line, output line to copy or None) of what is not written yet. UserError if the input has changed."""
+        """(number, input line, output line to copy or None) of what is not written yet. UserError
+        if the input has changed."""
         done = self.job.old.lines() if self.job.old else iter(())
         for _ in range(start):
             next(done, None)
-        self.job.check_input()                              # loading a model takes minutes
+        self.job.check_input()  # loading a model takes minutes
         for number, raw in lines_of(self.job.input, start):
             old = next(done, None)
-            if old is not None and has_failed(old, beginning(self.job.custom_id(raw, number), self.job.key)):
+            if old is not None and has_failed(
+                old, beginning(self.job.custom_id(raw, number), self.job.key)
+            ):
                 old = None
             yield number, raw, old
         self.job.check_input()
 
     def _feed(self) -> None:
-        """Begins lines until the engine has enough to do, or too many wait for their turn to be written."""
-        while (self.n_running < AHEAD * self.n_rows and len(self.slots) < REORDER * self.n_rows and self.n_held < HELD_BYTES):
+        """Begins lines until the engine has enough to do, or too many wait for their turn to be
+        written."""
+        while (
+            self.n_running < AHEAD * self.n_rows
+            and len(self.slots) < REORDER * self.n_rows
+            and self.n_held < HELD_BYTES
+        ):
             line = next(self.lines, None)
             if line is None:
                 self.input_ended = True
@@ -97,7 +125,10 @@ class Work:
             if number in job.duplicates:
                 raise duplicate_id()
             order = order_of(read_line(raw, number), job.model, job.defaults, job.key)
-            slot.chunks, slot.fold = Chunks(order, job.model, job.created, self.fingerprint), Fold(order)
+            slot.chunks, slot.fold = (
+                Chunks(order, job.model, job.created, self.fingerprint),
+                Fold(order),
+            )
             for chunk in slot.chunks.begin():
                 slot.fold.add(chunk)
             for request in order.requests:
@@ -105,13 +136,13 @@ class Work:
                 self.by_request[request.id] = slot
                 self.running[request.id] = order.n
                 self.n_running += order.n
-        except UserError as error:                          # of a line that --skip_bad lets pass
+        except UserError as error:  # of a line that --skip_bad lets pass
             self._fail(slot, error)
 
     def _take(self, delta) -> int:
         """One delta into its line's reply. -> tokens in it."""
         slot = self.by_request.get(delta.request_id)
-        if slot is None:                                    # of a line that has failed meanwhile
+        if slot is None:  # of a line that has failed meanwhile
             return 0
         if delta.finish_reason:
             self.running[delta.request_id] -= 1
@@ -124,7 +155,9 @@ class Work:
             return len(delta.ids)
         if slot.chunks.done:
             self._forget(slot)
-            self._finish(slot, answer(slot.custom_id, self.job.key, slot.fold.reply(slot.chunks.usage())))
+            self._finish(
+                slot, answer(slot.custom_id, self.job.key, slot.fold.reply(slot.chunks.usage()))
+            )
         return len(delta.ids)
 
     def _fail(self, slot: _Slot, error: UserError) -> None:

@@ -1,7 +1,9 @@
-"""What a request means that leaves a sampling field out: the model's generation_config.json, and over it the command's flags.
+"""What a request means that leaves a sampling field out: the model's generation_config.json, and
+over it the command's flags.
 
-As vLLM reads that file: the six keys of KEYS and no others, so that `do_sample` and `max_length` change nothing. Where neither
-says anything the request models' own defaults hold, which are OpenAI's.
+As vLLM reads that file: the six keys of KEYS and no others, so that `do_sample` and `max_length`
+change nothing. Where neither says anything the request models' own defaults hold, which are
+OpenAI's.
 """
 
 import os
@@ -14,30 +16,41 @@ from llama_tp.spec.json_file import read_json
 
 FILE = "generation_config.json"
 # The file's keys -> fields of a request.
-KEYS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-        "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
+KEYS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 OPENAI = {"temperature": 1.0, "top_p": 1.0}
-MAX_BYTES = 1 << 20             # honest ones have some 200 bytes
+MAX_BYTES = 1 << 20  # honest ones have some 200 bytes
 FIX = "correct the file, or give --generation_config none"
 
 
 @dataclass(frozen=True)
 class SamplingDefaults:
     """Args:
-        file: field -> value, as the model's file says it.
-        flags: the same of the command line, which wins.
+    file: field -> value, as the model's file says it.
+    flags: the same of the command line, which wins.
     """
 
     file: Mapping[str, float] = field(default_factory=dict)
     flags: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, kind: str) -> dict[str, float]:
-        """Field -> value for a `kind` of request. OpenAI's completions end after 16 tokens where they do not say it; the file, as
-        in vLLM, leaves that alone."""
-        return {name: value for name, value in self.file.items() if kind == "chat" or name != "max_tokens"} | dict(self.flags)
+        """Field -> value for a `kind` of request. OpenAI's completions end after 16 tokens where
+        they do not say it; the file, as in vLLM, leaves that alone."""
+        return {
+            name: value
+            for name, value in self.file.items()
+            if kind == "chat" or name != "max_tokens"
+        } | dict(self.flags)
 
     def fill(self, data: dict, kind: str, below: Mapping[str, float] = {}) -> dict:
-        """The body `data` with what it leaves out, or says as null; `below`: what is next in rank."""
+        """The body `data` with what it leaves out, or says as null; `below`: what is next in
+        rank."""
         known = {**below, **self.of(kind)}
         if data.get("max_completion_tokens") is not None:
             known.pop("max_tokens", None)
@@ -45,15 +58,22 @@ class SamplingDefaults:
 
     def __str__(self) -> str:
         """For people: "temperature 0.6, top_p 0.9 (generation_config.json)"."""
-        values = ", ".join(f"{name} {value:g}" for name, value in (OPENAI | self.of("chat")).items())
+        values = ", ".join(
+            f"{name} {value:g}" for name, value in (OPENAI | self.of("chat")).items()
+        )
         places = [FILE] * bool(self.file) + ["flags"] * bool(self.flags)
         return f"{values} ({' and '.join(places) or 'as OpenAI has them'})"
 
 
 def sampling_flags(**flags: float | None) -> dict[str, float]:
-    """Those of a command's flags (as fields of a request) that are given. Raises UserError naming one that is out of range."""
+    """Those of a command's flags (as fields of a request) that are given. Raises UserError naming
+    one that is out of range."""
     given = {name: value for name, value in flags.items() if value is not None}
-    _check(given, lambda name: "--max_gen_len" if name == "max_tokens" else f"--{name}", "correct the value")
+    _check(
+        given,
+        lambda name: "--max_gen_len" if name == "max_tokens" else f"--{name}",
+        "correct the value",
+    )
     return given
 
 
@@ -83,7 +103,8 @@ def generation_config_of(folder: str, generation_config: str) -> dict[str, float
 
 
 def _check(values: Mapping[str, float], spelt: Callable[[str], str], fix: str) -> None:
-    """Raises UserError for a value that no request may have; `spelt`: a field's name as people know it."""
+    """Raises UserError for a value that no request may have; `spelt`: a field's name as people know
+    it."""
     for name, value in values.items():
         try:
             SamplingParams(**{name: value})

@@ -1,12 +1,19 @@
-"""What a client gets instead of an answer: OpenAI's error body, and the exception that carries what goes into it.
+"""What a client gets instead of an answer: OpenAI's error body, and the exception that carries what
+goes into it.
 
-Refuses to know http: a status is a number here, which the server sends and a batch writes into its output line.
+Refuses to know http: a status is a number here, which the server sends and a batch writes into its
+output line.
 """
 
 from llama_tp.spec.errors import UserError
 
-MAX_CHARS = 1000        # of a message: a small request must not earn a large reply
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+MAX_CHARS = 1000  # of a message: a small request must not earn a large reply
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 
 class RequestError(UserError):
@@ -19,8 +26,16 @@ class RequestError(UserError):
         status: of http; 400 and the like for the client's faults, 500 and more for ours.
     """
 
-    def __init__(self, what: str, found: str = "", fix: str = "", *, param: str | None = None, code: str | None = None,
-                 status: int = 400):
+    def __init__(
+        self,
+        what: str,
+        found: str = "",
+        fix: str = "",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int = 400,
+    ):
         super().__init__(what, found, fix)
         self.param, self.code, self.status = param, code, status
 
@@ -32,7 +47,9 @@ def invalid(param: str, what: str, found: str, fix: str) -> RequestError:
 
 def unsupported(param: str, found: str, fix: str) -> RequestError:
     """The refusal of a field, or of a value, that has a meaning elsewhere and none here."""
-    return RequestError(f"{param} is not supported", found, fix, param=param, code="unsupported_parameter")
+    return RequestError(
+        f"{param} is not supported", found, fix, param=param, code="unsupported_parameter"
+    )
 
 
 def status_of(error: UserError) -> int:
@@ -41,10 +58,12 @@ def status_of(error: UserError) -> int:
 
 
 def error_body(error: UserError) -> dict:
-    """{"error": {"message", "type", "param", "code"}}, as OpenAI's clients read it; code is a text or None."""
+    """{"error": {"message", "type", "param", "code"}}, as OpenAI's clients read it; code is a text
+    or None."""
     status = status_of(error)
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    message = str(error).encode("utf-8", "replace").decode()            # what was found may hold a lone surrogate
-    message = message if len(message) <= MAX_CHARS else message[:MAX_CHARS - 3] + "..."
+    # what was found may hold a lone surrogate
+    message = str(error).encode("utf-8", "replace").decode()
+    message = message if len(message) <= MAX_CHARS else message[: MAX_CHARS - 3] + "..."
     param, code = (error.param, error.code) if isinstance(error, RequestError) else (None, None)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

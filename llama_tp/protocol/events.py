@@ -7,8 +7,8 @@ import re
 class Events:
     """One reply. `done` says that [DONE] has come.
 
-    Lines end where server-sent events have it, at CR and LF. Those of httpx and `splitlines` also end at U+2028 and others, which
-    may stand in JSON as they are, and would cut it.
+    Lines end where server-sent events have it, at CR and LF. Those of httpx and `splitlines` also
+    end at U+2028 and others, which may stand in JSON as they are, and would cut it.
     """
 
     def __init__(self):
@@ -16,11 +16,13 @@ class Events:
         self._held = b""
 
     def push(self, data: bytes) -> list[dict]:
-        """The JSON of the events that `data` completes. ValueError for an event that holds no JSON object."""
+        """The JSON of the events that `data` completes. ValueError for an event that holds no JSON
+        object."""
         *lines, self._held = re.split(rb"[\r\n]", self._held + data)
         found = []
         for line in lines:
-            text = line[5:].strip() if line.startswith(b"data:") else b""      # else a comment, or another field
+            # else a comment, or another field
+            text = line[5:].strip() if line.startswith(b"data:") else b""
             if text == b"[DONE]":
                 self.done = True
             elif text:

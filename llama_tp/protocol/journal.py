@@ -1,7 +1,9 @@
-"""A batch job's output file: whole lines, in the input's order, that outlive any end of the process that writes them.
+"""A batch job's output file: whole lines, in the input's order, that outlive any end of the process
+that writes them.
 
-Line i answers line i of the input, so what is done is a prefix, and going on means counting lines. Beside it, in NAME.job,
-stands what the job is made of; a file that was made from something else is not touched. One process at a time.
+Line i answers line i of the input, so what is done is a prefix, and going on means counting lines.
+Beside it, in NAME.job, stands what the job is made of; a file that was made from something else is
+not touched. One process at a time.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ from pathlib import Path
 from llama_tp.protocol.batch_lines import has_failed
 from llama_tp.spec.errors import UserError
 
-LOCK_WAIT_S = 30.0      # the ranks of a job whose launcher was killed take a moment to leave
+LOCK_WAIT_S = 30.0  # the ranks of a job whose launcher was killed take a moment to leave
 RESUME = "make room, then run the same command again: it goes on from there"
 
 
@@ -35,13 +37,19 @@ class Journal:
                 self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except OSError as error:
                 fix = "name a file in a folder you may write to"
-                raise UserError(f"--output {path} cannot be written", str(error.strerror), fix) from None
+                raise UserError(
+                    f"--output {path} cannot be written", str(error.strerror), fix
+                ) from None
             if self._locked():
                 if os.path.exists(path) and os.path.samestat(os.fstat(self._fd), os.stat(path)):
-                    break                                   # else it was replaced or removed while we waited
+                    break  # else it was replaced or removed while we waited
             os.close(self._fd)
             if time.monotonic() > deadline:
-                raise UserError(f"--output {path} is being written by another process", "", "wait for it, or name another file")
+                raise UserError(
+                    f"--output {path} is being written by another process",
+                    "",
+                    "wait for it, or name another file",
+                )
             time.sleep(0.2)
         self._size = os.fstat(self._fd).st_size
 
@@ -49,7 +57,8 @@ class Journal:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES)      # a file system without locks: nobody is kept out
+            # a file system without locks: nobody is kept out
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
         return True
 
     @property
@@ -57,7 +66,8 @@ class Journal:
         return self._size == 0
 
     def recover(self, beginnings: Iterable[bytes]) -> int:
-        """Counts the whole lines, which must begin as given, and cuts a last one that is torn. -> how many of them failed.
+        """Counts the whole lines, which must begin as given, and cuts a last one that is torn. ->
+        how many of them failed.
 
         Raises UserError for a file that holds anything else."""
         n_failed = good = self.n_lines = 0
@@ -67,22 +77,27 @@ class Journal:
             f.seek(0)
             for line in f:
                 expected = next(begins, None)
-                if b"\0" in line:                           # room that a crashed machine gave the file and never filled
+                if b"\0" in line:  # room that a crashed machine gave the file and never filled
                     break
-                fits = expected is not None and line[:len(expected)] == expected[:len(line)]
-                if fits and not line.endswith(b"\n"):       # torn
+                fits = expected is not None and line[: len(expected)] == expected[: len(line)]
+                if fits and not line.endswith(b"\n"):  # torn
                     break
-                if not (fits and line.endswith(b"}\n")):    # no crash leaves this
-                    raise UserError(f"--output {self.path} is not what this job has written",
-                                    f"line {self.n_lines + 1} does not answer that line of the input",
-                                    "name another --output, or move the file away")
+                if not (fits and line.endswith(b"}\n")):  # no crash leaves this
+                    raise UserError(
+                        f"--output {self.path} is not what this job has written",
+                        f"line {self.n_lines + 1} does not answer that line of the input",
+                        "name another --output, or move the file away",
+                    )
                 n_failed += has_failed(line, expected)
                 good += len(line)
                 self.n_lines += 1
                 last = line
-        if last and not _is_json(last):                     # torn, and something else has been written behind it
-            raise UserError(f"--output {self.path} is not what this job has written", f"line {self.n_lines} is no JSON",
-                            "cut it off, name another --output, or move the file away")
+        if last and not _is_json(last):  # torn, and something else has been written behind it
+            raise UserError(
+                f"--output {self.path} is not what this job has written",
+                f"line {self.n_lines} is no JSON",
+                "cut it off, name another --output, or move the file away",
+            )
         if good < self._size:
             os.ftruncate(self._fd, good)
             os.fsync(self._fd)
@@ -90,14 +105,14 @@ class Journal:
         return n_failed
 
     def append(self, lines: list[bytes]) -> None:
-        """Writes lines, one write each, and has them on the disk when it returns. Raises UserError when the disk does not take
-        them; the file then ends after the last whole line."""
+        """Writes lines, one write each, and has them on the disk when it returns. Raises UserError
+        when the disk does not take them; the file then ends after the last whole line."""
         if not lines:
             return
         try:
             for line in lines:
                 n = 0
-                while n < len(line):                        # once; a disk that is nearly full takes a part, then says so
+                while n < len(line):  # once; a disk that is nearly full takes a part, then says so
                     n += os.pwrite(self._fd, line[n:] if n else line, self._size + n)
                 self._size += len(line)
                 self.n_lines += 1
@@ -123,16 +138,20 @@ class Journal:
             os.unlink(self.path)
 
     def becomes(self, path: Path) -> None:
-        """Puts this file in the place of another, at once. Raises UserError when the disk does not take it."""
+        """Puts this file in the place of another, at once. Raises UserError when the disk does not
+        take it."""
         try:
             os.replace(self.path, path)
         except OSError as error:
-            raise UserError(f"{path} cannot be replaced by {self.path}", str(error.strerror), RESUME) from None
+            raise UserError(
+                f"{path} cannot be replaced by {self.path}", str(error.strerror), RESUME
+            ) from None
         _sync_folder(path)
 
 
 def read_job(path: Path) -> dict | None:
-    """What stands in a job's sidecar; None if there is none. Raises UserError for one that cannot be read."""
+    """What stands in a job's sidecar; None if there is none. Raises UserError for one that cannot
+    be read."""
     try:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict) and isinstance(found.get("made_of"), dict):

@@ -1,7 +1,8 @@
-"""Tokens and their log-probabilities as OpenAI shows them: a list of objects (chat), or parallel arrays (completions).
+"""Tokens and their log-probabilities as OpenAI shows them: a list of objects (chat), or parallel
+arrays (completions).
 
-A token is shown as its text; where its bytes are no text by themselves, as `bytes:\\xe2\\x82`, so that no two tokens look
-the same; a special token, which has no text, by its name.
+A token is shown as its text; where its bytes are no text by themselves, as `bytes:\\xe2\\x82`, so
+that no two tokens look the same; a special token, which has no text, by its name.
 """
 
 import codecs
@@ -9,7 +10,7 @@ import math
 
 from llama_tp.protocol.order import ServedModel
 
-LEAST = -9999.0         # stands for minus infinity, which JSON does not have
+LEAST = -9999.0  # stands for minus infinity, which JSON does not have
 
 
 def token_text(model: ServedModel, token_id: int) -> str:
@@ -29,19 +30,30 @@ def finite(logprob: float) -> float:
 
 
 def chat_logprobs(model: ServedModel, scores) -> dict:
-    """{"content": [{"token", "logprob", "bytes", "top_logprobs"}, ...], "refusal": None} for tokens with `token`, `logprob` and
-    `top` ((id, logprob) pairs, best first)."""
-    return {"content": [_entry(model, one.token, one.logprob) | {"top_logprobs": [_entry(model, *each) for each in one.top]}
-                        for one in scores], "refusal": None}
+    """{"content": [{"token", "logprob", "bytes", "top_logprobs"}, ...], "refusal": None} for tokens
+    with `token`, `logprob` and `top` ((id, logprob) pairs, best first)."""
+    return {
+        "content": [
+            _entry(model, one.token, one.logprob)
+            | {"top_logprobs": [_entry(model, *each) for each in one.top]}
+            for one in scores
+        ],
+        "refusal": None,
+    }
 
 
 def _entry(model: ServedModel, token_id: int, logprob: float) -> dict:
-    return {"token": token_text(model, token_id), "logprob": finite(logprob), "bytes": list(model.tokenizer.token_bytes(token_id))}
+    return {
+        "token": token_text(model, token_id),
+        "logprob": finite(logprob),
+        "bytes": list(model.tokenizer.token_bytes(token_id)),
+    }
 
 
 class Arrays:
-    """The four arrays of one completion as they grow. `text_offset` counts characters of the text, prompt included if echoed:
-    a token that ends a character begun by another stands where that character begins.
+    """The four arrays of one completion as they grow. `text_offset` counts characters of the text,
+    prompt included if echoed: a token that ends a character begun by another stands where that
+    character begins.
 
     Args:
         begins_at: offset of the first token: the length of an echoed prompt that is not scored.
@@ -52,8 +64,14 @@ class Arrays:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, scores, first_id: int | None = None) -> dict:
-        """The arrays' next piece. `first_id` is the token of an entry that is None: a prompt's first, which nothing predicts."""
-        out: dict[str, list] = {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+        """The arrays' next piece. `first_id` is the token of an entry that is None: a prompt's
+        first, which nothing predicts."""
+        out: dict[str, list] = {
+            "text_offset": [],
+            "token_logprobs": [],
+            "tokens": [],
+            "top_logprobs": [],
+        }
         for one in scores:
             token_id = first_id if one is None else one.token
             text = token_text(self.model, token_id)
@@ -65,5 +83,8 @@ class Arrays:
         return out
 
     def _top(self, one, text: str) -> dict[str, float]:
-        """The likeliest and the token itself, whose number is the very float of `token_logprobs`."""
-        return {token_text(self.model, token_id): finite(logprob) for token_id, logprob in one.top} | {text: finite(one.logprob)}
+        """The likeliest and the token itself, whose number is the very float of
+        `token_logprobs`."""
+        return {
+            token_text(self.model, token_id): finite(logprob) for token_id, logprob in one.top
+        } | {text: finite(one.logprob)}

@@ -1,7 +1,8 @@
-"""One order's answer, streamed or whole: deltas from the desk, through the protocol's presenter, to the client.
+"""One order's answer, streamed or whole: deltas from the desk, through the protocol's presenter, to
+the client.
 
-Whatever way it ends (read to the end, an error, a client that has gone), the desk is told, so that nothing goes on running
-that nobody will read.
+Whatever way it ends (read to the end, an error, a client that has gone), the desk is told, so that
+nothing goes on running that nobody will read.
 """
 
 import asyncio
@@ -18,18 +19,26 @@ from llama_tp.server.desk import Desk, Ticket
 from llama_tp.server.gate import bug, carried, log_bug
 from llama_tp.spec.errors import UserError
 
-PING_S = 15.0           # of silence, after which a stream shows that it lives: proxies cut what is silent
-UNREAD_BYTES = 16 << 20 # of a stream's deltas that wait for a client who does not read
-PIECE_CHARS = 1 << 16   # of a reply, sent at once; bytes, of one that does not stream. The next is sent when the client has read
-BIG = 2000              # tokens, above which a reply is put together off the event loop
-FEW, PIECE = 64, 1000   # a list shorter than that may hold long ones; a longer one is written in such pieces
+PING_S = 15.0  # of silence, after which a stream shows that it lives: proxies cut what is silent
+UNREAD_BYTES = 16 << 20  # of a stream's deltas that wait for a client who does not read
+# of a reply, sent at once; bytes, of one that does not stream. The next is sent when the client has
+# read
+PIECE_CHARS = 1 << 16
+BIG = 2000  # tokens, above which a reply is put together off the event loop
+# a list shorter than that may hold long ones; a longer one is written in such pieces
+FEW, PIECE = 64, 1000
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; `at_end` is called when the last was sent, and when the client has gone."""
+    """Server-sent events; `at_end` is called when the last was sent, and when the client has
+    gone."""
 
     def __init__(self, events: AsyncIterator[str], at_end: Callable[[], None]):
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
         self._at_end = at_end
 
     async def __call__(self, scope, receive, send) -> None:
@@ -40,17 +49,29 @@ class EventStream(StreamingResponse):
 
 
 class JsonReply(Response):
-    """A text of JSON, sent as fast as the client reads; `at_end` is called when the last byte was sent, and when he has gone."""
+    """A text of JSON, sent as fast as the client reads; `at_end` is called when the last byte was
+    sent, and when he has gone."""
 
     media_type = "application/json"
     at_end: Callable[[], None] = staticmethod(lambda: None)
 
     async def __call__(self, scope, receive, send) -> None:
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": self.status_code,
+                    "headers": self.raw_headers,
+                }
+            )
             for i in range(0, len(self.body) or 1, PIECE_CHARS):
-                await send({"type": "http.response.body", "body": self.body[i:i + PIECE_CHARS],
-                            "more_body": i + PIECE_CHARS < len(self.body)})
+                await send(
+                    {
+                        "type": "http.response.body",
+                        "body": self.body[i : i + PIECE_CHARS],
+                        "more_body": i + PIECE_CHARS < len(self.body),
+                    }
+                )
         finally:
             self.at_end()
 
@@ -70,28 +91,42 @@ def dumps(content: object) -> str:
 
 
 def dumps_in_pieces(content: object) -> str:
-    """As `dumps`, in many short calls: in one call of json no other thread runs, so that the event loop would stand still (50 ms
-    for 800,000 ids)."""
+    """As `dumps`, in many short calls: in one call of json no other thread runs, so that the event
+    loop would stand still (50 ms for 800,000 ids)."""
     if isinstance(content, dict):
-        return "{" + ",".join(f"{dumps(str(key))}:{dumps_in_pieces(value)}" for key, value in content.items()) + "}"
+        return (
+            "{"
+            + ",".join(
+                f"{dumps(str(key))}:{dumps_in_pieces(value)}" for key, value in content.items()
+            )
+            + "}"
+        )
     if isinstance(content, list) and len(content) < FEW:
         return "[" + ",".join(map(dumps_in_pieces, content)) + "]"
     if isinstance(content, list):
-        return "[" + ",".join(dumps(content[i:i + PIECE])[1:-1] for i in range(0, len(content), PIECE)) + "]"
+        return (
+            "["
+            + ",".join(dumps(content[i : i + PIECE])[1:-1] for i in range(0, len(content), PIECE))
+            + "]"
+        )
     return dumps(content)
 
 
-async def answer(order: Order, model: ServedModel, desk: Desk, request: Request, created: int, fingerprint: str) -> Response:
-    """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply. Raises RequestError before anything
-    is sent."""
+async def answer(
+    order: Order, model: ServedModel, desk: Desk, request: Request, created: int, fingerprint: str
+) -> Response:
+    """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply.
+    Raises RequestError before anything is sent."""
     chunks = Chunks(order, model, created, fingerprint)
     ticket = desk.take(list(order.requests), UNREAD_BYTES if order.stream else None)
     if order.stream:
-        return EventStream(_events(chunks, ticket, request.scope["request_id"]), lambda: desk.drop(ticket))
+        return EventStream(
+            _events(chunks, ticket, request.scope["request_id"]), lambda: desk.drop(ticket)
+        )
     reply = None
     try:
         reply = await _unless_gone(_whole(chunks, ticket), request)
-        reply.at_end = lambda: desk.drop(ticket)            # until then it takes its memory
+        reply.at_end = lambda: desk.drop(ticket)  # until then it takes its memory
         return reply
     finally:
         if reply is None:
@@ -99,7 +134,8 @@ async def answer(order: Order, model: ServedModel, desk: Desk, request: Request,
 
 
 async def _events(chunks: Chunks, ticket: Ticket, request_id: str = "") -> AsyncIterator[str]:
-    """The stream as text. An error in its middle is an event of its own: it cannot be a status any more."""
+    """The stream as text. An error in its middle is an event of its own: it cannot be a status any
+    more."""
     try:
         yield _framed(chunks.begin())
         while not ticket.is_read:
@@ -108,10 +144,10 @@ async def _events(chunks: Chunks, ticket: Ticket, request_id: str = "") -> Async
                 while not (await asyncio.wait([news], timeout=PING_S))[0]:
                     yield ": still waiting\n\n"
             finally:
-                news.cancel()                               # if the client has gone
+                news.cancel()  # if the client has gone
             text = "".join(map(_framed, await _grown(chunks, news.result())))
             for i in range(0, len(text), PIECE_CHARS):
-                yield text[i:i + PIECE_CHARS]
+                yield text[i : i + PIECE_CHARS]
         yield _framed(chunks.end())
     except UserError as error:
         yield _framed([error_body(error)])
@@ -127,8 +163,10 @@ def _framed(chunks: list[dict]) -> str:
 
 async def _grown(chunks: Chunks, deltas: list) -> list[list[dict]]:
     """The chunks of each delta."""
+
     def grow() -> list[list[dict]]:
         return [chunks.take(delta) for delta in deltas]
+
     if any(len(delta.prompt_logprobs or ()) > BIG for delta in deltas):
         return await asyncio.to_thread(carried(grow))
     return carried(grow)()
@@ -149,7 +187,8 @@ async def _whole(chunks: Chunks, ticket: Ticket) -> JsonReply:
 
 
 async def _unless_gone(work, request: Request) -> JsonReply:
-    """The work's result; if the client goes meanwhile, the work is dropped and the reply is for nobody."""
+    """The work's result; if the client goes meanwhile, the work is dropped and the reply is for
+    nobody."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)

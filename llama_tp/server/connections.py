@@ -1,8 +1,10 @@
-"""What a client's connection may cost: how many there are, how long each is waited for, and how fast it must read.
+"""What a client's connection may cost: how many there are, how long each is waited for, and how
+fast it must read.
 
-uvicorn's HTTP/1.1 on h11, which limits the bytes of the headers and the time between two requests. The rest is here: a client
-that says nothing or sends its headers for ever, one that does not read, one too many. One that has only stopped sending (what
-`nc -N` does) gets its reply, and is told from one that has gone.
+uvicorn's HTTP/1.1 on h11, which limits the bytes of the headers and the time between two requests.
+The rest is here: a client that says nothing or sends its headers for ever, one that does not read,
+one too many. One that has only stopped sending (what `nc -N` does) gets its reply, and is told from
+one that has gone.
 """
 
 import asyncio
@@ -24,21 +26,24 @@ from llama_tp.server.gate import reply_of
 from llama_tp.spec.errors import UserError
 
 USUAL_CONNECTIONS = 4096
-OWN_FILES = 128                 # sockets and pipes of this process, and connections that are being refused
-N_REFUSED = 64                  # of these; whoever comes while so many are told is not told
-READ_BYTES = 1 << 16            # of one connection, in a turn of the loop; asyncio's 256 KB of 200 take a fifth of a second
-LOOK_S = 0.25                   # how often the connections are looked at
-LINGER_S = 2.0                  # for a client to read why it is refused: closing on unread bytes would take the reply with it
-LEAST_RATE = 500                # bytes a second that a client must read, on average over `write_s`; Apache's number
+OWN_FILES = 128  # sockets and pipes of this process, and connections that are being refused
+N_REFUSED = 64  # of these; whoever comes while so many are told is not told
+# of one connection, in a turn of the loop; asyncio's 256 KB of 200 take a fifth of a second
+READ_BYTES = 1 << 16
+LOOK_S = 0.25  # how often the connections are looked at
+# for a client to read why it is refused: closing on unread bytes would take the reply with it
+LINGER_S = 2.0
+# bytes a second that a client must read, on average over `write_s`; Apache's number
+LEAST_RATE = 500
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
     """Args:
-        max_connections: most at once; None: as many as the open files allow, at most 4,096.
-        header_s: for a request's headers to come, from the connection or their first byte on.
-        keep_alive_s: between a reply and the next request.
-        write_s: in which a client that has fallen behind must read something (LEAST_RATE).
+    max_connections: most at once; None: as many as the open files allow, at most 4,096.
+    header_s: for a request's headers to come, from the connection or their first byte on.
+    keep_alive_s: between a reply and the next request.
+    write_s: in which a client that has fallen behind must read something (LEAST_RATE).
     """
 
     max_connections: int | None = None
@@ -48,16 +53,22 @@ class ConnectionLimits:
 
 
 def backlog_of(n_files: int) -> int:
-    """Connections that the kernel holds until we accept them, all of which asyncio may accept at once."""
+    """Connections that the kernel holds until we accept them, all of which asyncio may accept at
+    once."""
     return max(16, min(1024, n_files // 8))
 
 
 def most_connections(wanted: int | None, n_files: int) -> int:
-    """How many connections `n_files` open files allow: accept() never fails for want of one. Raises UserError."""
-    possible = n_files - 3 * backlog_of(n_files) - OWN_FILES        # up to three turns of accepting before the first is counted
+    """How many connections `n_files` open files allow: accept() never fails for want of one. Raises
+    UserError."""
+    # up to three turns of accepting before the first is counted
+    possible = n_files - 3 * backlog_of(n_files) - OWN_FILES
     if possible < (wanted or 1):
-        raise UserError(f"the limit of open files is too low for {wanted or 1} connections",
-                        f"found {n_files} files, enough for {max(0, possible)}", "raise it (ulimit -Hn) or lower --max_connections")
+        raise UserError(
+            f"the limit of open files is too low for {wanted or 1} connections",
+            f"found {n_files} files, enough for {max(0, possible)}",
+            "raise it (ulimit -Hn) or lower --max_connections",
+        )
     return wanted or min(possible, USUAL_CONNECTIONS)
 
 
@@ -66,7 +77,7 @@ class Connections:
 
     def __init__(self, limits: ConnectionLimits, most: int):
         self.limits, self.most = limits, most
-        self.idle: dict[Connection, None] = {}              # without a request; in order of since when
+        self.idle: dict[Connection, None] = {}  # without a request; in order of since when
 
     async def watch(self, connections: set["Connection"]) -> None:
         """Ends those that are over their limits, for ever."""
@@ -78,17 +89,19 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with one client, in bounds; what it cannot read, which never comes to the gate, is told in OpenAI's shape."""
+    """HTTP/1.1 with one client, in bounds; what it cannot read, which never comes to the gate, is
+    told in OpenAI's shape."""
 
     def __init__(self, shared: Connections, **given):
         super().__init__(**given)
         self._shared, self._limits = shared, shared.limits
-        self._head_since: float | None = None               # headers are being waited for
-        self._behind: tuple[float, int] | None = None       # when the client was looked at, and its unread bytes
-        self._over_since: float | None = None               # it has been told why it is refused
+        self._head_since: float | None = None  # headers are being waited for
+        # when the client was looked at, and its unread bytes
+        self._behind: tuple[float, int] | None = None
+        self._over_since: float | None = None  # it has been told why it is refused
         self._half_closed = False
 
-    # ------------------------------------------------------------------------------------------- what happens to it
+    # --------------------------------------------------------------------------- what happens to it
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -119,24 +132,34 @@ class Connection(H11Protocol):
         self._behind = None
 
     def eof_received(self) -> bool:
-        """Whether the connection stays open to be written to: there is a whole request, and its reply has not been sent.
+        """Whether the connection stays open to be written to: there is a whole request, and its
+        reply has not been sent.
 
-        A client that has gone looks the same (its kernel even answers keep-alive probes), until it is sent something: then a reset
-        comes back. A stream sends its next token; before the head of a reply HTTP/1.1 allows a 100, which clients skip."""
+        A client that has gone looks the same (its kernel even answers keep-alive probes), until it
+        is sent something: then a reset comes back. A stream sends its next token; before the head
+        of a reply HTTP/1.1 allows a 100, which clients skip."""
         if self._over_since is not None or not self._is_at_work() or self.cycle.more_body:
             return False
         self._half_closed, self.cycle.keep_alive = True, False
         if not self.cycle.response_started and self.scope["http_version"] == "1.1":
-            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))
+            self.transport.write(
+                self.conn.send(
+                    h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+                )
+            )
         return True
 
     def send_400_response(self, msg: str) -> None:
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(RequestError(msg, "", "send HTTP/1.1 with at most 64 KiB of headers", code="invalid_http"))
+            self._refuse(
+                RequestError(
+                    msg, "", "send HTTP/1.1 with at most 64 KiB of headers", code="invalid_http"
+                )
+            )
         else:
-            self.transport.close()                          # it has its reply, or the beginning of it
+            self.transport.close()  # it has its reply, or the beginning of it
 
-    # ------------------------------------------------------------------------------------------------- its limits
+    # ----------------------------------------------------------------------------------- its limits
 
     def check(self, now: float) -> None:
         """Ends it if it is over a limit."""
@@ -145,16 +168,25 @@ class Connection(H11Protocol):
         elif self._head_since is not None and now - self._head_since > self._limits.header_s:
             self._head_since = None
             if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
-                self._refuse(RequestError("the headers do not come", f"not all of them in {self._limits.header_s:g} s",
-                                          "send them again", code="request_timeout", status=408))
+                self._refuse(
+                    RequestError(
+                        "the headers do not come",
+                        f"not all of them in {self._limits.header_s:g} s",
+                        "send them again",
+                        code="request_timeout",
+                        status=408,
+                    )
+                )
             else:
                 self.transport.close()
-        elif self._half_closed and self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self.transport.abort()                          # the reset; asyncio does not look at who has sent the last byte
+        elif self._half_closed and self.transport.get_extra_info("socket").getsockopt(
+            socket.SOL_SOCKET, socket.SO_ERROR
+        ):
+            self.transport.abort()  # the reset; asyncio does not look at who has sent the last byte
         elif self._behind is not None:
             self._check_reading(now)
         elif self.transport.is_closing():
-            self._behind = now, self._n_unread()            # what it still has to read keeps it open
+            self._behind = now, self._n_unread()  # what it still has to read keeps it open
 
     def _check_reading(self, now: float) -> None:
         since, before = self._behind
@@ -164,7 +196,8 @@ class Connection(H11Protocol):
                 self.transport.abort()
 
     def _n_unread(self) -> int:
-        """Bytes that wait here and in the kernel: megabytes may have to leave that one before it takes any of ours."""
+        """Bytes that wait here and in the kernel: megabytes may have to leave that one before it
+        takes any of ours."""
         waiting = bytearray(4)
         try:
             fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, waiting)
@@ -183,43 +216,64 @@ class Connection(H11Protocol):
             self._head_since = None
             return
         self._shared.idle.setdefault(self)
-        if self.timeout_keep_alive_task is None:            # else uvicorn waits for the next request
+        if self.timeout_keep_alive_task is None:  # else uvicorn waits for the next request
             self._head_since = self._head_since or time.monotonic()
 
     def _make_room(self) -> None:
-        """Ends the connection that has been idle for longest. If all are at work, it is this one: it is told."""
-        oldest = next(each for each in self._shared.idle if each is self or not each.transport.get_write_buffer_size())
+        """Ends the connection that has been idle for longest. If all are at work, it is this one:
+        it is told."""
+        oldest = next(
+            each
+            for each in self._shared.idle
+            if each is self or not each.transport.get_write_buffer_size()
+        )
         if oldest is not self:
             self._shared.idle.pop(oldest)
             oldest.transport.abort()
         elif len(self.connections) > self._shared.most + N_REFUSED:
             self.transport.abort()
         else:
-            self._refuse(RequestError("the server has too many connections", f"the limit is {self._shared.most}, and all are at "
-                                      "work", "ask again a little later", code="too_many_connections", status=503))
+            self._refuse(
+                RequestError(
+                    "the server has too many connections",
+                    f"the limit is {self._shared.most}, and all are at work",
+                    "ask again a little later",
+                    code="too_many_connections",
+                    status=503,
+                )
+            )
 
     def _refuse(self, error: UserError) -> None:
         """Tells why, and reads on, for a moment, without listening."""
         status, headers, body = reply_of(error)
         headers |= {"content-length": str(len(body)), "connection": "close"}
-        for event in (h11.Response(status_code=status, headers=list(headers.items()), reason=http.HTTPStatus(status).phrase),
-                      h11.Data(data=body), h11.EndOfMessage()):
+        for event in (
+            h11.Response(
+                status_code=status,
+                headers=list(headers.items()),
+                reason=http.HTTPStatus(status).phrase,
+            ),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
             self.transport.write(self.conn.send(event))
         self.transport.write_eof()
         self._over_since = time.monotonic()
         if self._is_at_work():
-            self.cycle.disconnected = True                  # for the application, which waits for the rest of the request
+            # for the application, which waits for the rest of the request
+            self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._take_note()
 
 
 class LogLimit(logging.Filter):
-    """Lets `most` records from one place of the code pass in `window_s`: what a client can cause, it can cause a million times."""
+    """Lets `most` records from one place of the code pass in `window_s`: what a client can cause,
+    it can cause a million times."""
 
     def __init__(self, most: int = 10, window_s: float = 60.0):
         super().__init__()
         self._most, self._window_s = most, window_s
-        self._seen: dict[tuple, list] = {}                  # by place: the window's begin, records in it
+        self._seen: dict[tuple, list] = {}  # by place: the window's begin, records in it
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = time.monotonic()

@@ -1,8 +1,10 @@
-"""The front desk: takes requests, hands them to the ranks, hands out what comes back, and keeps the books meanwhile.
+"""The front desk: takes requests, hands them to the ranks, hands out what comes back, and keeps the
+books meanwhile.
 
-The books are what makes the server outlive its ranks: for every request in flight they hold the ids that each of its
-samples has written. When the ranks are gone, the request waits here; when there are new ones, it is handed to them with
-those ids and goes on from there. Its reader sees a pause and nothing else.
+The books are what makes the server outlive its ranks: for every request in flight they hold the ids
+that each of its samples has written. When the ranks are gone, the request waits here; when there
+are new ones, it is handed to them with those ids and goes on from there. Its reader sees a pause
+and nothing else.
 
 Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 """
@@ -18,14 +20,20 @@ from llama_tp.server.link import ServerEnd
 from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
-DELTA_BYTES, SCORE_BYTES = 400, 120     # that a delta takes here, and one (token, logprob) of it
-TAKEN_BYTES = 1 << 18   # of deltas, handed out at once
-UNREAD_S = 10.0         # in which a reader takes something, or too much that is unread is his fault
-MAX_BARREN = 3          # runs in which the ranks died and a request gained nothing: then it may be what kills them
+DELTA_BYTES, SCORE_BYTES = 400, 120  # that a delta takes here, and one (token, logprob) of it
+TAKEN_BYTES = 1 << 18  # of deltas, handed out at once
+UNREAD_S = 10.0  # in which a reader takes something, or too much that is unread is his fault
+# runs in which the ranks died and a request gained nothing: then it may be what kills them
+MAX_BARREN = 3
 
-WHY_NOT = {"loading": "the model is loading", "restarting": "the ranks are being started again",
-           "stalled": "the ranks have not been heard for a while",
-           "draining": "the server is shutting down", "dead": "the ranks have ended"}      # nothing new is taken, by state
+WHY_NOT = {
+    "loading": "the model is loading",
+    "restarting": "the ranks are being started again",
+    "stalled": "the ranks have not been heard for a while",
+    # nothing new is taken, by state
+    "draining": "the server is shutting down",
+    "dead": "the ranks have ended",
+}
 
 
 class Unavailable(RequestError):
@@ -43,22 +51,35 @@ class Full(RequestError):
     retry_s = 1
 
     def __init__(self, found: str):
-        super().__init__("the server has too much to do", found, "ask again a little later", code="rate_limit_exceeded", status=429)
+        super().__init__(
+            "the server has too much to do",
+            found,
+            "ask again a little later",
+            code="rate_limit_exceeded",
+            status=429,
+        )
 
 
 class Behind(RequestError):
     """What was written has not been read, and there is too much of it."""
 
     def __init__(self, n_bytes: int):
-        super().__init__("the stream was not read", f"{n_bytes >> 20} MB of it were waiting", "read it faster, or ask for less",
-                         code="stream_not_read", status=408)
+        super().__init__(
+            "the stream was not read",
+            f"{n_bytes >> 20} MB of it were waiting",
+            "read it faster, or ask for less",
+            code="stream_not_read",
+            status=408,
+        )
 
 
 class Failed(RequestError):
     """The request was taken and could not be finished, which is no fault of its sender."""
 
     def __init__(self, why: str):
-        super().__init__("the request could not be finished", why, "", code="engine_error", status=500)
+        super().__init__(
+            "the request could not be finished", why, "", code="engine_error", status=500
+        )
 
 
 class Flight:
@@ -66,16 +87,17 @@ class Flight:
 
     def __init__(self, request: Request, ticket: "Ticket"):
         self.request, self.ticket = request, ticket
-        self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]     # None: has finished
-        self.n_output = 0                                   # ids of all samples
+        # None: has finished
+        self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]
+        self.n_output = 0  # ids of all samples
         self.arrived = time.monotonic()
-        self.n_longest = 0                                  # ids of the longest sample that has finished
-        self.begun_at = 0.0                                 # when a sample of it first had a row
-        self.first_at = 0.0                                 # when its first token came
-        self.last_at = [0.0] * request.params.n             # when each sample's last one came
+        self.n_longest = 0  # ids of the longest sample that has finished
+        self.begun_at = 0.0  # when a sample of it first had a row
+        self.first_at = 0.0  # when its first token came
+        self.last_at = [0.0] * request.params.n  # when each sample's last one came
         self.n_barren = 0
         self.is_over = False
-        self._scores: list | None = []                      # prompt logprobs that have come in; None once handed out
+        self._scores: list | None = []  # prompt logprobs that have come in; None once handed out
 
     @property
     def n_unfinished(self) -> int:
@@ -94,11 +116,17 @@ class Flight:
     def message(self) -> dict:
         """What hands it to the ranks, from where it stands."""
         if self._scores:
-            self._scores = []                               # half a prompt's: they all come again
+            self._scores = []  # half a prompt's: they all come again
         params = self.request.params
-        params = vars(params) | {"form": params.form and asdict(params.form)}       # all of asdict takes 30 ms for 1,024 prompts
-        return {"do": "submit", "id": self.request.id, "prompt": self.request.prompt_ids, "params": params,
-                "outputs": self.outputs}
+        # all of asdict takes 30 ms for 1,024 prompts
+        params = vars(params) | {"form": params.form and asdict(params.form)}
+        return {
+            "do": "submit",
+            "id": self.request.id,
+            "prompt": self.request.prompt_ids,
+            "params": params,
+            "outputs": self.outputs,
+        }
 
     def hear_scores(self, scores: list) -> None:
         if self._scores is not None:
@@ -119,24 +147,36 @@ class Flight:
             self.outputs[index] += ids
         self.n_output += len(ids)
         self.n_barren = 0
-        self.ticket.put(Delta(
-            self.request.id, index, tuple(ids), delta["text"], tuple(map(_score, delta["logprobs"])), delta["finish_reason"],
-            delta["error"], prompt_logprobs))
+        self.ticket.put(
+            Delta(
+                self.request.id,
+                index,
+                tuple(ids),
+                delta["text"],
+                tuple(map(_score, delta["logprobs"])),
+                delta["finish_reason"],
+                delta["error"],
+                prompt_logprobs,
+            )
+        )
 
 
 class Ticket:
     """Requests that were taken together. `take` gives their deltas as they come.
 
     Args:
-        n_scores: logprobs that they may have, which count against the desk's `max_scores` until they are dropped.
+        n_scores: logprobs that they may have, which count against the desk's `max_scores` until
+            they are dropped.
         max_unread_bytes: of deltas that nobody takes, before they are given up; None: no limit.
     """
 
-    def __init__(self, requests: list[Request], n_scores: int = 0, max_unread_bytes: int | None = None):
+    def __init__(
+        self, requests: list[Request], n_scores: int = 0, max_unread_bytes: int | None = None
+    ):
         self.flights = [Flight(request, self) for request in requests]
         self.n_scores, self._max_unread_bytes = n_scores, max_unread_bytes
         self.n_unread_bytes = 0
-        self._unread_since = 0.0                            # when something was put to nothing, or taken and something left
+        self._unread_since = 0.0  # when something was put to nothing, or taken and something left
         self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._n_left = sum(request.params.n for request in requests)
         self._error: Exception | None = None
@@ -149,8 +189,11 @@ class Ticket:
     @property
     def is_behind(self) -> bool:
         """Too much is unread, and not only since a moment ago."""
-        return (self._max_unread_bytes is not None and self.n_unread_bytes > self._max_unread_bytes
-                and time.monotonic() - self._unread_since > UNREAD_S)
+        return (
+            self._max_unread_bytes is not None
+            and self.n_unread_bytes > self._max_unread_bytes
+            and time.monotonic() - self._unread_since > UNREAD_S
+        )
 
     def put(self, item: Delta | Exception) -> None:
         """For `take`."""
@@ -164,8 +207,9 @@ class Ticket:
         self._news, self.n_unread_bytes = asyncio.Queue(), 0
 
     async def take(self) -> list[Delta]:
-        """What has come since the last call, at least one delta and no more than TAKEN_BYTES after it. Raises UserError: the engine
-        refused a request; or Failed, Behind, Unavailable. What came before an error is handed out before it."""
+        """What has come since the last call, at least one delta and no more than TAKEN_BYTES after
+        it. Raises UserError: the engine refused a request; or Failed, Behind, Unavailable. What
+        came before an error is handed out before it."""
         items: list[Delta] = []
         n_bytes = 0
         while not self._error and not (items and (self._news.empty() or n_bytes > TAKEN_BYTES)):
@@ -193,9 +237,15 @@ def _n_bytes(item: Delta | Exception) -> int:
 def _n_scores(request: Request, max_model_len: int) -> int:
     """Logprobs that its reply may hold, alternatives included."""
     params, n_prompt = request.params, len(request.prompt_ids)
-    n_output = max_model_len - n_prompt if params.max_tokens is None else min(params.max_tokens, max_model_len - n_prompt)
+    n_output = (
+        max_model_len - n_prompt
+        if params.max_tokens is None
+        else min(params.max_tokens, max_model_len - n_prompt)
+    )
     of_output = 0 if params.logprobs is None else params.n * n_output * (1 + params.logprobs)
-    return of_output + (0 if params.prompt_logprobs is None else n_prompt * (1 + params.prompt_logprobs))
+    return of_output + (
+        0 if params.prompt_logprobs is None else n_prompt * (1 + params.prompt_logprobs)
+    )
 
 
 def _score(one: list) -> TokenLogprobs:
@@ -208,31 +258,41 @@ class Desk:
     Args:
         max_queue: most samples that wait for a row, beside those that have one.
         metrics: is told what happens.
-        max_scores: most logprobs (samples x tokens x alternatives) that the requests in flight may ask for together.
+        max_scores: most logprobs (samples x tokens x alternatives) that the requests in flight may
+            ask for together.
         restart_s: what a client is told to wait when there are no ranks.
         stale_s: silence of ranks that owe an answer, from which on nothing new is taken.
 
-    `info` is what the ranks said of themselves, None until the first have loaded; `stats` what they said last.
+    `info` is what the ranks said of themselves, None until the first have loaded; `stats` what they
+    said last.
     """
 
-    def __init__(self, max_queue: int, metrics: Metrics, restart_s: int = 5, stale_s: float = float("inf"),
-                 max_scores: int = 1 << 24):
+    def __init__(
+        self,
+        max_queue: int,
+        metrics: Metrics,
+        restart_s: int = 5,
+        stale_s: float = float("inf"),
+        max_scores: int = 1 << 24,
+    ):
         self.max_queue, self.max_scores, self.metrics = max_queue, max_scores, metrics
         self.restart_s, self.stale_s = restart_s, stale_s
         self.info: dict | None = None
         self.stats: dict = {}
         self.draining = False
-        self.dead = ""                                      # why there will be no more ranks
-        self.heard_at = time.monotonic()                    # the last word of the ranks
-        self._owed_since: float | None = None               # the first message that they have not answered; None: they owe nothing
+        self.dead = ""  # why there will be no more ranks
+        self.heard_at = time.monotonic()  # the last word of the ranks
+        # the first message that they have not answered; None: they owe nothing
+        self._owed_since: float | None = None
         self._link: ServerEnd | None = None
-        self._flights: dict[str, Flight] = {}               # in order of arrival
-        self._n_scores = 0                                  # of all tickets that have not been dropped
+        self._flights: dict[str, Flight] = {}  # in order of arrival
+        self._n_scores = 0  # of all tickets that have not been dropped
         self._changed = asyncio.Event()
 
     @property
     def state(self) -> str:
-        """"ready", or why nothing new is taken: "loading", "restarting", "stalled", "draining", "dead"."""
+        """ "ready", or why nothing new is taken: "loading", "restarting", "stalled", "draining",
+        "dead"."""
         if self.dead or self.draining:
             return "dead" if self.dead else "draining"
         if not self._link:
@@ -241,8 +301,9 @@ class Desk:
 
     @property
     def silent_s(self) -> float:
-        """How long ranks that have loaded have owed an answer and said nothing. They answer every message, an abort too, so that
-        clients who come and go change nothing about it: only a word of the ranks does."""
+        """How long ranks that have loaded have owed an answer and said nothing. They answer every
+        message, an abort too, so that clients who come and go change nothing about it: only a word
+        of the ranks does."""
         return time.monotonic() - self._owed_since if self._link and self._owed_since else 0.0
 
     @property
@@ -254,7 +315,7 @@ class Desk:
         """Samples that are not finished."""
         return sum(flight.n_unfinished for flight in self._flights.values())
 
-    # ------------------------------------------------------------------------------------------------ for requests
+    # --------------------------------------------------------------------------------- for requests
 
     def ready(self) -> dict:
         """`info`. Raises Unavailable unless the ranks are there."""
@@ -263,13 +324,17 @@ class Desk:
         return self.info
 
     def take(self, requests: list[Request], max_unread_bytes: int | None = None) -> Ticket:
-        """Takes all of them, or raises Unavailable, Full or another RequestError and takes none. Every ticket must be dropped."""
+        """Takes all of them, or raises Unavailable, Full or another RequestError and takes none.
+        Every ticket must be dropped."""
         info = self.ready()
         most = info["max_rows"] + self.max_queue
         n_new = sum(request.params.n for request in requests)
         if n_new > most:
-            raise RequestError("one call asks for more samples than the server queues", f"found {n_new}, and the limit is {most}",
-                               "send several calls, or raise --max_queue")
+            raise RequestError(
+                "one call asks for more samples than the server queues",
+                f"found {n_new}, and the limit is {most}",
+                "send several calls, or raise --max_queue",
+            )
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
             raise Full(f"{self.n_samples} samples run or wait, and the limit is {most}")
@@ -288,16 +353,23 @@ class Desk:
         """How many logprobs they may have. Raises Full or RequestError."""
         n_new = sum(_n_scores(request, info.get("max_model_len", 0)) for request in requests)
         if n_new > self.max_scores:
-            raise RequestError("one call asks for more logprobs than the server holds", f"found {n_new:,} (samples x tokens x "
-                               f"alternatives), and the limit is {self.max_scores:,}",
-                               "ask for fewer of them, set max_tokens, or raise --max_queue_logprobs")
+            raise RequestError(
+                "one call asks for more logprobs than the server holds",
+                f"found {n_new:,} (samples x tokens x "
+                f"alternatives), and the limit is {self.max_scores:,}",
+                "ask for fewer of them, set max_tokens, or raise --max_queue_logprobs",
+            )
         if n_new and self._n_scores + n_new > self.max_scores:
             self.metrics.rejected("logprobs")
-            raise Full(f"{self._n_scores:,} of {self.max_scores:,} logprobs are taken, and this asks for {n_new:,}")
+            raise Full(
+                f"{self._n_scores:,} of {self.max_scores:,} logprobs are taken, and this asks for "
+                f"{n_new:,}"
+            )
         return n_new
 
     def drop(self, ticket: Ticket) -> None:
-        """The reader has gone, or has read it all; what still runs is aborted. Safe to call twice."""
+        """The reader has gone, or has read it all; what still runs is aborted. Safe to call
+        twice."""
         self._n_scores -= ticket.n_scores
         ticket.n_scores = 0
         for flight in ticket.flights:
@@ -319,7 +391,7 @@ class Desk:
         for flight in list(self._flights.values()):
             self._fail(flight, error)
 
-    # ----------------------------------------------------------------------------------------------- for the ranks
+    # -------------------------------------------------------------------------------- for the ranks
 
     def attach(self, link: ServerEnd, info: dict) -> None:
         """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
@@ -329,18 +401,22 @@ class Desk:
             self._send(flight.message())
 
     def detach(self) -> None:
-        """The ranks are gone. Flights wait for the next ones, except those that may have run in several and gained nothing."""
+        """The ranks are gone. Flights wait for the next ones, except those that may have run in
+        several and gained nothing."""
         if self._link is None:
             return
         self._link, self.stats = None, {}
-        n_ahead = 0                                         # samples: rows are given in the order of arrival
+        n_ahead = 0  # samples: rows are given in the order of arrival
         for flight in list(self._flights.values()):
             if n_ahead >= self.info["max_rows"]:
                 break
             n_ahead += flight.n_unfinished
             flight.n_barren += 1
             if flight.n_barren >= MAX_BARREN:
-                self._fail(flight, Failed(f"the ranks ended {MAX_BARREN} times while this request was running"))
+                self._fail(
+                    flight,
+                    Failed(f"the ranks ended {MAX_BARREN} times while this request was running"),
+                )
 
     def give_up(self, why: str) -> None:
         """There will be no more ranks."""
@@ -368,7 +444,8 @@ class Desk:
         for delta in message["deltas"]:
             flight = self._flights.get(delta["id"])
             if flight and flight.outputs[delta["index"]] is not None:
-                flight.begin(now - message["step_s"])       # what its first step ended is not among the begun
+                # what its first step ended is not among the begun
+                flight.begin(now - message["step_s"])
                 self.metrics.gained(flight, delta, now)
                 flight.hear(delta)
                 if flight.is_over:
@@ -376,7 +453,9 @@ class Desk:
                     self._changed.set()
                 elif flight.ticket.is_behind:
                     self._give_up_on(flight.ticket)
-        self.metrics.counted(self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"]))
+        self.metrics.counted(
+            self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"])
+        )
         self.stats = message["stats"]
 
     def _give_up_on(self, ticket: Ticket) -> None:

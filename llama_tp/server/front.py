@@ -1,7 +1,8 @@
-"""From flags to a running server, and its end: the ranks' supervisor and the HTTP server side by side on one event loop.
+"""From flags to a running server, and its end: the ranks' supervisor and the HTTP server side by
+side on one event loop.
 
-SIGTERM, SIGHUP or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish within the drain timeout. A second
-signal ends it at once.
+SIGTERM, SIGHUP or Ctrl-C drains: /health says 503, nothing new is taken, what runs may finish
+within the drain timeout. A second signal ends it at once.
 """
 
 import asyncio
@@ -20,7 +21,14 @@ import uvicorn
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
-from llama_tp.server.connections import Connection, ConnectionLimits, Connections, LogLimit, backlog_of, most_connections
+from llama_tp.server.connections import (
+    Connection,
+    ConnectionLimits,
+    Connections,
+    LogLimit,
+    backlog_of,
+    most_connections,
+)
 from llama_tp.server.desk import Desk, Unavailable
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.supervisor import Policy, Supervisor, note
@@ -28,11 +36,13 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-SWITCH_S = 0.0001               # a thread that reads or tokenizes gives way to the loop after this, at each of its system calls
-SEND_BYTES = 1 << 17            # (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
-STALE = 0.2                     # of the silence that ends the ranks: from then on /health says 503
-M_MMAP_THRESHOLD = -3           # of glibc's mallopt
-LAST_BYTES_S = 3                # for replies that are complete to reach their clients, at the end
+# a thread that reads or tokenizes gives way to the loop after this, at each of its system calls
+SWITCH_S = 0.0001
+# (twice as many, on Linux) that the kernel keeps for a client who does not read: it would keep 4 MB
+SEND_BYTES = 1 << 17
+STALE = 0.2  # of the silence that ends the ranks: from then on /health says 503
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+LAST_BYTES_S = 3  # for replies that are complete to reach their clients, at the end
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,8 @@ class FrontOptions:
         allow_origins: of web pages that may ask.
         drain_s: for what runs to finish, once asked to end.
         defaults: what requests mean that do not say it.
-        chat: what encodes dialogs, if it is not the Llama 3 chat format (protocol.order.ServedModel).
+        chat: what encodes dialogs, if it is not the Llama 3 chat format
+            (protocol.order.ServedModel).
     """
 
     command: list[str]
@@ -73,26 +84,37 @@ class FrontOptions:
 
 
 def run(options: FrontOptions) -> None:
-    """Serves until a signal ends it. Raises UserError: the port is taken, or the ranks cannot be kept running."""
-    n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]     # each client is an open file; 1,024, as often set, are few
+    """Serves until a signal ends it. Raises UserError: the port is taken, or the ranks cannot be
+    kept running."""
+    # each client is an open file; 1,024, as often set, are few
+    n_files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     n_files = n_files if n_files != resource.RLIM_INFINITY else 1 << 20
-    most, backlog = most_connections(options.connections.max_connections, n_files), backlog_of(n_files)
+    most, backlog = (
+        most_connections(options.connections.max_connections, n_files),
+        backlog_of(n_files),
+    )
     sock = listen(options.host, options.port, backlog)
     if not options.keys and options.host not in ("127.0.0.1", "::1", "localhost"):
         note(f"anyone who reaches {options.host} may use this server: no --api_key is set")
     if not options.keys and "*" in options.allow_origins:
-        note("any web page that a browser on this machine opens may use this server: --allow_origins is *, and no --api_key is set")
+        note(
+            "any web page that a browser on this machine opens may use this server: "
+            "--allow_origins is *, and no --api_key is set"
+        )
     sys.setswitchinterval(SWITCH_S)
     give_memory_back()
-    resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (n_files, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    )
     with sock:
         asyncio.run(_run(options, sock, Connections(options.connections, most), backlog))
 
 
 def give_memory_back() -> None:
-    """Has large blocks go back to the system when they are freed: those above 128 KiB, where glibc begins. It raises that with
-    every one that is freed, up to 32 MiB, and keeps what is smaller: 200 bodies of 8 MB left 800 MB behind."""
-    with contextlib.suppress(OSError, AttributeError):      # another allocator
+    """Has large blocks go back to the system when they are freed: those above 128 KiB, where glibc
+    begins. It raises that with every one that is freed, up to 32 MiB, and keeps what is smaller:
+    200 bodies of 8 MB left 800 MB behind."""
+    with contextlib.suppress(OSError, AttributeError):  # another allocator
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
 
@@ -101,10 +123,14 @@ def listen(host: str, port: int, backlog: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         sock = socket.create_server((host, port), family=family, backlog=backlog)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)        # of each connection
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # of each connection
         return sock
     except (OSError, OverflowError) as error:
-        raise UserError(f"the server cannot listen at {host}:{port}", str(error), "choose another --port or --host") from None
+        raise UserError(
+            f"the server cannot listen at {host}:{port}",
+            str(error),
+            "choose another --port or --host",
+        ) from None
 
 
 class _Http(uvicorn.Server):
@@ -115,28 +141,68 @@ class _Http(uvicorn.Server):
         yield
 
 
-async def _run(options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int) -> None:
-    desk = Desk(options.max_queue, Metrics(options.name, options.metrics_prefix), stale_s=STALE * options.policy.silence_s,
-                max_scores=options.max_queue_logprobs)
-    served = Served(options.name, options.tokenizer, desk, options.limits, options.seed, options.chat,
-                    options.aliases, options.strict_name, options.defaults)
-    app = build_app(served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins)
-    # h11 and not whatever is installed: it bounds the headers, which come before any key is looked at
-    http = _Http(uvicorn.Config(app, http=functools.partial(Connection, connections), log_level="warning", access_log=False,
-                                lifespan="off", ws="none", server_header=False, timeout_graceful_shutdown=LAST_BYTES_S,
-                                timeout_keep_alive=options.connections.keep_alive_s, backlog=backlog))
+async def _run(
+    options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int
+) -> None:
+    desk = Desk(
+        options.max_queue,
+        Metrics(options.name, options.metrics_prefix),
+        stale_s=STALE * options.policy.silence_s,
+        max_scores=options.max_queue_logprobs,
+    )
+    served = Served(
+        options.name,
+        options.tokenizer,
+        desk,
+        options.limits,
+        options.seed,
+        options.chat,
+        options.aliases,
+        options.strict_name,
+        options.defaults,
+    )
+    app = build_app(
+        served, options.keys, options.max_body_bytes, options.with_page, options.allow_origins
+    )
+    # h11 and not whatever is installed: it bounds the headers, which come before any key is looked
+    # at
+    http = _Http(
+        uvicorn.Config(
+            app,
+            http=functools.partial(Connection, connections),
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=LAST_BYTES_S,
+            timeout_keep_alive=options.connections.keep_alive_s,
+            backlog=backlog,
+        )
+    )
     for name in ("asyncio", "uvicorn.error", "llama_tp.server"):
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, desk, options.policy)
     asked = asyncio.Queue()
-    for number in [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]:      # nohup's
+    # nohup's
+    for number in [
+        each
+        for each in SIGNALS
+        if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN
+    ]:
         asyncio.get_running_loop().add_signal_handler(number, asked.put_nowait, number)
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     names = " and ".join(map(repr, (options.name, *options.aliases)))
-    note(f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has loaded")
+    note(
+        f"listening on http://{host}:{port} (model {names}); /health is 503 until the model has "
+        "loaded"
+    )
     note(f"what requests do not say: {options.defaults}")
-    ranks, serving = asyncio.create_task(supervisor.run()), asyncio.create_task(http.serve(sockets=[sock]))
+    ranks, serving = (
+        asyncio.create_task(supervisor.run()),
+        asyncio.create_task(http.serve(sockets=[sock])),
+    )
     watching = asyncio.create_task(connections.watch(http.server_state.connections))
     ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
     try:
@@ -162,14 +228,23 @@ async def _say_ready(desk: Desk) -> None:
     while desk.info is None:
         await asyncio.sleep(0.05)
     info = desk.info
-    note(f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and {desk.max_queue} waiting, context of "
-         f"{info['max_model_len']} tokens")
+    note(
+        f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and "
+        f"{desk.max_queue} waiting, context of "
+        f"{info['max_model_len']} tokens"
+    )
 
 
-async def _drain(options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task) -> None:
-    """Lets what is in flight finish: until the time is up, another signal comes or the ranks are gone for good."""
+async def _drain(
+    options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task
+) -> None:
+    """Lets what is in flight finish: until the time is up, another signal comes or the ranks are
+    gone for good."""
     desk.draining = True
-    note(f"ending: {desk.n_flights} requests have {options.drain_s:g} s to finish; another signal ends them now")
+    note(
+        f"ending: {desk.n_flights} requests have {options.drain_s:g} s to finish; another signal "
+        "ends them now"
+    )
     waits = [asyncio.create_task(desk.wait_until_empty()), asyncio.create_task(asked.get()), ranks]
     await asyncio.wait(waits, timeout=options.drain_s, return_when=asyncio.FIRST_COMPLETED)
     for each in waits[:2]:

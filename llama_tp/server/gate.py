@@ -1,7 +1,8 @@
-"""The gate in front of the routes: who may come in, with how much, under which id; and the answer when we fail.
+"""The gate in front of the routes: who may come in, with how much, under which id; and the answer
+when we fail.
 
-Plain ASGI around the whole application, so that nothing gets past it: not a route that somebody adds, not a path that a
-Host header twists (it looks at the path alone), not a websocket.
+Plain ASGI around the whole application, so that nothing gets past it: not a route that somebody
+adds, not a path that a Host header twists (it looks at the path alone), not a websocket.
 """
 
 import asyncio
@@ -20,16 +21,32 @@ from llama_tp.server.metrics import Metrics
 from llama_tp.spec.errors import UserError
 
 LOG = logging.getLogger("llama_tp.server")
-OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))                          # need no key; everything else does
-HANDLERS = frozenset((*OPEN, "/load", "/metrics", "/version", "/openapi.json", "/v1/models", "/v1/completions",
-                      "/v1/chat/completions", "/tokenize", "/detokenize", "/tokenizer_info"))
+# need no key; everything else does
+OPEN = frozenset(("/", "/health", "/readyz", "/livez", "/ping"))
+HANDLERS = frozenset(
+    (
+        *OPEN,
+        "/load",
+        "/metrics",
+        "/version",
+        "/openapi.json",
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+    )
+)
 NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
-BODY_S = 60.0           # of silence in the middle of a body, after which its sender is not waited for
-BODY_RATE = 8192        # bytes a second, on average, that its sender must reach after the first BODY_S
-SMALL_BYTES = 1 << 16   # bodies up to this always find room
-BODIES, ROOM_S = 32, 30.0   # so many larger ones are read at once, until they are answered; others wait so long, unread
-LINGER_BYTES, LINGER_S = 64 << 20, 10.0     # of a body that nobody wants: closing on unread bytes would take the reply with it
-SILENT_S = 2.0          # in the middle of it
+BODY_S = 60.0  # of silence in the middle of a body, after which its sender is not waited for
+BODY_RATE = 8192  # bytes a second, on average, that its sender must reach after the first BODY_S
+SMALL_BYTES = 1 << 16  # bodies up to this always find room
+# so many larger ones are read at once, until they are answered; others wait so long, unread
+BODIES, ROOM_S = 32, 30.0
+# of a body that nobody wants: closing on unread bytes would take the reply with it
+LINGER_BYTES, LINGER_S = 64 << 20, 10.0
+SILENT_S = 2.0  # in the middle of it
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
@@ -40,21 +57,30 @@ def reply_of(error: UserError) -> tuple[int, dict[str, str], bytes]:
     if retry_s:
         headers["retry-after"] = str(retry_s)
     elif status >= 500:
-        headers["x-should-retry"] = "false"                 # OpenAI's clients would send it twice more
+        headers["x-should-retry"] = "false"  # OpenAI's clients would send it twice more
     return status, headers, json.dumps(error_body(error)).encode()
 
 
 def bug(request_id: str) -> RequestError:
     """What a client is told of an exception of ours: nothing but where to look."""
-    return RequestError("the server has failed", f"request {request_id}", "its log says more", code="internal_error", status=500)
+    return RequestError(
+        "the server has failed",
+        f"request {request_id}",
+        "its log says more",
+        code="internal_error",
+        status=500,
+    )
 
 
 def carried(work):
-    """`work`, with whatever it raises turned into what a future can carry to the one who waits, and an event loop survives.
+    """`work`, with whatever it raises turned into what a future can carry to the one who waits, and
+    an event loop survives.
 
-    A StopIteration never arrives (the request would hang for ever), SystemExit would end the server, and a panic in a library
-    written in Rust, which is no Exception, would get past every handler.
+    A StopIteration never arrives (the request would hang for ever), SystemExit would end the
+    server, and a panic in a library written in Rust, which is no Exception, would get past every
+    handler.
     """
+
     def run(*args):
         try:
             return work(*args)
@@ -62,24 +88,28 @@ def carried(work):
             if isinstance(error, Exception) and not isinstance(error, StopIteration):
                 raise
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
     return run
 
 
 def log_bug(request_id: str) -> None:
-    """The exception that is being handled, with its traceback; not more of them than a log can take."""
+    """The exception that is being handled, with its traceback; not more of them than a log can
+    take."""
     LOG.error("server: request %s failed\n%s", request_id, traceback.format_exc())
 
 
 class Gate:
     """Args:
-        app: the application behind.
-        keys: API keys, any of which opens; none: no key is asked for.
-        max_body_bytes: longer bodies get 413, whether or not they say their length first.
+    app: the application behind.
+    keys: API keys, any of which opens; none: no key is asked for.
+    max_body_bytes: longer bodies get 413, whether or not they say their length first.
     """
 
-    def __init__(self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20):
+    def __init__(
+        self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20
+    ):
         self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
-        self.room = asyncio.Semaphore(BODIES)               # for large bodies
+        self.room = asyncio.Semaphore(BODIES)  # for large bodies
         self._keys = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope, receive, send) -> None:
@@ -87,7 +117,10 @@ class Gate:
             await send({"type": "websocket.close", "code": 1008})
             return
         headers = dict(scope["headers"])
-        request_id = NOT_IN_AN_ID.sub("", headers.get(b"x-request-id", b"").decode("latin-1"))[:128] or uuid.uuid4().hex
+        request_id = (
+            NOT_IN_AN_ID.sub("", headers.get(b"x-request-id", b"").decode("latin-1"))[:128]
+            or uuid.uuid4().hex
+        )
         started, status = time.monotonic(), 0
         body = _Body(receive, self, headers)
 
@@ -97,7 +130,11 @@ class Gate:
                 body.release()
                 await body.read_out()
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SAFE]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    *SAFE,
+                ]
             await send(message)
 
         scope["request_id"] = request_id
@@ -120,14 +157,21 @@ class Gate:
             self.metrics.replied(handler, method, status, time.monotonic() - started)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Raises RequestError for a missing or wrong key, and for a body that says itself that it is too long."""
+        """Raises RequestError for a missing or wrong key, and for a body that says itself that it
+        is too long."""
         if self._keys and path not in OPEN:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             digest = _digest(given.strip())
-            matches = [secrets.compare_digest(digest, key) for key in self._keys]       # all of them, always
+            # all of them, always
+            matches = [secrets.compare_digest(digest, key) for key in self._keys]
             if not any(matches) or scheme.lower() != b"bearer":
-                raise RequestError("the API key is missing or wrong", "", "send the header Authorization: Bearer KEY",
-                                   code="invalid_api_key", status=401)
+                raise RequestError(
+                    "the API key is missing or wrong",
+                    "",
+                    "send the header Authorization: Bearer KEY",
+                    code="invalid_api_key",
+                    status=401,
+                )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
             raise _too_long(self.max_body_bytes)
@@ -136,7 +180,7 @@ class Gate:
 def _is_cancelled() -> bool:
     """The task is being ended from outside, which is no failure of what it did."""
     task = asyncio.current_task()
-    if hasattr(task, "cancelling"):                         # Python 3.11
+    if hasattr(task, "cancelling"):  # Python 3.11
         return task.cancelling() > 0
     return task is None or isinstance(sys.exc_info()[1], asyncio.CancelledError)
 
@@ -146,7 +190,8 @@ class _Body:
 
     Args:
         gate: has the bounds, and the room that all bodies share.
-        headers: tell whether there is one, and whether the client sends it without asking first (Expect).
+        headers: tell whether there is one, and whether the client sends it without asking first
+            (Expect).
     """
 
     def __init__(self, receive, gate: Gate, headers: dict[bytes, bytes]):
@@ -157,7 +202,8 @@ class _Body:
         self._comes = has_body and b"expect" not in headers
 
     async def receive(self) -> dict:
-        """The next piece; after the last, news of the client's going. Raises RequestError out of bounds."""
+        """The next piece; after the last, news of the client's going. Raises RequestError out of
+        bounds."""
         if self._ended:
             return await self._receive()
         slow_in_s = self._begun + BODY_S + self._n_bytes / BODY_RATE - time.monotonic()
@@ -165,8 +211,13 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), max(0.0, min(BODY_S, slow_in_s)))
         except asyncio.TimeoutError:
             self._ended = True
-            raise RequestError("the body does not come", f"{self._n_bytes:,} bytes in {time.monotonic() - self._begun:.0f} s",
-                               "send it again", code="request_timeout", status=408) from None
+            raise RequestError(
+                "the body does not come",
+                f"{self._n_bytes:,} bytes in {time.monotonic() - self._begun:.0f} s",
+                "send it again",
+                code="request_timeout",
+                status=408,
+            ) from None
         self._ended = not message.get("more_body", False)
         self._n_bytes += len(message.get("body", b""))
         if self._n_bytes > self._gate.max_body_bytes:
@@ -182,9 +233,11 @@ class _Body:
             await asyncio.wait_for(self._gate.room.acquire(), ROOM_S)
         except asyncio.TimeoutError:
             self._gate.metrics.rejected("bodies")
-            raise _Crowded(f"{BODIES} are being read, and none was done within {ROOM_S:g} s") from None
+            raise _Crowded(
+                f"{BODIES} are being read, and none was done within {ROOM_S:g} s"
+            ) from None
         self._has_room = True
-        self._begun += time.monotonic() - asked             # which is not its sender's fault
+        self._begun += time.monotonic() - asked  # which is not its sender's fault
 
     def release(self) -> None:
         """Gives its room to another. Safe to call twice."""
@@ -197,7 +250,9 @@ class _Body:
         deadline, n_bytes = time.monotonic() + LINGER_S, 0
         while self._comes and not self._ended and n_bytes < LINGER_BYTES:
             try:
-                message = await asyncio.wait_for(self._receive(), max(min(SILENT_S, deadline - time.monotonic()), 0))
+                message = await asyncio.wait_for(
+                    self._receive(), max(min(SILENT_S, deadline - time.monotonic()), 0)
+                )
             except asyncio.TimeoutError:
                 return
             self._ended = not message.get("more_body", False)
@@ -210,13 +265,23 @@ class _Crowded(RequestError):
     retry_s = 1
 
     def __init__(self, found: str):
-        super().__init__("the server reads too many large bodies", found, "ask again a little later", code="rate_limit_exceeded",
-                         status=429)
+        super().__init__(
+            "the server reads too many large bodies",
+            found,
+            "ask again a little later",
+            code="rate_limit_exceeded",
+            status=429,
+        )
 
 
 def _too_long(most: int) -> RequestError:
-    return RequestError("the body is too long", f"the limit is {most:,} bytes", "send less, or raise --max_body_bytes",
-                        code="request_too_large", status=413)
+    return RequestError(
+        "the body is too long",
+        f"the limit is {most:,} bytes",
+        "send less, or raise --max_body_bytes",
+        code="request_too_large",
+        status=413,
+    )
 
 
 def _digest(key: bytes) -> bytes:
@@ -226,5 +291,11 @@ def _digest(key: bytes) -> bytes:
 async def _tell(error: UserError, send) -> None:
     status, headers, body = reply_of(error)
     headers["content-length"] = str(len(body))
-    await send({"type": "http.response.start", "status": status, "headers": [(k.encode(), v.encode()) for k, v in headers.items()]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": body})

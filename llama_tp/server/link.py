@@ -1,18 +1,22 @@
-"""The local socket between the HTTP server and rank 0: frames of a length and JSON, and the two ends of it.
+"""The local socket between the HTTP server and rank 0: frames of a length and JSON, and the two
+ends of it.
 
-A frame is 4 bytes, the length (big endian), and so many bytes of JSON, one object. No pickle: what is read here cannot
-run. The HTTP server listens on a socket file in a folder that only its user may enter, and rank 0 connects.
+A frame is 4 bytes, the length (big endian), and so many bytes of JSON, one object. No pickle: what
+is read here cannot run. The HTTP server listens on a socket file in a folder that only its user may
+enter, and rank 0 connects.
 
     server -> rank 0   {"do": "submit", "id", "prompt": [ids], "params": {SamplingParams}, "outputs": [[ids] | null, ...]}
                        {"do": "abort", "id"}
     rank 0 -> server   {"is": "ready", "n_vocab", "max_model_len", ...}                         once
                        {"is": "scores", "id", "scores": [score | null, ...]}                    prompt logprobs, piece by piece
                        {"is": "step", "deltas": [...], "refused": {id: [what, found, fix]}, "stats": {...},
-                        "begun": [ids that have a row since this step and are not done with it], "step_s"}
+                        "begun": [ids that have a row since this step and are not done with it],
+                        "step_s"}
 
-A score is [token, logprob, [[token, logprob], ...]]; a delta {"id", "index", "ids", "text", "logprobs": [score, ...],
-"finish_reason", "error"}. This module knows no more of them than that they are JSON objects.
-"""
+A score is [token, logprob, [[token, logprob], ...]]; a delta {"id", "index", "ids", "text",
+"logprobs": [score, ...], "finish_reason", "error"}. This module knows no more of them than that
+they are JSON objects.
+"""  # noqa: E501
 
 import asyncio
 import collections
@@ -26,10 +30,10 @@ from collections.abc import Callable
 
 from llama_tp.spec.errors import UserError
 
-MAX_FRAME_BYTES = 1 << 28       # far above any honest frame: a prompt of a million ids has some 7 MB
+MAX_FRAME_BYTES = 1 << 28  # far above any honest frame: a prompt of a million ids has some 7 MB
 LENGTH = struct.Struct(">I")
 CONNECT_S = 10.0
-TURN_BYTES = 1 << 16            # that the server encodes at once: some tenths of a millisecond
+TURN_BYTES = 1 << 16  # that the server encodes at once: some tenths of a millisecond
 
 
 class BrokenFrame(Exception):
@@ -37,7 +41,8 @@ class BrokenFrame(Exception):
 
 
 def encode(message: dict) -> bytes:
-    """One frame. ValueError for NaN and infinities, which JSON does not have, and for what is too long."""
+    """One frame. ValueError for NaN and infinities, which JSON does not have, and for what is too
+    long."""
     data = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
     if len(data) > MAX_FRAME_BYTES:
         raise ValueError(f"a frame of {len(data):,} bytes is longer than {MAX_FRAME_BYTES:,}")
@@ -79,8 +84,11 @@ class RankEnd:
         try:
             self._sock.connect(path)
         except OSError as error:
-            raise UserError("rank 0 does not reach the HTTP server", f"{path}: {error}",
-                            "start python -m llama_tp.serve again") from None
+            raise UserError(
+                "rank 0 does not reach the HTTP server",
+                f"{path}: {error}",
+                "start python -m llama_tp.serve again",
+            ) from None
         self._sock.settimeout(None)
         self._file = self._sock.makefile("rb")
         self._queue: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
@@ -95,7 +103,7 @@ class RankEnd:
                     break
                 self._queue.put(decode(data))
         except (OSError, ValueError, BrokenFrame):
-            pass                                            # a peer that breaks off or talks nonsense has gone
+            pass  # a peer that breaks off or talks nonsense has gone
         self._queue.put(None)
         self._on_close()
 
@@ -125,7 +133,7 @@ class ServerEnd:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self._writer = reader, writer
         self._unsent: collections.deque[dict] = collections.deque()
-        self._n_sent = 0                                    # bytes in this turn of the loop
+        self._n_sent = 0  # bytes in this turn of the loop
 
     async def take(self) -> dict | None:
         """The next message; None once rank 0 has gone. Raises BrokenFrame."""
@@ -136,10 +144,11 @@ class ServerEnd:
             return None
 
     def send(self, message: dict) -> None:
-        """Hands a message to the loop, which sends it; never waits. What a rank that has gone does not read is dropped.
+        """Hands a message to the loop, which sends it; never waits. What a rank that has gone does
+        not read is dropped.
 
-        Of many at once (a thousand prompts) some are encoded now, the others in later turns of the loop, between which it looks
-        after everybody else."""
+        Of many at once (a thousand prompts) some are encoded now, the others in later turns of the
+        loop, between which it looks after everybody else."""
         self._unsent.append(message)
         self._send_some()
 

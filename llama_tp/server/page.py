@@ -1,7 +1,7 @@
 """The page at GET /: one file beside this one, with no build step and nothing from elsewhere.
 
-Its policy lets the browser run exactly the script and the style that are in the file, known by their hashes, and talk to
-nobody but this server.
+Its policy lets the browser run exactly the script and the style that are in the file, known by
+their hashes, and talk to nobody but this server.
 """
 
 import base64
@@ -26,6 +26,9 @@ def _hash(tag: str) -> str:
 
 def headers() -> dict[str, str]:
     """Of the reply that carries the page."""
-    policy = (f"default-src 'none'; script-src {_hash('script')}; style-src {_hash('style')}; connect-src 'self'; img-src data:; "
-              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+    policy = (
+        f"default-src 'none'; script-src {_hash('script')}; style-src {_hash('style')}; "
+        "connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     return {"content-security-policy": policy, "cache-control": "no-cache"}

@@ -1,11 +1,13 @@
-"""Starts the ranks, watches them, starts them again when they end, and leaves nothing of them behind.
+"""Starts the ranks, watches them, starts them again when they end, and leaves nothing of them
+behind.
 
-The ranks are one `llama_tp.launch`, whose rank 0 connects to our socket. That it ends is the sign that something was wrong: the
-engine's own watch ends the job when a rank dies or hangs. Only when all of it is silent in the middle of work, or does not come
-to an end with loading (every process stopped, or a single rank that hangs), does this module end it.
+The ranks are one `llama_tp.launch`, whose rank 0 connects to our socket. That it ends is the sign
+that something was wrong: the engine's own watch ends the job when a rank dies or hangs. Only when
+all of it is silent in the middle of work, or does not come to an end with loading (every process
+stopped, or a single rank that hangs), does this module end it.
 
-A start that never gets ready is not repeated before the ranks have been ready once: the same flags would fail again.
-Knows no HTTP; what the messages say is the desk's business.
+A start that never gets ready is not repeated before the ranks have been ready once: the same flags
+would fail again. Knows no HTTP; what the messages say is the desk's business.
 """
 
 import asyncio
@@ -25,19 +27,20 @@ from llama_tp.server.desk import Desk
 from llama_tp.server.link import BrokenFrame, ServerEnd
 from llama_tp.spec.errors import UserError
 
-LINK = "LLAMA_TP_LINK"          # the socket's path, in the environment of the ranks: marks all that we have started
-RANKS_ERROR = re.compile(r"(?:\[rank \d+\] )?error: (.*)")     # as cli and health print it
-LOOK_S = 0.05                   # how often the launcher is looked at
-ENDING_S = 5.0                  # from the first sign of an end until what is left is killed
-STOPPING_S = 15.0               # the same where we ask them to end
-LONGEST_PATH = 100              # of a unix socket: the kernel's limit is 108
+# the socket's path, in the environment of the ranks: marks all that we have started
+LINK = "LLAMA_TP_LINK"
+RANKS_ERROR = re.compile(r"(?:\[rank \d+\] )?error: (.*)")  # as cli and health print it
+LOOK_S = 0.05  # how often the launcher is looked at
+ENDING_S = 5.0  # from the first sign of an end until what is left is killed
+STOPPING_S = 15.0  # the same where we ask them to end
+LONGEST_PATH = 100  # of a unix socket: the kernel's limit is 108
 
 
 @dataclass(frozen=True)
 class Policy:
-    """When to start the ranks again: at most `max_restarts` times in `window_s`, `backoff_s` after the first end and twice
-    as long after each other; and when to end them: after `silence_s` without a word in the middle of work, or when they are not
-    ready `load_s` after their start."""
+    """When to start the ranks again: at most `max_restarts` times in `window_s`, `backoff_s` after
+    the first end and twice as long after each other; and when to end them: after `silence_s`
+    without a word in the middle of work, or when they are not ready `load_s` after their start."""
 
     max_restarts: int = 5
     window_s: float = 600.0
@@ -57,23 +60,35 @@ class Supervisor:
         env: of the ranks, besides this process's.
     """
 
-    def __init__(self, command: list[str], desk: Desk, policy: Policy = Policy(), env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        command: list[str],
+        desk: Desk,
+        policy: Policy = Policy(),
+        env: dict[str, str] | None = None,
+    ):
         self.command, self.desk, self.policy = command, desk, policy
         self.n_starts = 0
-        self.ended_at: list[float] = []                     # of the ends that count against max_restarts
+        self.ended_at: list[float] = []  # of the ends that count against max_restarts
         self._env = env or {}
         self._link: ServerEnd | None = None
-        self._connected = self._loaded = False              # rank 0 has been there since the last start, and was ready
-        self._left_at: float | None = None                  # and has gone again
+        # rank 0 has been there since the last start, and was ready
+        self._connected = self._loaded = False
+        self._left_at: float | None = None  # and has gone again
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Keeps ranks running until `stop`. Raises UserError when it gives up; in any case nothing of them is left."""
+        """Keeps ranks running until `stop`. Raises UserError when it gives up; in any case nothing
+        of them is left."""
         folder = PrivateFolder()
         self._path = os.path.join(folder.path, "link")
         try:
             if len(self._path) > LONGEST_PATH:
-                raise UserError("the folder for temporary files has too long a name", folder.path, "set TMPDIR to a shorter one")
+                raise UserError(
+                    "the folder for temporary files has too long a name",
+                    folder.path,
+                    "set TMPDIR to a shorter one",
+                )
             listener = await asyncio.start_unix_server(self._on_connect, self._path)
             async with listener:
                 while not self._stopping.is_set():
@@ -81,14 +96,15 @@ class Supervisor:
         finally:
             end_all(f"{LINK}={self._path}")
             folder.remove()
-            sweep()                                         # a launcher that had to be killed has left its own
+            sweep()  # a launcher that had to be killed has left its own
 
     def stop(self) -> None:
         """Lets `run` end the ranks, in good order where they have got so far, and return."""
         self._stopping.set()
 
     async def _one_life(self) -> None:
-        """Starts the ranks, stays until they have ended, and waits before the next start or raises UserError."""
+        """Starts the ranks, stays until they have ended, and waits before the next start or raises
+        UserError."""
         started, self._connected, self._loaded, self._left_at = time.monotonic(), False, False, None
         self.n_starts += 1
         ranks = Process(self.command, {**self._env, LINK: self._path})
@@ -106,12 +122,21 @@ class Supervisor:
         now = time.monotonic()
         self.ended_at = [at for at in self.ended_at if now - at < self.policy.window_s] + [now]
         if len(self.ended_at) > self.policy.max_restarts:
-            raise UserError(f"the ranks ended {len(self.ended_at)} times within {now - self.ended_at[0]:.0f} s",
-                            f"the last time: {reason}",
-                            "correct that and start the server again; --max_restarts sets how often is too often")
-        wait_s = min(self.policy.backoff_s * 2 ** (len(self.ended_at) - 1), self.policy.longest_backoff_s)
-        note(f"the ranks have ended after {now - started:.0f} s: {reason}; starting them again in {wait_s:g} s "
-             f"({len(self.ended_at)} of {self.policy.max_restarts}), {self.desk.n_flights} requests go on then")
+            raise UserError(
+                f"the ranks ended {len(self.ended_at)} times within {now - self.ended_at[0]:.0f} s",
+                f"the last time: {reason}",
+                "correct that and start the server again; --max_restarts sets how often is too "
+                "often",
+            )
+        wait_s = min(
+            self.policy.backoff_s * 2 ** (len(self.ended_at) - 1), self.policy.longest_backoff_s
+        )
+        note(
+            f"the ranks have ended after {now - started:.0f} s: {reason}; starting them again in "
+            f"{wait_s:g} s "
+            f"({len(self.ended_at)} of {self.policy.max_restarts}), {self.desk.n_flights} requests "
+            "go on then"
+        )
         self.desk.metrics.restarts.inc()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait_s)
@@ -121,15 +146,19 @@ class Supervisor:
         while ranks.is_alive():
             now = time.monotonic()
             if self._stopping.is_set():
-                self._hang_up()                             # rank 0 then ends the job by itself
+                self._hang_up()  # rank 0 then ends the job by itself
                 ranks.ask_to_end(STOPPING_S, signalled=not self._connected)
             elif self._left_at is not None:
-                ranks.ask_to_end(ENDING_S)                  # it says why, and torchrun ends the others
+                ranks.ask_to_end(ENDING_S)  # it says why, and torchrun ends the others
             elif self.desk.silent_s > self.policy.silence_s:
-                ranks.errors.append(f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s")
+                ranks.errors.append(
+                    f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s"
+                )
                 return
             elif now > load_by and not self._loaded:
-                ranks.errors.append(f"the ranks have not been ready within {self.policy.load_s:g} s of their start")
+                ranks.errors.append(
+                    f"the ranks have not been ready within {self.policy.load_s:g} s of their start"
+                )
                 return
             if now > ranks.end_by:
                 return
@@ -143,15 +172,18 @@ class Supervisor:
     async def _on_connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The whole conversation with one rank 0."""
         link = ServerEnd(reader, writer)
-        if self._connected:                                 # one a start
+        if self._connected:  # one a start
             link.close()
             return
         self._link, self._connected = link, True
         try:
-            while (message := await link.take()) is not None and self._link is link:     # unless hung up on meanwhile
+            # unless hung up on meanwhile
+            while (message := await link.take()) is not None and self._link is link:
                 if message["is"] == "ready":
                     self._loaded = True
-                    self.desk.attach(link, {key: value for key, value in message.items() if key != "is"})
+                    self.desk.attach(
+                        link, {key: value for key, value in message.items() if key != "is"}
+                    )
                 else:
                     self.desk.hear(message)
         except BrokenFrame as error:
@@ -164,14 +196,21 @@ class Supervisor:
 
 
 class Process:
-    """The launcher of the ranks, in a session of its own, so that a Ctrl-C meant for us does not reach it. Its stderr is passed on
-    as it comes, but for the errors that tell why it ends, which are kept: `reason` puts that into one line."""
+    """The launcher of the ranks, in a session of its own, so that a Ctrl-C meant for us does not
+    reach it. Its stderr is passed on as it comes, but for the errors that tell why it ends, which
+    are kept: `reason` puts that into one line."""
 
     def __init__(self, command: list[str], env: dict[str, str]):
         defaults = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, stderr=subprocess.PIPE,
-                                         env={**defaults, **os.environ, **env}, start_new_session=True)
-        self.errors: list[str] = []                         # what ranks have said of the end
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=2,
+            stderr=subprocess.PIPE,
+            env={**defaults, **os.environ, **env},
+            start_new_session=True,
+        )
+        self.errors: list[str] = []  # what ranks have said of the end
         self.end_by = float("inf")
         self._pump = threading.Thread(target=self._pass_on, daemon=True)
         self._pump.start()
@@ -180,7 +219,8 @@ class Process:
         return self._process.poll() is None
 
     def ask_to_end(self, within_s: float, signalled: bool = False) -> None:
-        """Sets the time by which it will be killed; if `signalled`, has the launcher end the ranks now. Later calls do nothing."""
+        """Sets the time by which it will be killed; if `signalled`, has the launcher end the ranks
+        now. Later calls do nothing."""
         if self.end_by == float("inf"):
             self.end_by = time.monotonic() + within_s
             if signalled:
@@ -196,7 +236,11 @@ class Process:
 
     def reason(self) -> str:
         """Why it ended: the first error that was printed, or its code."""
-        return self.errors[0] if self.errors else f"the launcher left with code {self._process.returncode}"
+        return (
+            self.errors[0]
+            if self.errors
+            else f"the launcher left with code {self._process.returncode}"
+        )
 
     def _pass_on(self) -> None:
         """The thread that reads its stderr."""
@@ -210,8 +254,9 @@ class Process:
 
 
 def end_all(mark: str) -> None:
-    """Kills every process that has "NAME=value" in its environment: ranks have sessions of their own, and may be stopped or
-    orphaned. Does nothing where there is no /proc; the ranks' own watch then ends them."""
+    """Kills every process that has "NAME=value" in its environment: ranks have sessions of their
+    own, and may be stopped or orphaned. Does nothing where there is no /proc; the ranks' own watch
+    then ends them."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):

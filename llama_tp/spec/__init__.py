@@ -1,1 +1,2 @@
-"""Llama on paper: names, shapes and arithmetic, no torch. Every other room reads the same table here."""
+"""Llama on paper: names, shapes and arithmetic, no torch. Every other room reads the same table
+here."""

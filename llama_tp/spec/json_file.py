@@ -1,10 +1,12 @@
-"""The small JSON files of a checkpoint's folder: params.json, config.json, the index, the tokenizer's settings.
+"""The small JSON files of a checkpoint's folder: params.json, config.json, the index, the
+tokenizer's settings.
 
     config = Fields(read_json(path), path)
     dim = config.whole("hidden_size", most=1 << 20)
     theta = config.number("rope_theta", 10000.0, least=1, most=1e30)
 
-Each value is checked when it is asked for. A key nobody asks for may hold anything, and null counts as absent, as in transformers.
+Each value is checked when it is asked for. A key nobody asks for may hold anything, and null counts
+as absent, as in transformers.
 """
 
 import json
@@ -14,8 +16,9 @@ import reprlib
 from llama_tp.spec.errors import UserError
 from llama_tp.spec.regular_file import AGAIN, read_file
 
-MAX_JSON = 16 << 20             # bytes; the largest known, tokenizer_config.json with 10^4 added tokens, has 2 MB
-REQUIRED = object()             # the default of a key that has none
+# bytes; the largest known, tokenizer_config.json with 10^4 added tokens, has 2 MB
+MAX_JSON = 16 << 20
+REQUIRED = object()  # the default of a key that has none
 _FIX = "correct it or download it again"
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
@@ -33,7 +36,8 @@ def key_name(key: str) -> str:
 
 
 def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """For `json.loads(object_pairs_hook=)`: a key given twice is an error, where plain JSON readers keep the last."""
+    """For `json.loads(object_pairs_hook=)`: a key given twice is an error, where plain JSON readers
+    keep the last."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -45,21 +49,29 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_json(path: str, most: int = MAX_JSON) -> dict:
-    """The JSON object in a regular file of at most `most` bytes. A byte order mark and CRLF are accepted; anything else odd,
-    also a key that stands there twice, is a UserError."""
+    """The JSON object in a regular file of at most `most` bytes. A byte order mark and CRLF are
+    accepted; anything else odd, also a key that stands there twice, is a UserError."""
     raw = read_file(path, most)
     try:
         found = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:               # ValueError: also an integer of more than 4,300 digits
-        raise UserError(f"{path} is not valid JSON", str(error), "correct it or " + AGAIN) from error
+    # ValueError: also an integer of more than 4,300 digits
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not valid JSON", str(error), "correct it or " + AGAIN
+        ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} must hold a JSON object", f"found a {type(found).__name__}", "correct it or " + AGAIN)
+        raise UserError(
+            f"{path} must hold a JSON object",
+            f"found a {type(found).__name__}",
+            "correct it or " + AGAIN,
+        )
     return found
 
 
 class Fields:
-    """The values of a JSON object, `where` its name for messages. Each method gives the value of a key in one type, `default`
-    where it is absent or null, and raises UserError, naming file and key, for a missing key without default and for anything else.
+    """The values of a JSON object, `where` its name for messages. Each method gives the value of a
+    key in one type, `default` where it is absent or null, and raises UserError, naming file and
+    key, for a missing key without default and for anything else.
     """
 
     def __init__(self, raw: dict, where: str):
@@ -92,14 +104,21 @@ class Fields:
 
     def wrong(self, key: str, wanted: str) -> UserError:
         """The complaint that the value of `key` is not what is `wanted`."""
-        return UserError(f"{self.where}: {key} must be {wanted}", f"found {short(self.raw.get(key))}", _FIX)
+        return UserError(
+            f"{self.where}: {key} must be {wanted}", f"found {short(self.raw.get(key))}", _FIX
+        )
 
     def _value(self, key: str, default):
         value = self.raw.get(key)
         if value is None and default is REQUIRED:
-            names = ", ".join(key_name(name) for name in sorted(self.raw)[:20]) + (", ..." if len(self.raw) > 20 else "")
-            raise UserError(f"{self.where} lacks the key {key!r}", f"it has {names or 'no keys'}",
-                            "take the file again from where the checkpoint came from")
+            names = ", ".join(key_name(name) for name in sorted(self.raw)[:20]) + (
+                ", ..." if len(self.raw) > 20 else ""
+            )
+            raise UserError(
+                f"{self.where} lacks the key {key!r}",
+                f"it has {names or 'no keys'}",
+                "take the file again from where the checkpoint came from",
+            )
         return default if value is None else value
 
     def _of_type(self, key: str, default, kind: type, wanted: str):
@@ -110,5 +129,6 @@ class Fields:
 
 
 def _is_number(value) -> bool:
-    """Whether a value is an int or a finite float. JSON as Python reads it has NaN, Infinity and 1e400, which is inf, too."""
+    """Whether a value is an int or a finite float. JSON as Python reads it has NaN, Infinity and
+    1e400, which is inf, too."""
     return type(value) is int or type(value) is float and math.isfinite(value)

@@ -1,4 +1,5 @@
-"""Memory arithmetic: what a rank needs for weights, KV cache and workspace, known before a byte of weights is read."""
+"""Memory arithmetic: what a rank needs for weights, KV cache and workspace, known before a byte of
+weights is read."""
 
 from dataclasses import dataclass
 
@@ -11,7 +12,14 @@ GIB = 1 << 30
 
 def counted(n: int) -> str:
     """A number of parameters for people: 8.03 B, 3.73 M."""
-    return next((f"{n / size:.2f} {letter}" for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")) if n >= size), str(n))
+    return next(
+        (
+            f"{n / size:.2f} {letter}"
+            for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K"))
+            if n >= size
+        ),
+        str(n),
+    )
 
 
 def weight_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
@@ -30,11 +38,16 @@ def kv_bytes_per_token(config: ModelConfig, tp: int, itemsize: int) -> int:
     return 2 * config.n_layers * config.local_kv_heads(tp) * config.head_dim * itemsize
 
 
-def workspace_bytes(config: ModelConfig, tp: int, step_tokens: int, max_rows: int, max_seq_len: int) -> int:
-    """Rotary tables, activations of the widest layer, logits and attention scores; fp32 sizes, measured generous."""
+def workspace_bytes(
+    config: ModelConfig, tp: int, step_tokens: int, max_rows: int, max_seq_len: int
+) -> int:
+    """Rotary tables, activations of the widest layer, logits and attention scores; fp32 sizes,
+    measured generous."""
     rope = max_seq_len * config.head_dim * 4
     heads = config.n_heads // tp + 2 * config.local_kv_heads(tp)
-    activations = step_tokens * 4 * (4 * config.dim + 4 * config.local_ffn(tp) + 4 * heads * config.head_dim)
+    activations = (
+        step_tokens * 4 * (4 * config.dim + 4 * config.local_ffn(tp) + 4 * heads * config.head_dim)
+    )
     logits = max(max_rows, 64) * 4 * 3 * config.vocab_size
     attention = 3 * (128 << 20) + 4 * 2 * config.local_kv_heads(tp) * config.head_dim * max_seq_len
     return rope + activations + logits + attention
@@ -54,7 +67,8 @@ class Budget:
         return self.free - self.weights - self.workspace
 
     def n_blocks(self, wanted: int, least: int, block_size: int) -> int:
-        """Blocks of the KV cache: `wanted`, or as many as fit. Raises UserError with the sum when fewer than `least`
+        """Blocks of the KV cache: `wanted`, or as many as fit. Raises UserError with the sum when
+        fewer than `least`
         (one sequence of max_seq_len) fit."""
         fit = max(0, self.for_kv) // self.kv_per_block
         if fit < least:
@@ -62,8 +76,11 @@ class Budget:
             need = self.weights + kv + self.workspace
             raise UserError(
                 "this launch does not fit in memory",
-                f"each rank needs {self.weights / GIB:.2f} GiB weights + {kv / GIB:.2f} GiB KV cache for one sequence of "
-                f"{least * block_size} tokens + {self.workspace / GIB:.2f} GiB workspace = {need / GIB:.2f} GiB, and "
+                f"each rank needs {self.weights / GIB:.2f} GiB weights + {kv / GIB:.2f} GiB KV "
+                "cache for one sequence of "
+                f"{least * block_size} tokens + {self.workspace / GIB:.2f} GiB workspace = "
+                f"{need / GIB:.2f} GiB, and "
                 f"{self.free / GIB:.2f} GiB is free",
-                "use more ranks, a smaller --max_seq_len or --max_batch_size, or a smaller --dtype")
+                "use more ranks, a smaller --max_seq_len or --max_batch_size, or a smaller --dtype",
+            )
         return min(wanted, fit)

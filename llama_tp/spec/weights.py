@@ -1,8 +1,10 @@
-"""THE table: one row a weight, with its name, its whole shape, how ranks cut it and what HF calls it.
+"""THE table: one row a weight, with its name, its whole shape, how ranks cut it and what HF calls
+it.
 
-The loader, the model, the planner and the tests all read this; nobody routes a weight by substring or regex.
-Cuts follow Meta's checkpoints (llama-models `checkpoint.py`): fairscale's ColumnParallelLinear cuts dim 0 of
-[out, in] (ROWS), RowParallelLinear dim 1 (COLS), norms are whole on every rank.
+The loader, the model, the planner and the tests all read this; nobody routes a weight by substring
+or regex. Cuts follow Meta's checkpoints (llama-models `checkpoint.py`): fairscale's
+ColumnParallelLinear cuts dim 0 of [out, in] (ROWS), RowParallelLinear dim 1 (COLS), norms are whole
+on every rank.
 """
 
 from dataclasses import dataclass
@@ -12,9 +14,9 @@ from llama_tp.spec.config import ModelConfig
 
 
 class Cut(Enum):
-    ROWS = 0                    # dim 0 is divided over the ranks
-    COLS = 1                    # dim 1 is divided over the ranks
-    WHOLE = None                # every rank holds all of it
+    ROWS = 0  # dim 0 is divided over the ranks
+    COLS = 1  # dim 1 is divided over the ranks
+    WHOLE = None  # every rank holds all of it
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,38 @@ class Part:
 class Weight:
     """One weight of the whole model.
 
-    `units` is how many indivisible pieces the cut dimension has: heads for attention, rows or columns elsewhere.
-    `rotary_heads` > 0 marks wq and wk, whose rows HF stores in another order within each head.
+    `units` is how many indivisible pieces the cut dimension has: heads for attention, rows or
+    columns elsewhere. `rotary_heads` > 0 marks wq and wk, whose rows HF stores in another order
+    within each head.
     """
 
-    name: str                   # Meta's, with ".weight"
+    name: str  # Meta's, with ".weight"
     shape: tuple[int, ...]
     cut: Cut
     hf_name: str
-    kind: str                   # "heads", "kv_heads", "ffn", "vocab", "norm": which count divides it
+    kind: str  # "heads", "kv_heads", "ffn", "vocab", "norm": which count divides it
     rotary_heads: int = 0
 
     def part(self, config: ModelConfig, rank: int, tp: int) -> Part:
-        """What `rank` of `tp` holds. With more ranks than KV heads, rank r holds KV head r * n_kv_heads // tp."""
+        """What `rank` of `tp` holds. With more ranks than KV heads, rank r holds KV head r *
+        n_kv_heads // tp."""
         if self.cut is Cut.WHOLE:
             return Part(None, 0, self.shape[0], self.shape[0])
         total = self.shape[self.cut.value]
         if self.kind == "kv_heads" and tp > config.n_kv_heads:
             head = rank * config.n_kv_heads // tp
-            return Part(self.cut.value, head * config.head_dim, (head + 1) * config.head_dim, config.head_dim)
-        width = {"heads": total // tp, "kv_heads": total // tp, "ffn": config.local_ffn(tp),
-                 "vocab": config.local_vocab(tp)}[self.kind]
+            return Part(
+                self.cut.value,
+                head * config.head_dim,
+                (head + 1) * config.head_dim,
+                config.head_dim,
+            )
+        width = {
+            "heads": total // tp,
+            "kv_heads": total // tp,
+            "ffn": config.local_ffn(tp),
+            "vocab": config.local_vocab(tp),
+        }[self.kind]
         start = min(rank * width, total)
         return Part(self.cut.value, start, min(start + width, total), width)
 
@@ -65,22 +78,79 @@ class Weight:
 
 
 def table(config: ModelConfig) -> list[Weight]:
-    """All weights in the order in which they are loaded: embedding, layers, final norm, head (none when tied)."""
+    """All weights in the order in which they are loaded: embedding, layers, final norm, head (none
+    when tied)."""
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     Q, K = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = [Weight("tok_embeddings.weight", (V, D), Cut.ROWS, "model.embed_tokens.weight", "vocab")]
     for i in range(config.n_layers):
         meta, hf = f"layers.{i}", f"model.layers.{i}"
         rows += [
-            Weight(f"{meta}.attention_norm.weight", (D,), Cut.WHOLE, f"{hf}.input_layernorm.weight", "norm"),
-            Weight(f"{meta}.attention.wq.weight", (Q, D), Cut.ROWS, f"{hf}.self_attn.q_proj.weight", "heads", config.n_heads),
-            Weight(f"{meta}.attention.wk.weight", (K, D), Cut.ROWS, f"{hf}.self_attn.k_proj.weight", "kv_heads", config.n_kv_heads),
-            Weight(f"{meta}.attention.wv.weight", (K, D), Cut.ROWS, f"{hf}.self_attn.v_proj.weight", "kv_heads"),
-            Weight(f"{meta}.attention.wo.weight", (D, Q), Cut.COLS, f"{hf}.self_attn.o_proj.weight", "heads"),
-            Weight(f"{meta}.ffn_norm.weight", (D,), Cut.WHOLE, f"{hf}.post_attention_layernorm.weight", "norm"),
-            Weight(f"{meta}.feed_forward.w1.weight", (F, D), Cut.ROWS, f"{hf}.mlp.gate_proj.weight", "ffn"),
-            Weight(f"{meta}.feed_forward.w3.weight", (F, D), Cut.ROWS, f"{hf}.mlp.up_proj.weight", "ffn"),
-            Weight(f"{meta}.feed_forward.w2.weight", (D, F), Cut.COLS, f"{hf}.mlp.down_proj.weight", "ffn"),
+            Weight(
+                f"{meta}.attention_norm.weight",
+                (D,),
+                Cut.WHOLE,
+                f"{hf}.input_layernorm.weight",
+                "norm",
+            ),
+            Weight(
+                f"{meta}.attention.wq.weight",
+                (Q, D),
+                Cut.ROWS,
+                f"{hf}.self_attn.q_proj.weight",
+                "heads",
+                config.n_heads,
+            ),
+            Weight(
+                f"{meta}.attention.wk.weight",
+                (K, D),
+                Cut.ROWS,
+                f"{hf}.self_attn.k_proj.weight",
+                "kv_heads",
+                config.n_kv_heads,
+            ),
+            Weight(
+                f"{meta}.attention.wv.weight",
+                (K, D),
+                Cut.ROWS,
+                f"{hf}.self_attn.v_proj.weight",
+                "kv_heads",
+            ),
+            Weight(
+                f"{meta}.attention.wo.weight",
+                (D, Q),
+                Cut.COLS,
+                f"{hf}.self_attn.o_proj.weight",
+                "heads",
+            ),
+            Weight(
+                f"{meta}.ffn_norm.weight",
+                (D,),
+                Cut.WHOLE,
+                f"{hf}.post_attention_layernorm.weight",
+                "norm",
+            ),
+            Weight(
+                f"{meta}.feed_forward.w1.weight",
+                (F, D),
+                Cut.ROWS,
+                f"{hf}.mlp.gate_proj.weight",
+                "ffn",
+            ),
+            Weight(
+                f"{meta}.feed_forward.w3.weight",
+                (F, D),
+                Cut.ROWS,
+                f"{hf}.mlp.up_proj.weight",
+                "ffn",
+            ),
+            Weight(
+                f"{meta}.feed_forward.w2.weight",
+                (D, F),
+                Cut.COLS,
+                f"{hf}.mlp.down_proj.weight",
+                "ffn",
+            ),
         ]
     rows.append(Weight("norm.weight", (D,), Cut.WHOLE, "model.norm.weight", "norm"))
     if not config.tied:
@@ -88,6 +158,7 @@ def table(config: ModelConfig) -> list[Weight]:
     return rows
 
 
-# Names that may be in a file and are not weights of this model: precomputed rotary tables of older exports.
+# Names that may be in a file and are not weights of this model: precomputed rotary tables of older
+# exports.
 HARMLESS_META = ("rope.freqs",)
 HARMLESS_HF_SUFFIX = ".self_attn.rotary_emb.inv_freq"

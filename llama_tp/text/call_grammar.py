@@ -1,26 +1,45 @@
 """The forms in which Llama 3 models call tools, as a grammar.
 
-Each method reads one form from a Reader (see call_syntax): it returns when it has found it, and rejects what can no longer become
-it. What it finds goes to `out`. Knows nothing of pieces and of who drives it: see tool_calls.
+Each method reads one form from a Reader (see call_syntax): it returns when it has found it, and
+rejects what can no longer become it. What it finds goes to `out`. Knows nothing of pieces and of
+who drives it: see tool_calls.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from llama_tp.text.call_syntax import QUOTES, SPACE, Reader, Reject, escaped, object_in, python_calls, to_json
+from llama_tp.text.call_syntax import (
+    QUOTES,
+    SPACE,
+    Reader,
+    Reject,
+    escaped,
+    object_in,
+    python_calls,
+    to_json,
+)
 
 CODE = "code_interpreter"
-BUILT_IN = ("brave_search", "wolfram_alpha", CODE)      # the tools that Llama 3.1 knows without a schema
+# the tools that Llama 3.1 knows without a schema
+BUILT_IN = ("brave_search", "wolfram_alpha", CODE)
 MAX_NAME = 128
 _NAME = re.compile(r"[\w.:/\-]+")
-_MEANS = {"name": "name", "function": "name", "parameters": "arguments", "arguments": "arguments", "type": "type", "id": "id"}
+_MEANS = {
+    "name": "name",
+    "function": "name",
+    "parameters": "arguments",
+    "arguments": "arguments",
+    "type": "type",
+    "id": "id",
+}
 
 
 @dataclass(frozen=True)
 class CallDelta:
-    """A piece of tool call number `index`. `id` and `name` come once, in its first piece; the `arguments` of all its pieces
-    together are a JSON object, unless the model broke it or was cut short."""
+    """A piece of tool call number `index`. `id` and `name` come once, in its first piece; the
+    `arguments` of all its pieces together are a JSON object, unless the model broke it or was cut
+    short."""
 
     index: int
     id: str | None = None
@@ -34,7 +53,8 @@ class _Enough(Exception):
 
 @dataclass
 class _Found:
-    """What a JSON object has said so far; `arguments` are JSON text, unless they have `streamed`."""
+    """What a JSON object has said so far; `arguments` are JSON text, unless they have
+    `streamed`."""
 
     said: set[str] = field(default_factory=set)
     name: str | None = None
@@ -46,19 +66,26 @@ class CallGrammar:
     """The calls of one message.
 
     Args:
-        parameters: name -> names of the parameters of the functions that can be called; None: any name can.
+        parameters: name -> names of the parameters of the functions that can be called; None: any
+            name can.
         parallel: False: a second call and all behind it are dropped.
         new_id: from a call's index to its id.
 
-    Its characters come from `reader`. `out` grows by pieces of content (str) and of calls (CallDelta); `n_calls` counts the calls.
+    Its characters come from `reader`. `out` grows by pieces of content (str) and of calls
+    (CallDelta); `n_calls` counts the calls.
     """
 
-    def __init__(self, parameters: Mapping[str, list[str]] | None, parallel: bool, new_id: Callable[[int], str]):
+    def __init__(
+        self,
+        parameters: Mapping[str, list[str]] | None,
+        parallel: bool,
+        new_id: Callable[[int], str],
+    ):
         self.reader = Reader()
         self.out: list[str | CallDelta] = []
         self.n_calls = 0
         self._parameters, self._parallel, self._new_id = parameters, parallel, new_id
-        self._unclosed = ""                             # quotes that begin a query which the section does not end
+        self._unclosed = ""  # quotes that begin a query which the section does not end
 
     def section(self, tagged: bool):
         """A message, or the part of it behind a python tag: calls, then content or code."""
@@ -71,10 +98,15 @@ class CallGrammar:
                 try:
                     yield from r.space(SPACE + ";," if called else SPACE)
                     if called and not r.ch:
-                        return                          # nothing but separators behind the last call
+                        return  # nothing but separators behind the last call
                     yield from self._any_call()
                 except Reject:
-                    as_code = tagged and self.n_calls == n_before and self._callable(CODE) and "".join(r.held).strip(SPACE)
+                    as_code = (
+                        tagged
+                        and self.n_calls == n_before
+                        and self._callable(CODE)
+                        and "".join(r.held).strip(SPACE)
+                    )
                     yield from r.again()
                     yield from self._code() if as_code else self._content()
         except _Enough:
@@ -90,7 +122,7 @@ class CallGrammar:
                 if r.ch == "<":
                     yield from self._function_call()
                     return
-            except Reject:                              # content up to here; but another call may begin at this character
+            except Reject:  # content up to here; but another call may begin at this character
                 self.out.extend(r.held[:-1] if r.ch else r.held)
                 r.accept()
                 continue
@@ -119,8 +151,9 @@ class CallGrammar:
             yield from self._built_in()
 
     def _json_call(self, found: _Found | None = None):
-        """{"name": "f", "parameters": {...}}, or the inner one of {"function": {...}}. An object that says anything else, or
-        anything twice, is none; behind arguments that have streamed, what it says else is left as content."""
+        """{"name": "f", "parameters": {...}}, or the inner one of {"function": {...}}. An object
+        that says anything else, or anything twice, is none; behind arguments that have streamed,
+        what it says else is left as content."""
         r = self.reader
         inner, found = found is not None, found or _Found()
         yield from r.expect("{")
@@ -167,11 +200,17 @@ class CallGrammar:
             value = "".join(pieces)
             if what == "arguments":
                 found.arguments = value
-            elif what == "type" and value != '"function"' or what == "id" and not value.startswith('"'):
+            elif (
+                what == "type"
+                and value != '"function"'
+                or what == "id"
+                and not value.startswith('"')
+            ):
                 raise Reject
 
     def _whole_call(self, found: _Found) -> None:
-        """A JSON call whose arguments could not stream: they came before the name, as a string, as null, or not at all."""
+        """A JSON call whose arguments could not stream: they came before the name, as a string, as
+        null, or not at all."""
         arguments = found.arguments
         if arguments == "null" or arguments is None and "type" in found.said:
             arguments = "{}"
@@ -188,7 +227,7 @@ class CallGrammar:
         self._call(name)
         try:
             yield from r.value(self._argue)
-        except Reject:                                  # broken or cut: it stays a call, with what the model wrote
+        except Reject:  # broken or cut: it stays a call, with what the model wrote
             self._argue("".join(r.held))
             while r.ch:
                 yield
@@ -248,9 +287,9 @@ class CallGrammar:
     def _built_in(self):
         """NAME.call(query="..."), the query as it is: Meta's form has no escapes.
 
-        Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which models put there. A query that
-        runs to the end of the section is no call, nor is any that the same text begins further on: read again for each, it would
-        take quadratic time."""
+        Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which
+        models put there. A query that runs to the end of the section is no call, nor is any that
+        the same text begins further on: read again for each, it would take quadratic time."""
         r = self.reader
         name = yield from r.name()
         yield from r.expect(".call(query=")
@@ -282,8 +321,11 @@ class CallGrammar:
         r.accept()
 
     def _callable(self, name: str | None) -> bool:
-        return name in self._parameters if self._parameters is not None else bool(
-            name and len(name) <= MAX_NAME and _NAME.fullmatch(name))
+        return (
+            name in self._parameters
+            if self._parameters is not None
+            else bool(name and len(name) <= MAX_NAME and _NAME.fullmatch(name))
+        )
 
     def _parameters_of(self, name: str) -> list[str] | None:
         return (self._parameters or {}).get(name, []) if self._callable(name) else None

@@ -1,9 +1,11 @@
 """JSON and Python literals as a model writes them, read character by character.
 
-`Reader` is a source of characters for generators: `reader.ch` is the character at hand, a bare `yield` asks for the next one, "" is
-the end. Its own generators read what stands at `ch` and stop at the character behind it. They forgive what models do to JSON
-(single quotes, raw line breaks in a string, True and None, unknown escapes) and give strict JSON. No recursion: nesting costs
-memory only, time is linear in the text. `python_calls` reads a list of Python calls without running any. Knows no tools.
+`Reader` is a source of characters for generators: `reader.ch` is the character at hand, a bare
+`yield` asks for the next one, "" is the end. Its own generators read what stands at `ch` and stop
+at the character behind it. They forgive what models do to JSON (single quotes, raw line breaks in a
+string, True and None, unknown escapes) and give strict JSON. No recursion: nesting costs memory
+only, time is linear in the text. `python_calls` reads a list of Python calls without running any.
+Knows no tools.
 """
 
 import ast
@@ -14,10 +16,17 @@ from collections import deque
 from collections.abc import Callable
 
 SPACE, QUOTES = " \t\r\n", "\"'"
-MAX_PYTHON_DEPTH = 50                                   # Python's own parser is recursive
+MAX_PYTHON_DEPTH = 50  # Python's own parser is recursive
 
 _CLOSING = {"{": "}", "[": "]", "(": ")"}
-_WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
+_WORDS = {
+    "true": "true",
+    "false": "false",
+    "null": "null",
+    "True": "true",
+    "False": "false",
+    "None": "null",
+}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
@@ -26,12 +35,13 @@ class Reject(Exception):
 
 
 class Reader:
-    """Characters in, one at a time. `held` is what was read since somebody last cleared it, `ch` included."""
+    """Characters in, one at a time. `held` is what was read since somebody last cleared it, `ch`
+    included."""
 
     def __init__(self):
         self.ch = ""
         self.held: list[str] = []
-        self.coming: deque[str] = deque()               # to be read before any new characters
+        self.coming: deque[str] = deque()  # to be read before any new characters
 
     def advance(self) -> bool:
         """Takes the next of the coming characters, if there is one."""
@@ -65,8 +75,16 @@ class Reader:
     def name(self, more: str = ""):
         """-> an ASCII identifier, in which the characters of `more` may stand too."""
         name = []
-        while self.ch and self.ch.isascii() and (self.ch.isalpha() or self.ch == "_" or
-                                                 name and (self.ch.isdigit() or self.ch in more)):
+        while (
+            self.ch
+            and self.ch.isascii()
+            and (
+                self.ch.isalpha()
+                or self.ch == "_"
+                or name
+                and (self.ch.isdigit() or self.ch in more)
+            )
+        ):
             name.append(self.ch)
             yield
         if not name:
@@ -80,8 +98,9 @@ class Reader:
         return json.loads("".join(pieces))
 
     def value(self, out: Callable[[str], None]):
-        """A JSON value; its text goes to `out` as it is read, each piece as soon as its last character is at hand. `out` may
-        clear `held`, which then tells what has been read and not yet given to `out`."""
+        """A JSON value; its text goes to `out` as it is read, each piece as soon as its last
+        character is at hand. `out` may clear `held`, which then tells what has been read and not
+        yet given to `out`."""
         closers, want = [], "value"
         while True:
             ch = self.ch
@@ -152,7 +171,7 @@ class Reader:
             out(f"\\{digits}{self.ch}")
         elif self.ch in '"\\/bfnrt':
             out("\\" + self.ch)
-        else:                                           # \' is a quote; \d is a backslash and a d
+        else:  # \' is a quote; \d is a backslash and a d
             out(self.ch if self.ch == "'" else "\\\\" + escaped(self.ch))
         yield
 
@@ -166,11 +185,12 @@ class Reader:
         if not _NUMBER.fullmatch(text) and text not in _WORDS:
             raise Reject
         out(_WORDS.get(text, text))
-        if self.ch and not self.held:                   # unlike elsewhere, `ch` is not part of what was given
+        if self.ch and not self.held:  # unlike elsewhere, `ch` is not part of what was given
             self.held.append(self.ch)
 
     def python(self, closers: list[str], out: Callable[[str], None]):
-        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends *on* that bracket. Comments are
+        """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends
+        *on* that bracket. Comments are
         rejected: nobody would see them."""
         while True:
             if self.ch and self.ch in QUOTES:
@@ -179,7 +199,13 @@ class Reader:
             out(self.ch)
             if self.ch and self.ch in "([{":
                 closers.append(_CLOSING[self.ch])
-            elif not self.ch or self.ch == "#" or len(closers) > MAX_PYTHON_DEPTH or self.ch in ")]}" and closers.pop() != self.ch:
+            elif (
+                not self.ch
+                or self.ch == "#"
+                or len(closers) > MAX_PYTHON_DEPTH
+                or self.ch in ")]}"
+                and closers.pop() != self.ch
+            ):
                 raise Reject
             if not closers:
                 return
@@ -212,11 +238,16 @@ def escaped(text: str) -> str:
 def to_json(value: object) -> str:
     """JSON text that UTF-8 can hold. ValueError for what JSON cannot."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return text if text.isascii() or not any("\ud800" <= ch <= "\udfff" for ch in text) else json.dumps(value, allow_nan=False)
+    return (
+        text
+        if text.isascii() or not any("\ud800" <= ch <= "\udfff" for ch in text)
+        else json.dumps(value, allow_nan=False)
+    )
 
 
 def object_in(string: str) -> str:
-    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none, or one that says a key twice."""
+    """The JSON object, as text, that a JSON string holds as text. Reject if it holds none, or one
+    that says a key twice."""
     try:
         found = json.loads(json.loads(string), object_pairs_hook=_unique)
         if isinstance(found, dict):
@@ -233,12 +264,16 @@ def _unique(items: list[tuple[str, object]]) -> dict:
     return found
 
 
-def python_calls(text: str, parameters_of: Callable[[str], list[str] | None]) -> list[tuple[str, str]]:
-    """(name, arguments as JSON) of each call in the text of a Python list. `parameters_of(name)` names a function's parameters in
-    order, for arguments without a name; None if there is no such function. Reject for anything but calls with literal arguments."""
+def python_calls(
+    text: str, parameters_of: Callable[[str], list[str] | None]
+) -> list[tuple[str, str]]:
+    """(name, arguments as JSON) of each call in the text of a Python list. `parameters_of(name)`
+    names a function's parameters in order, for arguments without a name; None if there is no such
+    function. Reject for anything but calls with literal arguments."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # "\d" in a string warns, and under -W error would raise
+            # "\d" in a string warns, and under -W error would raise
+            warnings.simplefilter("ignore")
             calls = ast.parse(text, mode="eval").body.elts
         return [_python_call(call, parameters_of) for call in calls]
     except (SyntaxError, ValueError, MemoryError, RecursionError, AttributeError):
@@ -262,7 +297,9 @@ def _python_call(call: ast.expr, parameters_of) -> tuple[str, str]:
 
 def _literal(node: ast.expr) -> object:
     """What a literal means in JSON."""
-    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, (bool, int, float, str))):
+    if isinstance(node, ast.Constant) and (
+        node.value is None or isinstance(node.value, (bool, int, float, str))
+    ):
         return node.value
     if isinstance(node, ast.Name) and node.id in _WORDS:
         return json.loads(_WORDS[node.id])
@@ -272,8 +309,12 @@ def _literal(node: ast.expr) -> object:
             return -number if isinstance(node.op, ast.USub) else number
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict) and all(isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys):
-        found = {key.value: _literal(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, ast.Dict) and all(
+        isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys
+    ):
+        found = {
+            key.value: _literal(value) for key, value in zip(node.keys, node.values, strict=True)
+        }
         if len(found) == len(node.keys):
             return found
     raise Reject

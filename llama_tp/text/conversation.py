@@ -1,4 +1,5 @@
-"""What was said with a model, and the slash commands that change it. Knows neither terminal nor server (see chat.py)."""
+"""What was said with a model, and the slash commands that change it. Knows neither terminal nor
+server (see chat.py)."""
 
 import difflib
 import json
@@ -22,10 +23,20 @@ HELP = """\
 /quit             leave (or Ctrl-D)
 Enter sends. Alt-Enter, or a message between \"\"\" and \"\"\", makes lines.
 Ctrl-C stops an answer. // sends a leading /."""
-SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int, "stop": str,
-            "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float}
+SETTINGS = {
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "max_tokens": int,
+    "seed": int,
+    "stop": str,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+}
 ROLES = ("system", "user", "assistant")
-MAX_SAVED = 64 << 20            # bytes of a saved conversation
+MAX_SAVED = 64 << 20  # bytes of a saved conversation
 
 
 class Outcome(NamedTuple):
@@ -38,7 +49,8 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Answer:
-    """One answer as it came. Times in seconds since the question was sent; `n_tokens` as the server counts, else the pieces."""
+    """One answer as it came. Times in seconds since the question was sent; `n_tokens` as the server
+    counts, else the pieces."""
 
     text: str = ""
     n_tokens: int = 0
@@ -50,11 +62,19 @@ class Answer:
     @property
     def rate(self) -> float:
         """Tokens a second after the first."""
-        return (self.n_tokens - 1) / (self.last_s - self.first_s) if self.n_tokens > 1 and self.last_s > self.first_s else 0.0
+        return (
+            (self.n_tokens - 1) / (self.last_s - self.first_s)
+            if self.n_tokens > 1 and self.last_s > self.first_s
+            else 0.0
+        )
 
     def line(self) -> str:
-        parts = [f"{self.n_tokens} tokens", f"{self.rate:.1f} tok/s" if self.rate else "", f"first after {self.first_s:.2f} s",
-                 "cut at max_tokens" if self.finish_reason == "length" else ""]
+        parts = [
+            f"{self.n_tokens} tokens",
+            f"{self.rate:.1f} tok/s" if self.rate else "",
+            f"first after {self.first_s:.2f} s",
+            "cut at max_tokens" if self.finish_reason == "length" else "",
+        ]
         return ", ".join(filter(None, parts))
 
 
@@ -67,13 +87,18 @@ class Conversation:
     model: str = ""
     messages: list[dict] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    unanswered: str | None = None                       # a question whose answer failed, for /retry
+    unanswered: str | None = None  # a question whose answer failed, for /retry
 
     def body(self) -> dict:
         """The request for the next answer."""
         head = [{"role": "system", "content": self.system}] if self.system else []
-        return {"model": self.model, "messages": head + self.messages, "stream": True, "stream_options": {"include_usage": True},
-                **self.settings}
+        return {
+            "model": self.model,
+            "messages": head + self.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.settings,
+        }
 
     def ask(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
@@ -101,12 +126,24 @@ class Conversation:
         return Outcome(ask=True)
 
     def _command(self, name: str, rest: str) -> Outcome:
-        commands = {"help": lambda _: Outcome(HELP), "set": self._set, "system": self._system, "clear": self._clear,
-                    "save": self._save, "load": self._load, "retry": self._retry, "stats": self._stats,
-                    "quit": lambda _: Outcome(over=True), "exit": lambda _: Outcome(over=True)}
+        commands = {
+            "help": lambda _: Outcome(HELP),
+            "set": self._set,
+            "system": self._system,
+            "clear": self._clear,
+            "save": self._save,
+            "load": self._load,
+            "retry": self._retry,
+            "stats": self._stats,
+            "quit": lambda _: Outcome(over=True),
+            "exit": lambda _: Outcome(over=True),
+        }
         if name not in commands:
             near = difflib.get_close_matches(name, commands, n=1)
-            return Outcome(f"there is no /{name}; " + (f"did you mean /{near[0]}?" if near else "/help lists the commands"))
+            return Outcome(
+                f"there is no /{name}; "
+                + (f"did you mean /{near[0]}?" if near else "/help lists the commands")
+            )
         try:
             return commands[name](rest)
         except UserError as error:
@@ -115,7 +152,11 @@ class Conversation:
     def _set(self, rest: str) -> Outcome:
         name, _, value = rest.partition(" ")
         if not name:
-            return Outcome("\n".join(f"{name} {self.settings.get(name, '(the server decides)')}" for name in SETTINGS))
+            return Outcome(
+                "\n".join(
+                    f"{name} {self.settings.get(name, '(the server decides)')}" for name in SETTINGS
+                )
+            )
         if name not in SETTINGS:
             return Outcome(f"there is no setting {name}; there are {', '.join(SETTINGS)}")
         if not value:
@@ -124,7 +165,9 @@ class Conversation:
         try:
             self.settings[name] = _setting(name, value.strip())
         except ValueError:
-            return Outcome(f"{name} needs a {'whole ' if SETTINGS[name] is int else ''}number, found {value!r}")
+            return Outcome(
+                f"{name} needs a {'whole ' if SETTINGS[name] is int else ''}number, found {value!r}"
+            )
         return Outcome(f"{name} {self.settings[name]}")
 
     def _system(self, rest: str) -> Outcome:
@@ -144,11 +187,20 @@ class Conversation:
         return Outcome(ask=True) if self.messages else Outcome("there is no question to ask again")
 
     def _stats(self, _: str) -> Outcome:
-        n, seconds = sum(one.n_tokens for one in self.answers), sum(one.last_s for one in self.answers)
+        n, seconds = (
+            sum(one.n_tokens for one in self.answers),
+            sum(one.last_s for one in self.answers),
+        )
         told = self.answers[-1].line() if self.answers else "none yet"
-        return Outcome(f"{len(self.answers)} answers, {n} tokens in {seconds:.1f} s\nlast: {told}\n"
-                       f"conversation: {len(self.messages)} messages" +
-                       (f", {self.answers[-1].n_prompt} tokens of prompt at the last answer" if self.answers else ""))
+        return Outcome(
+            f"{len(self.answers)} answers, {n} tokens in {seconds:.1f} s\nlast: {told}\n"
+            f"conversation: {len(self.messages)} messages"
+            + (
+                f", {self.answers[-1].n_prompt} tokens of prompt at the last answer"
+                if self.answers
+                else ""
+            )
+        )
 
     def _save(self, rest: str) -> Outcome:
         if not rest:
@@ -157,7 +209,12 @@ class Conversation:
         messages = self.messages + asked
         try:
             with open(os.path.expanduser(rest), "w", encoding="utf-8") as f:
-                json.dump({"system": self.system, "settings": self.settings, "messages": messages}, f, ensure_ascii=False, indent=1)
+                json.dump(
+                    {"system": self.system, "settings": self.settings, "messages": messages},
+                    f,
+                    ensure_ascii=False,
+                    indent=1,
+                )
         except OSError as error:
             return Outcome(f"cannot write {rest}: {error.strerror}")
         return Outcome(f"saved {_counted(len(messages))}")
@@ -171,22 +228,41 @@ class Conversation:
         return Outcome(f"loaded {_counted(len(self.messages) + 1)}; /retry asks the last question")
 
     def load(self, path: str) -> None:
-        """Goes on with what /save wrote, or with a bare list of messages; a question at its end is for /retry. UserError, and no
-        change, for anything else."""
+        """Goes on with what /save wrote, or with a bare list of messages; a question at its end is
+        for /retry. UserError, and no change, for anything else."""
         try:
             found = json.loads(read_file(os.path.expanduser(path), MAX_SAVED).decode("utf-8"))
             found = {"messages": found} if isinstance(found, list) else found
-            messages = [{"role": one["role"], "content": one["content"]} for one in found["messages"]]
-            settings = {name: _setting(name, value) for name, value in found.get("settings", {}).items()}
+            messages = [
+                {"role": one["role"], "content": one["content"]} for one in found["messages"]
+            ]
+            settings = {
+                name: _setting(name, value) for name, value in found.get("settings", {}).items()
+            }
             system = found.get("system")
-            if not all(one["role"] in ROLES and isinstance(one["content"], str) for one in messages):
+            if not all(
+                one["role"] in ROLES and isinstance(one["content"], str) for one in messages
+            ):
                 raise ValueError("a message is not a role and a text")
             if system is not None and not isinstance(system, str):
                 raise ValueError("the system message is no text")
-        except (UserError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is no saved conversation", f"{type(error).__name__}: {error}"[:200],
-                            "name a file that /save wrote") from None
-        self.unanswered = messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
+        except (
+            UserError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise UserError(
+                f"{path} is no saved conversation",
+                f"{type(error).__name__}: {error}"[:200],
+                "name a file that /save wrote",
+            ) from None
+        self.unanswered = (
+            messages.pop()["content"] if messages and messages[-1]["role"] == "user" else None
+        )
         self.messages, self.settings, self.system = messages, settings, system or self.system
 
 
@@ -198,5 +274,5 @@ def _setting(name: str, value: object) -> float | int | str:
     """`value` in the setting's type. ValueError, KeyError or TypeError if it has no place there."""
     found = SETTINGS[name](value)
     if isinstance(found, float) and not math.isfinite(found):
-        raise ValueError(f"{name} {value}")             # JSON cannot say it
+        raise ValueError(f"{name} {value}")  # JSON cannot say it
     return found

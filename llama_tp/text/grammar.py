@@ -1,18 +1,23 @@
-"""Forms that an answer must have (JSON, a JSON schema, a regex, a grammar, a tool call) -> which tokens may come next.
+"""Forms that an answer must have (JSON, a JSON schema, a regex, a grammar, a tool call) -> which
+tokens may come next.
 
-llguidance (an extra) does the work: it walks the vocabulary's bytes along a parser, without the GIL. A `Form` is checked text that
-can travel; `Grammars` belongs to a tokenizer and turns forms into a `Constraint`, the state of one sample. Masks are bits: token i
-may come if bit i % 32 of word i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
-complete, other special tokens never. Where the form leaves one text only, the mask asks for the tokenizer's own spelling of it.
+llguidance (an extra) does the work: it walks the vocabulary's bytes along a parser, without the
+GIL. A `Form` is checked text that can travel; `Grammars` belongs to a tokenizer and turns forms
+into a `Constraint`, the state of one sample. Masks are bits: token i may come if bit i % 32 of word
+i // 32 is set; the padding of an embedding has none. Stop ids are allowed where the form is
+complete, other special tokens never. Where the form leaves one text only, the mask asks for the
+tokenizer's own spelling of it.
 
-JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let a model that is pushed off its
-way write them for ever. Llama's own JSON has the blank, as json.dumps writes it; xgrammar's fixed format has it too, llguidance's
-has none. Either forces tokens on a model that has learnt the other, so both may come, and a text has at most one blank for each ,
-and :.
+JSON is written compactly, with one blank or none behind , and : and none elsewhere. Free blanks let
+a model that is pushed off its way write them for ever. Llama's own JSON has the blank, as
+json.dumps writes it; xgrammar's fixed format has it too, llguidance's has none. Either forces
+tokens on a model that has learnt the other, so both may come, and a text has at most one blank for
+each , and :.
 
-What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What repeats too much is refused here
-(`repetition`). Compile what strangers send in a process with limits (`grammar_pool`). References in a schema to other documents
-are not followed. Knows no sampling.
+What a client sends can be slow: llguidance's limits bound a grammar's size and not its time. What
+repeats too much is refused here (`repetition`). Compile what strangers send in a process with
+limits (`grammar_pool`). References in a schema to other documents are not followed. Knows no
+sampling.
 """
 
 import importlib.util
@@ -27,16 +32,19 @@ from llama_tp.text.call_grammar import BUILT_IN
 from llama_tp.text.repetition import check_regex, check_schema, checked_lark
 from llama_tp.text.token_table import Tokenizer
 
-MAX_SOURCE = 1 << 16                                    # characters of a schema, regex or grammar
-MAX_TOOLS = 128                 # OpenAI's bound
-MAX_CALLS = 32                  # in one answer that has to call: a model that cannot end would go on to max_tokens
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}      # regexes
-_JSON_OPTIONS = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}     # models have learnt these, too
+MAX_SOURCE = 1 << 16  # characters of a schema, regex or grammar
+MAX_TOOLS = 128  # OpenAI's bound
+MAX_CALLS = 32  # in one answer that has to call: a model that cannot end would go on to max_tokens
+# regexes
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+# models have learnt these, too
+_JSON_OPTIONS = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}
 
 
 @dataclass(frozen=True)
 class Form:
-    """What an answer must look like: `kind` is "json" (`source`: a schema), "regex" or "lark". Made by the functions below."""
+    """What an answer must look like: `kind` is "json" (`source`: a schema), "regex" or "lark". Made
+    by the functions below."""
 
     kind: str
     source: str
@@ -48,8 +56,10 @@ def json_object() -> Form:
 
 
 def json_schema(schema: object) -> Form:
-    """JSON that a schema allows: response_format json_schema. UserError unless `schema` is an object of bearable size."""
-    if isinstance(schema, Mapping):                         # x-guidance: the client's own options of llguidance, blanks included
+    """JSON that a schema allows: response_format json_schema. UserError unless `schema` is an
+    object of bearable size."""
+    # x-guidance: the client's own options of llguidance, blanks included
+    if isinstance(schema, Mapping):
         schema = {key: value for key, value in schema.items() if key != "x-guidance"}
     source = _source("the JSON schema", _json(schema))
     check_schema(schema)
@@ -64,27 +74,39 @@ def regex(pattern: object) -> Form:
 
 
 def lark(grammar: object) -> Form:
-    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is compact unless it says
-    otherwise."""
+    """Text of a grammar in llguidance's variant of Lark, with a rule `start`; the JSON in it is
+    compact unless it says otherwise."""
     return Form("lark", checked_lark(_source("the grammar", grammar), _COMPACT))
 
 
-def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False) -> Form:
-    """A call of one of an OpenAI request's `tools`, or of the one called `name`, as JSON that `tool_calls` reads; several with ;
-    between them if `parallel`. For tool_choice required, or a named one; `or_text`: or else a text that does not begin like a
-    call, for strict tools that may be left alone. UserError if there is no such tool."""
+def tool_call(
+    tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False
+) -> Form:
+    """A call of one of an OpenAI request's `tools`, or of the one called `name`, as JSON that
+    `tool_calls` reads; several with ; between them if `parallel`. For tool_choice required, or a
+    named one; `or_text`: or else a text that does not begin like a call, for strict tools that may
+    be left alone. UserError if there is no such tool."""
     rules = []
     for tool in tools:
-        function = tool.get("function") if isinstance(tool.get("function"), Mapping) else {"name": tool.get("type")}
+        function = (
+            tool.get("function")
+            if isinstance(tool.get("function"), Mapping)
+            else {"name": tool.get("type")}
+        )
         if name in (None, function.get("name")):
             schema = function.get("parameters") or _parameters_of_built_in(function.get("name"))
             if isinstance(schema, Mapping):
-                schema = {"type": "object", **schema}       # arguments are, whether or not the schema says it
-            head = json.dumps(f'{{"name": {json.dumps(function.get("name"))}, "parameters": ', ensure_ascii=False)
+                # arguments are, whether or not the schema says it
+                schema = {"type": "object", **schema}
+            head = json.dumps(
+                f'{{"name": {json.dumps(function.get("name"))}, "parameters": ', ensure_ascii=False
+            )
             rules.append(f'call_{len(rules)}: {head} %json {_json(schema, _JSON_OPTIONS)} "}}"')
     if not rules or len(rules) > MAX_TOOLS:
         found = f"found {len(rules)}" + (f" called {name!r}" if name else "")
-        raise UserError(f"a tool must be called, out of 1 to {MAX_TOOLS}", found, "correct tools or tool_choice")
+        raise UserError(
+            f"a tool must be called, out of 1 to {MAX_TOOLS}", found, "correct tools or tool_choice"
+        )
     calls = " | ".join(f"call_{i}" for i in range(len(rules)))
     start = f'call ("; " call){{0,{MAX_CALLS - 1}}}' if parallel else "call"
     start = f"start: {start} | text\ntext: /([^{{\\[<](?s:.*))?/" if or_text else f"start: {start}"
@@ -92,15 +114,25 @@ def tool_call(tools: Sequence[Mapping], name: str | None = None, parallel: bool 
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Raises UserError where no form can be followed: without llguidance, or with a tokenizer that cannot end an answer."""
+    """Raises UserError where no form can be followed: without llguidance, or with a tokenizer that
+    cannot end an answer."""
     if importlib.util.find_spec("llguidance") is None:
-        raise UserError("structured output needs llguidance", "it is not installed", "pip install 'llama_tp[serve]'")
+        raise UserError(
+            "structured output needs llguidance",
+            "it is not installed",
+            "pip install 'llama_tp[serve]'",
+        )
     if not tokenizer.stop_ids:
-        raise UserError("structured output needs a token that ends an answer", "this tokenizer has none", "check --tokenizer_path")
+        raise UserError(
+            "structured output needs a token that ends an answer",
+            "this tokenizer has none",
+            "check --tokenizer_path",
+        )
 
 
 class Grammars:
-    """Forms for one tokenizer. Building it reads the whole vocabulary (0.3 s for Llama 3's): keep it.
+    """Forms for one tokenizer. Building it reads the whole vocabulary (0.3 s for Llama 3's): keep
+    it.
 
     Raises UserError without llguidance, and for a tokenizer that cannot end an answer.
     """
@@ -108,19 +140,30 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer):
         check_tokenizer(tokenizer)
         import llguidance
+
         self.n_vocab, self.stop_ids = tokenizer.n_vocab, tokenizer.stop_ids
         self._matcher = llguidance.LLMatcher
-        self._limits = llguidance.LLParserLimits(verbose_errors=False, precompute_large_lexemes=False)
+        self._limits = llguidance.LLParserLimits(
+            verbose_errors=False, precompute_large_lexemes=False
+        )
         vocabulary = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
-        self._tokenizer = llguidance.LLTokenizer(vocabulary, n_vocab=tokenizer.n_vocab, eos_token=list(tokenizer.stop_ids))
+        self._tokenizer = llguidance.LLTokenizer(
+            vocabulary, n_vocab=tokenizer.n_vocab, eos_token=list(tokenizer.stop_ids)
+        )
 
     def start(self, form: Form, ids: Iterable[int] = ()) -> "Constraint":
-        """The state of a sample that has written `ids` so far. UserError for a form that llguidance does not take, and why."""
+        """The state of a sample that has written `ids` so far. UserError for a form that llguidance
+        does not take, and why."""
         try:
             if form.kind == "json":
-                grammar = self._matcher.grammar_from_json_schema(form.source, overrides=_JSON_OPTIONS)
+                grammar = self._matcher.grammar_from_json_schema(
+                    form.source, overrides=_JSON_OPTIONS
+                )
             else:
-                make = {"regex": self._matcher.grammar_from_regex, "lark": self._matcher.grammar_from_lark}[form.kind]
+                make = {
+                    "regex": self._matcher.grammar_from_regex,
+                    "lark": self._matcher.grammar_from_lark,
+                }[form.kind]
                 grammar = make(form.source)
         except ValueError as error:
             raise _refused(str(error)) from None
@@ -150,18 +193,25 @@ class Constraint:
         return self._matcher.is_stopped()
 
     def mask(self) -> np.ndarray:
-        """(n_words,) uint32, one bit a token. UserError if finding it is too much work, or if nothing can follow."""
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[:self._n_words]
+        """(n_words,) uint32, one bit a token. UserError if finding it is too much work, or if
+        nothing can follow."""
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._n_words]
         if self._matcher.is_error() or not words.any():
-            raise UserError("the form of the answer cannot be kept", _told(self._matcher.get_error() or "no token can follow"),
-                            "make the schema, regex or grammar simpler")
+            raise UserError(
+                "the form of the answer cannot be kept",
+                _told(self._matcher.get_error() or "no token can follow"),
+                "make the schema, regex or grammar simpler",
+            )
         return words
 
     def advance(self, token: int) -> None:
         """The sample has written `token`. UserError if it was not allowed."""
         if not self._matcher.consume_token(token):
-            raise UserError("the form of the answer is broken", f"token {token}: {_told(self._matcher.get_error())}",
-                            "sample only what the mask allows")
+            raise UserError(
+                "the form of the answer is broken",
+                f"token {token}: {_told(self._matcher.get_error())}",
+                "sample only what the mask allows",
+            )
 
     def fork(self) -> "Constraint":
         """The same state once more, for another sample of the same prompt."""
@@ -177,8 +227,12 @@ class _Vocabulary:
         names = {i: name for name, i in tokenizer.specials.items()}
         n_bytes = (tokenizer.token_bytes(i) for i in range(tokenizer.n_vocab))
         # An id without bytes is never text: it gets a name and counts as special.
-        self.tokens = [data or names.get(i, f"<|nothing_{i}|>").encode() for i, data in enumerate(n_bytes)]
-        self.special_token_ids = [i for i in range(tokenizer.n_vocab) if not tokenizer.token_bytes(i)]
+        self.tokens = [
+            data or names.get(i, f"<|nothing_{i}|>").encode() for i, data in enumerate(n_bytes)
+        ]
+        self.special_token_ids = [
+            i for i in range(tokenizer.n_vocab) if not tokenizer.token_bytes(i)
+        ]
         self.bos_token_id, self.eos_token_id = tokenizer.bos_id, tokenizer.stop_ids[0]
         self._encode = tokenizer.encode
 
@@ -190,31 +244,49 @@ def _parameters_of_built_in(name: object) -> dict:
     if name not in BUILT_IN:
         return {"type": "object"}
     key = "code" if name == "code_interpreter" else "query"
-    return {"type": "object", "properties": {key: {"type": "string"}}, "required": [key], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {key: {"type": "string"}},
+        "required": [key],
+        "additionalProperties": False,
+    }
 
 
 def _json(schema: object, options: dict | None = None) -> str:
-    """A schema as text, with llguidance's options inside where it cannot be given them beside. UserError for what is none."""
+    """A schema as text, with llguidance's options inside where it cannot be given them beside.
+    UserError for what is none."""
     try:
         if not isinstance(schema, Mapping):
             raise TypeError(f"a {type(schema).__name__}")
         return json.dumps({**schema, "x-guidance": options} if options else schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError("a JSON schema must be an object", f"found {error}"[:200],
-                        'write {"type": "object", "properties": {...}}') from None
+        raise UserError(
+            "a JSON schema must be an object",
+            f"found {error}"[:200],
+            'write {"type": "object", "properties": {...}}',
+        ) from None
 
 
 def _source(what: str, text: object) -> str:
     if not isinstance(text, str) or not text:
-        raise UserError(f"{what} must be a text that is not empty", f"found {text!r}"[:80], "correct it, or leave it out")
+        raise UserError(
+            f"{what} must be a text that is not empty",
+            f"found {text!r}"[:80],
+            "correct it, or leave it out",
+        )
     if len(text) > MAX_SOURCE:
-        raise UserError(f"{what} is too long", f"{len(text):,} characters", f"the most is {MAX_SOURCE:,}")
+        raise UserError(
+            f"{what} is too long", f"{len(text):,} characters", f"the most is {MAX_SOURCE:,}"
+        )
     return text
 
 
 def _refused(error: str) -> UserError:
-    return UserError("the form of the answer is not understood", _told(error),
-                     "see llguidance's pages on JSON schema, regex and Lark")
+    return UserError(
+        "the form of the answer is not understood",
+        _told(error),
+        "see llguidance's pages on JSON schema, regex and Lark",
+    )
 
 
 def _told(error: str) -> str:

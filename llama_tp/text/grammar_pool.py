@@ -1,7 +1,9 @@
-"""Workers for forms (grammar_process), as their parent sees them: started, handed out, tried with a form, killed.
+"""Workers for forms (grammar_process), as their parent sees them: started, handed out, tried with a
+form, killed.
 
-One form has one worker, so that a form that takes long delays nobody else. A worker that has served an honest form serves the next
-one. One more than is needed stands by. Nothing here waits but `try_form`; knows no requests.
+One form has one worker, so that a form that takes long delays nobody else. A worker that has served
+an honest form serves the next one. One more than is needed stands by. Nothing here waits but
+`try_form`; knows no requests.
 """
 
 import contextlib
@@ -23,16 +25,19 @@ from llama_tp.text.grammar import Form, check_tokenizer
 from llama_tp.text.grammar_process import MEMORY_BYTES, Frames, frame
 from llama_tp.text.token_table import Tokenizer
 
-CPU_S = 2.0             # for one message: an honest one takes a thousandth of it
-START_S = 60.0          # for a worker to be there: with the fork server, a second on an idle machine
-ANSWER_CPU_S = 2.5      # times the limit of CPU time an answer may take: where others have work, it gets less than a core
-QUICK_S = 0.1           # a trial that takes longer makes room for others, and goes on with the lowest priority
-N_QUICK = N_SLOW = 4    # trials at once
+CPU_S = 2.0  # for one message: an honest one takes a thousandth of it
+START_S = 60.0  # for a worker to be there: with the fork server, a second on an idle machine
+# times the limit of CPU time an answer may take: where others have work, it gets less than a core
+ANSWER_CPU_S = 2.5
+# a trial that takes longer makes room for others, and goes on with the lowest priority
+QUICK_S = 0.1
+N_QUICK = N_SLOW = 4  # trials at once
 NICE, LOWEST = 5, 19
-PROCESS_CLOCK = 2       # Linux: with a process id, the number of the clock of its CPU time
-MAX_IDLE = 2            # kept beyond the ones at work: forking another takes 1 to 5 ms, and each holds some 25 MB
-MAX_DEATHS = 5          # of workers over one answer, sooner than a limit can have ended them
-MAX_GOOD = 1024         # forms that are known to be good
+PROCESS_CLOCK = 2  # Linux: with a process id, the number of the clock of its CPU time
+# kept beyond the ones at work: forking another takes 1 to 5 ms, and each holds some 25 MB
+MAX_IDLE = 2
+MAX_DEATHS = 5  # of workers over one answer, sooner than a limit can have ended them
+MAX_GOOD = 1024  # forms that are known to be good
 
 
 class Worker:
@@ -49,9 +54,9 @@ class Worker:
         self._send_some()
 
     def _send_some(self) -> None:
-        with contextlib.suppress(OSError):                  # full, or gone: then `take` finds out
+        with contextlib.suppress(OSError):  # full, or gone: then `take` finds out
             while self._out:
-                self._out = self._out[self.sock.send(self._out):]
+                self._out = self._out[self.sock.send(self._out) :]
 
     def events(self) -> int:
         """What to poll its socket for."""
@@ -70,7 +75,7 @@ class Worker:
     def _know(self, pid: int) -> None:
         self.pid = pid
         with contextlib.suppress(OSError, AttributeError):
-            self._handle = os.pidfd_open(pid)               # a process id may be another's, some time
+            self._handle = os.pidfd_open(pid)  # a process id may be another's, some time
 
     @property
     def cpu_s(self) -> float:
@@ -115,15 +120,26 @@ class GrammarPool:
     def __init__(self, tokenizer: Tokenizer, nice: int = 0, cpu_s: float = CPU_S):
         check_tokenizer(tokenizer)
         if tokenizer.source is None:
-            raise UserError("structured output needs a tokenizer that other processes can open",
-                            "this one was not read from a file", "open it with llama_tp.text.tokenizer.open_tokenizer")
-        self._source, self._nice, self.cpu_s, self.answer_s = tokenizer.source, nice, cpu_s, ANSWER_CPU_S * cpu_s
+            raise UserError(
+                "structured output needs a tokenizer that other processes can open",
+                "this one was not read from a file",
+                "open it with llama_tp.text.tokenizer.open_tokenizer",
+            )
+        self._source, self._nice, self.cpu_s, self.answer_s = (
+            tokenizer.source,
+            nice,
+            cpu_s,
+            ANSWER_CPU_S * cpu_s,
+        )
         self._server: subprocess.Popen | None = None
         self._control: socket.socket | None = None
         self._idle: list[Worker] = []
         self._good: OrderedDict[Form, None] = OrderedDict()
         self._lock = threading.Lock()
-        self._quick, self._slow = threading.BoundedSemaphore(N_QUICK), threading.BoundedSemaphore(N_SLOW)
+        self._quick, self._slow = (
+            threading.BoundedSemaphore(N_QUICK),
+            threading.BoundedSemaphore(N_SLOW),
+        )
 
     def prepare(self) -> None:
         """Starts what the first form would have to wait for."""
@@ -140,7 +156,7 @@ class GrammarPool:
             else:
                 worker = self._fork()
             if not self._idle:
-                self._idle.append(self._fork())             # the one that stands by
+                self._idle.append(self._fork())  # the one that stands by
             return worker
 
     def give(self, worker: Worker) -> None:
@@ -158,9 +174,14 @@ class GrammarPool:
                 if self._server is None:
                     self._start()
                 try:
-                    socket.send_fds(self._control, [str(self._nice).encode()], [its.fileno()], socket.MSG_DONTWAIT)
+                    socket.send_fds(
+                        self._control,
+                        [str(self._nice).encode()],
+                        [its.fileno()],
+                        socket.MSG_DONTWAIT,
+                    )
                     break
-                except OSError:                             # it has ended, or does not listen
+                except OSError:  # it has ended, or does not listen
                     self._stop()
         return Worker(mine)
 
@@ -168,11 +189,20 @@ class GrammarPool:
         """On CPUs of its parent's parent: a rank is pinned to a few, and needs these itself."""
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = str(Path(__file__).resolve().parents[2])
-        env = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        env = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        }
         with its:
-            self._server = subprocess.Popen([sys.executable, "-m", "llama_tp.text.grammar_process"], stdin=its,
-                                            stdout=subprocess.DEVNULL, env=env, start_new_session=True)
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "llama_tp.text.grammar_process"],
+                stdin=its,
+                stdout=subprocess.DEVNULL,
+                env=env,
+                start_new_session=True,
+            )
         self._control = mine
         mine.send(json.dumps([*self._source, self.cpu_s]).encode())
         with contextlib.suppress(OSError, AttributeError):
@@ -201,8 +231,9 @@ class GrammarPool:
             return form in self._good
 
     def try_form(self, form: Form) -> None:
-        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot be followed, or that takes too
-        much time or memory; Busy. Waits for up to some seconds, and may be called by many threads."""
+        """Compiles a form and takes the first steps along it. Raises UserError for one that cannot
+        be followed, or that takes too much time or memory; Busy. Waits for up to some seconds, and
+        may be called by many threads."""
         if self.knows(form):
             return
         for _ in range(MAX_DEATHS):
@@ -210,7 +241,7 @@ class GrammarPool:
             with self._quick:
                 worker.send(start_message(form, [(0, [])], is_trial=True))
                 answer = _wait(worker, QUICK_S)
-            if not worker.gone:                             # else somebody has killed it: no limit can be reached so soon
+            if not worker.gone:  # else somebody has killed it: no limit can be reached so soon
                 break
             worker.kill()
         try:
@@ -231,15 +262,25 @@ class GrammarPool:
 
     def too_much(self, worker: Worker) -> UserError:
         """What to say of a worker that has ended, or does not answer."""
-        found = (f"more than {self.cpu_s:g} s of computing or {MEMORY_BYTES >> 20} MB of memory" if worker.gone or worker.pid
-                 else f"the process that follows it has not started within {START_S:g} s")
-        return UserError("the form of the answer takes too much to follow", found, "make the schema, regex or grammar simpler")
+        found = (
+            f"more than {self.cpu_s:g} s of computing or {MEMORY_BYTES >> 20} MB of memory"
+            if worker.gone or worker.pid
+            else f"the process that follows it has not started within {START_S:g} s"
+        )
+        return UserError(
+            "the form of the answer takes too much to follow",
+            found,
+            "make the schema, regex or grammar simpler",
+        )
 
     def _try_slowly(self, worker: Worker) -> bytearray | None:
         worker.demote()
         if not self._slow.acquire(blocking=False):
-            raise Busy("the form of the answer takes long to check, and so do others", f"{N_SLOW} are being checked",
-                       "ask again a little later, or make the schema, regex or grammar simpler")
+            raise Busy(
+                "the form of the answer takes long to check, and so do others",
+                f"{N_SLOW} are being checked",
+                "ask again a little later, or make the schema, regex or grammar simpler",
+            )
         try:
             return _wait(worker, self.answer_s)
         finally:
@@ -247,7 +288,8 @@ class GrammarPool:
 
 
 def _wait(worker: Worker, seconds: float) -> bytearray | None:
-    """A worker's next answer; None if it ends, or does not come in time. The time counts from when the worker is there."""
+    """A worker's next answer; None if it ends, or does not come in time. The time counts from when
+    the worker is there."""
     deadline = time.monotonic() + seconds
     start_by = time.monotonic() + START_S
     while not worker.gone:
@@ -273,8 +315,12 @@ def wait_for(workers: Iterable[Worker], seconds: float) -> list[Worker]:
     return [by_file[file] for file, _ in poll.poll(max(0.0, 1000 * seconds))]
 
 
-def start_message(form: Form, outputs: list[tuple[int, list[int]]], is_trial: bool = False) -> bytes:
-    return json.dumps({"form": [form.kind, form.source], "outputs": outputs, "try": is_trial}).encode()
+def start_message(
+    form: Form, outputs: list[tuple[int, list[int]]], is_trial: bool = False
+) -> bytes:
+    return json.dumps(
+        {"form": [form.kind, form.source], "outputs": outputs, "try": is_trial}
+    ).encode()
 
 
 def tokens_message(tokens: list[tuple[int, int]]) -> bytes:
@@ -285,4 +331,3 @@ def error_of(answer: bytes) -> tuple[int, UserError]:
     """The sample that an e is about, and the error."""
     sample, *words = json.loads(answer[1:])
     return sample, UserError(*words)
-

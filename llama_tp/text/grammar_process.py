@@ -1,18 +1,22 @@
-"""The processes in which forms are compiled and followed: python -m llama_tp.text.grammar_process, with a socket as stdin.
+"""The processes in which forms are compiled and followed: python -m llama_tp.text.grammar_process,
+with a socket as stdin.
 
-llguidance has no limit of time that holds, and what runs in it cannot be stopped. So it runs in processes that can be killed. The
-first is a fork server: it reads the tokenizer once (0.3 to 0.9 s), never sees a form, and forks a worker in 1 to 5 ms whenever it
-is sent the end of a socket. A worker follows one form at a time, all samples of a request, with limits of CPU time and memory that
-the kernel enforces. It has one thread, no torch, and dies with the fork server, which dies with its parent.
+llguidance has no limit of time that holds, and what runs in it cannot be stopped. So it runs in
+processes that can be killed. The first is a fork server: it reads the tokenizer once (0.3 to 0.9
+s), never sees a form, and forks a worker in 1 to 5 ms whenever it is sent the end of a socket. A
+worker follows one form at a time, all samples of a request, with limits of CPU time and memory that
+the kernel enforces. It has one thread, no torch, and dies with the fork server, which dies with its
+parent.
 
 Frames on a worker's socket are 4 bytes of length and a body. To the worker, JSON:
 
     {"form": [kind, source], "outputs": [[sample, [ids]], ...], "try": bool}    a form, and what its samples have written so far
     {"tokens": [[sample, token], ...]}                                          what they have written since
 
-From the worker, a letter and a rest: h and its process id, once; then for each sample of a message one of m, the sample and its
-mask, or e and JSON, [sample, what, found, fix]. The sample is -1 where all of them have failed.
-"""
+From the worker, a letter and a rest: h and its process id, once; then for each sample of a message
+one of m, the sample and its mask, or e and JSON, [sample, what, found, fix]. The sample is -1 where
+all of them have failed.
+"""  # noqa: E501
 
 import contextlib
 import ctypes
@@ -31,10 +35,11 @@ from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Constraint, Form, Grammars
 from llama_tp.text.tokenizer import open_tokenizer
 
-MEMORY_BYTES = 256 << 20        # beside what the fork server has: an honest form takes up to 50 MB
+MEMORY_BYTES = 256 << 20  # beside what the fork server has: an honest form takes up to 50 MB
 LENGTH = struct.Struct("<I")
-HEAD = struct.Struct("<c3xI")   # of an answer with a mask; eight bytes, so that its words are aligned
-ALL = -1                        # stands for a sample
+# of an answer with a mask; eight bytes, so that its words are aligned
+HEAD = struct.Struct("<c3xI")
+ALL = -1  # stands for a sample
 PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +50,8 @@ class Frames:
         self.sock, self._in = sock, bytearray()
 
     def read(self) -> list[bytearray] | None:
-        """The frames that are there, once the socket has something to read; None when the peer has gone."""
+        """The frames that are there, once the socket has something to read; None when the peer has
+        gone."""
         try:
             data = self.sock.recv(1 << 16)
         except BlockingIOError:
@@ -60,7 +66,7 @@ class Frames:
             end = at + LENGTH.size + LENGTH.unpack_from(self._in, at)[0]
             if len(self._in) < end:
                 break
-            frames.append(self._in[at + LENGTH.size:end])
+            frames.append(self._in[at + LENGTH.size : end])
             at = end
         del self._in[:at]
         return frames
@@ -106,10 +112,11 @@ class Worker:
         return HEAD.pack(b"m", sample) + words.tobytes()
 
     def _try(self, constraint: Constraint, words: np.ndarray) -> None:
-        """Follows the form for one more token, some of those that it allows: llguidance finds out late that a form is beyond its
-        own limits, and the mask before has then promised what it does not keep."""
+        """Follows the form for one more token, some of those that it allows: llguidance finds out
+        late that a form is beyond its own limits, and the mask before has then promised what it
+        does not keep."""
         ids = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))
-        ids = ids[self._n_bytes[ids] > 0]                   # no stop ids: these end it
+        ids = ids[self._n_bytes[ids] > 0]  # no stop ids: these end it
         for token in {ids[0], ids[-1], ids[self._n_bytes[ids].argmax()]} if len(ids) else ():
             other = constraint.fork()
             other.advance(int(token))
@@ -121,8 +128,8 @@ def _error(sample: int, error: UserError) -> bytes:
 
 
 def work(sock: socket.socket, grammars: Grammars, n_bytes: np.ndarray, cpu_s: float) -> None:
-    """Serves one socket to its end. SIGPROF, which nobody handles, ends the process at the limit of CPU time: also inside
-    llguidance."""
+    """Serves one socket to its end. SIGPROF, which nobody handles, ends the process at the limit of
+    CPU time: also inside llguidance."""
     worker, frames = Worker(grammars, n_bytes), Frames(sock)
     sock.sendall(frame(b"h" + str(os.getpid()).encode()))
     while (bodies := frames.read()) is not None:
@@ -142,24 +149,30 @@ def become_worker() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as f:
-        f.write("1000")                                     # many at their limit may be too much: these end first, not a rank
+        f.write("1000")  # many at their limit may be too much: these end first, not a rank
     nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)                                     # the fork server's socket
-    os.dup2(nowhere, 2)                                     # Rust's last words when memory ends
+    os.dup2(nowhere, 0)  # the fork server's socket
+    os.dup2(nowhere, 2)  # Rust's last words when memory ends
 
 
 def main() -> None:
-    """The fork server. The first message on stdin, JSON, is [tokenizer's path or null, folder, limit of CPU seconds]; each further
-    one brings a socket, and says how nice its worker is to be."""
+    """The fork server. The first message on stdin, JSON, is [tokenizer's path or null, folder,
+    limit of CPU seconds]; each further one brings a socket, and says how nice its worker is to
+    be."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)           # workers that have ended need no burial
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that have ended need no burial
     control = socket.socket(fileno=os.dup(0))
     tokenizer_path, folder, cpu_s = json.loads(control.recv(1 << 16))
     tokenizer = open_tokenizer(tokenizer_path, folder)
     grammars = Grammars(tokenizer)
-    n_bytes = np.array([0 if i in tokenizer.stop_ids else len(tokenizer.token_bytes(i)) for i in range(tokenizer.n_vocab)])
+    n_bytes = np.array(
+        [
+            0 if i in tokenizer.stop_ids else len(tokenizer.token_bytes(i))
+            for i in range(tokenizer.n_vocab)
+        ]
+    )
     n_bytes = np.pad(n_bytes, (0, -tokenizer.n_vocab % 32))
-    gc.freeze()                                             # a collection would copy the pages that all share
+    gc.freeze()  # a collection would copy the pages that all share
     while True:
         data, files, _, _ = socket.recv_fds(control, 16, 1)
         if not data:

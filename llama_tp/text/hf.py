@@ -1,7 +1,9 @@
-"""HF's tokenizer.json, run by the `tokenizers` library: byte-level BPE (Llama 3) and sentencepiece-made ones.
+"""HF's tokenizer.json, run by the `tokenizers` library: byte-level BPE (Llama 3) and
+sentencepiece-made ones.
 
-The library is an extra, imported when such a file is opened. Only its encoder is used: token bytes are read from the
-vocabulary, so that streaming and decoding are the same code for every tokenizer. Refuses to know where files lie.
+The library is an extra, imported when such a file is opened. Only its encoder is used: token bytes
+are read from the vocabulary, so that streaming and decoding are the same code for every tokenizer.
+Refuses to know where files lie.
 """
 
 import json
@@ -10,8 +12,8 @@ import re
 from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
-MOST_GAPS = 1 << 20             # ids without a token
-MOST_GROWTH = 4096              # Llama's normalizers put one character in front and replace one by one: 4
+MOST_GAPS = 1 << 20  # ids without a token
+MOST_GROWTH = 4096  # Llama's normalizers put one character in front and replace one by one: 4
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -20,52 +22,79 @@ class HfTokenizer(Tokenizer):
 
     Args:
         data: content of tokenizer.json; where: its name for messages.
-        tokenizer_config, generation_config, config: the JSON files of these names, {} where there is none.
+        tokenizer_config, generation_config, config: the JSON files of these names, {} where there
+          is none.
 
-    What stands around a prompt (BOS, nothing, an EOS) is decided by the post-processor of tokenizer.json alone. transformers 5 does
-    not look at add_bos_token or the class where there is such a file, whatever it saved there before.
-    bos_id is what the post-processor puts first; else the bos token that the configs name, which begins empty prompts only.
-    stop_ids are generation_config's eos_token_id, else config's, else tokenizer_config's eos_token.
-    The space that sentencepiece puts before a text's first word stays in decoded text: a completion needs it.
+    What stands around a prompt (BOS, nothing, an EOS) is decided by the post-processor of
+    tokenizer.json alone. transformers 5 does not look at add_bos_token or the class where there is
+    such a file, whatever it saved there before.
+    bos_id is what the post-processor puts first; else the bos token that the configs name, which
+    begins empty prompts only. stop_ids are generation_config's eos_token_id, else config's, else
+    tokenizer_config's eos_token.
+    The space that sentencepiece puts before a text's first word stays in decoded text: a completion
+    needs it.
 
-    Raises UserError without the `tokenizers` package, and for a broken file or a decoder of another family.
+    Raises UserError without the `tokenizers` package, and for a broken file or a decoder of another
+    family.
     """
 
-    def __init__(self, data: bytes, where: str, tokenizer_config: dict, generation_config: dict, config: dict):
+    def __init__(
+        self, data: bytes, where: str, tokenizer_config: dict, generation_config: dict, config: dict
+    ):
         try:
             import tokenizers
         except ImportError:
-            raise UserError(f"{where} needs the tokenizers package", "it is not installed",
-                            "pip install 'llama_tp[hf]'") from None
+            raise UserError(
+                f"{where} needs the tokenizers package",
+                "it is not installed",
+                "pip install 'llama_tp[hf]'",
+            ) from None
         try:
             text = data.decode("utf-8-sig")
             library = tokenizers.Tokenizer.from_str(text)
-            # As the library read it: Python's JSON takes half a second for the whole file of a Llama 3.
+            # As the library read it: Python's JSON takes half a second for the whole file of a
+            # Llama 3.
             decoder = json.loads(library.decoder.__getstate__()) if library.decoder else None
-            _check_growth(json.loads(library.normalizer.__getstate__()) if library.normalizer else {})
-            for adds in (False, True):                      # some files are found to be broken only here
+            _check_growth(
+                json.loads(library.normalizer.__getstate__()) if library.normalizer else {}
+            )
+            for adds in (False, True):  # some files are found to be broken only here
                 library.encode("a", add_special_tokens=adds)
-        except BaseException as error:                      # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception
             if not isinstance(error, Exception) and not _is_panic(error):
                 raise
-            raise UserError(f"{where} is not a whole tokenizer.json", f"{str(error)[:200]}",
-                            "download it again, or write it with a current transformers") from None
+            raise UserError(
+                f"{where} is not a whole tokenizer.json",
+                f"{str(error)[:200]}",
+                "download it again, or write it with a current transformers",
+            ) from None
         _make_special(library, tokenizer_config)
-        library.encode_special_tokens = True                # "<|eot_id|>" in a text is seven plain characters and more
+        # "<|eot_id|>" in a text is seven plain characters and more
+        library.encode_special_tokens = True
         library.no_truncation()
         library.no_padding()
-        if getattr(library.model, "dropout", None):         # of merges, in training
+        if getattr(library.model, "dropout", None):  # of merges, in training
             library.model.dropout = None
         vocab = library.get_vocab(with_added_tokens=True)
-        specials = {token.content: i for i, token in library.get_added_tokens_decoder().items() if token.special}
+        specials = {
+            token.content: i
+            for i, token in library.get_added_tokens_decoder().items()
+            if token.special
+        }
         if not vocab or max(vocab.values()) - len(vocab) > MOST_GAPS:
-            raise UserError(f"{where}: its ids leave too many gaps", f"{len(vocab):,} tokens, the highest id is "
-                            f"{max(vocab.values(), default=-1):,}", "download it again")
+            raise UserError(
+                f"{where}: its ids leave too many gaps",
+                f"{len(vocab):,} tokens, the highest id is {max(vocab.values(), default=-1):,}",
+                "download it again",
+            )
         super().__init__(
-            _token_bytes(vocab, specials, _byte_reader(decoder, where)), specials,
+            _token_bytes(vocab, specials, _byte_reader(decoder, where)),
+            specials,
             _bos_id(library, specials, tokenizer_config, generation_config, config),
             _stop_ids(library, tokenizer_config, generation_config, config),
-            to_ids=lambda text: _ids(library, text, False), to_prompt_ids=lambda text: _ids(library, text, True))
+            to_ids=lambda text: _ids(library, text, False),
+            to_prompt_ids=lambda text: _ids(library, text, True),
+        )
 
 
 def _ids(library, text: str, adds_specials: bool) -> list[int]:
@@ -74,17 +103,20 @@ def _ids(library, text: str, adds_specials: bool) -> list[int]:
     except BaseException as error:
         if not _is_panic(error):
             raise
-        raise UserError("the tokenizer breaks down over this text", f"{error}"[:200], "check its tokenizer.json") from None
+        raise UserError(
+            "the tokenizer breaks down over this text", f"{error}"[:200], "check its tokenizer.json"
+        ) from None
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code has panicked: pyo3's exception for it is no Exception, and no module has it."""
+    """Whether Rust code has panicked: pyo3's exception for it is no Exception, and no module has
+    it."""
     return type(error).__name__ == "PanicException"
 
 
 def _check_growth(normalizer: dict) -> None:
-    """Raises ValueError for a normalizer that makes a text MOST_GROWTH times as long: few replacements of "a" by a thousand take
-    all memory, and the library then ends the process."""
+    """Raises ValueError for a normalizer that makes a text MOST_GROWTH times as long: few
+    replacements of "a" by a thousand take all memory, and the library then ends the process."""
     growth, steps = 1, [normalizer]
     while steps:
         step = steps.pop()
@@ -95,15 +127,18 @@ def _check_growth(normalizer: dict) -> None:
 
 
 def _make_special(library, tokenizer_config: dict) -> None:
-    """Makes added tokens special that tokenizer_config names as such, as transformers does: it saves them with special false where
-    a training script added them as words. Other names change nothing."""
+    """Makes added tokens special that tokenizer_config names as such, as transformers does: it
+    saves them with special false where a training script added them as words. Other names change
+    nothing."""
     named = {_name(value) for key, value in tokenizer_config.items() if key.endswith("_token")}
-    added = {token.content for token in library.get_added_tokens_decoder().values() if not token.special}
+    added = {
+        token.content for token in library.get_added_tokens_decoder().values() if not token.special
+    }
     library.add_special_tokens(sorted(named & added))
 
 
 def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
-    table = [b""] * (max(vocab.values()) + 1)               # ids may have gaps: not len(vocab)
+    table = [b""] * (max(vocab.values()) + 1)  # ids may have gaps: not len(vocab)
     for token, i in vocab.items():
         if token not in specials:
             table[i] = to_bytes(token)
@@ -111,28 +146,35 @@ def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> l
 
 
 def _byte_reader(decoder: dict | None, where: str):
-    """The function from a token as tokenizer.json spells it to its bytes, chosen by the file's decoder."""
+    """The function from a token as tokenizer.json spells it to its bytes, chosen by the file's
+    decoder."""
     steps = (decoder or {}).get("decoders") or [decoder or {}]
     kinds = {step.get("type") for step in steps}
     if "ByteLevel" in kinds:
         return _byte_level
     if kinds & {"ByteFallback", "Metaspace"}:
         return _sentencepiece
-    raise UserError(f"{where}: this kind of tokenizer is not supported", f"its decoder is {sorted(map(str, kinds))}",
-                    "llama_tp reads byte-level BPE and sentencepiece-made tokenizer.json files")
+    raise UserError(
+        f"{where}: this kind of tokenizer is not supported",
+        f"its decoder is {sorted(map(str, kinds))}",
+        "llama_tp reads byte-level BPE and sentencepiece-made tokenizer.json files",
+    )
 
 
-# Byte-level BPE spells every byte as one visible character: the visible Latin-1 ones as themselves, the other 68 as
-# U+0100 onwards in order (the GPT-2 convention that all ByteLevel tokenizers follow).
+# Byte-level BPE spells every byte as one visible character: the visible Latin-1 ones as themselves,
+# the other 68 as U+0100 onwards in order (the GPT-2 convention that all ByteLevel tokenizers
+# follow).
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _HIDDEN = [value for value in range(256) if value not in _VISIBLE]
-_BYTE_OF = {chr(value): value for value in _VISIBLE} | {chr(0x100 + i): value for i, value in enumerate(_HIDDEN)}
+_BYTE_OF = {chr(value): value for value in _VISIBLE} | {
+    chr(0x100 + i): value for i, value in enumerate(_HIDDEN)
+}
 
 
 def _byte_level(token: str) -> bytes:
     try:
         return bytes(_BYTE_OF[char] for char in token)
-    except KeyError:                                        # an added token, spelled as it is
+    except KeyError:  # an added token, spelled as it is
         return token.encode("utf-8")
 
 
@@ -141,25 +183,36 @@ def _sentencepiece(token: str) -> bytes:
     return bytes([int(byte[1], 16)]) if byte else token.replace("\u2581", " ").encode("utf-8")
 
 
-def _bos_id(library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict,
-            config: dict) -> int | None:
+def _bos_id(
+    library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict, config: dict
+) -> int | None:
     plain, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
-    if whole[:len(plain)] != plain:
+    if whole[: len(plain)] != plain:
         return whole[0]
-    candidates = (_named_id(library, tokenizer_config.get("bos_token")), generation_config.get("bos_token_id"),
-                  config.get("bos_token_id"))
-    # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer can be the one.
+    candidates = (
+        _named_id(library, tokenizer_config.get("bos_token")),
+        generation_config.get("bos_token_id"),
+        config.get("bos_token_id"),
+    )
+    # transformers fills in bos 1 where a config is silent: only a control token of this tokenizer
+    # can be the one.
     return next((i for i in candidates if i in specials.values()), None)
 
 
 def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: dict) -> list[int]:
-    candidates = (generation_config.get("eos_token_id"), config.get("eos_token_id"),
-                  _named_id(library, tokenizer_config.get("eos_token")))
+    candidates = (
+        generation_config.get("eos_token_id"),
+        config.get("eos_token_id"),
+        _named_id(library, tokenizer_config.get("eos_token")),
+    )
     found = next((value for value in candidates if value is not None), [])
     ids = found if isinstance(found, list) else [found]
     if not all(type(i) is int for i in ids):
-        raise UserError("eos_token_id must be a token id or a list of them", f"found {found!r}",
-                        "correct generation_config.json or config.json")
+        raise UserError(
+            "eos_token_id must be a token id or a list of them",
+            f"found {found!r}",
+            "correct generation_config.json or config.json",
+        )
     return ids
 
 

@@ -1,7 +1,9 @@
-"""Token ids in, finished text out, piece by piece: whole characters only, and never the beginning of a stop string.
+"""Token ids in, finished text out, piece by piece: whole characters only, and never the beginning
+of a stop string.
 
-A token may be a third of an emoji, or hold the end of one word and a stop string and more. The stream keeps only what
-it cannot decide yet: bytes of an unfinished character, and text that may grow into a stop string. Knows no requests.
+A token may be a third of an emoji, or hold the end of one word and a stop string and more. The
+stream keeps only what it cannot decide yet: bytes of an unfinished character, and text that may
+grow into a stop string. Knows no requests.
 """
 
 import codecs
@@ -12,11 +14,13 @@ from llama_tp.text.token_table import Tokenizer
 
 
 class TextStream:
-    """The text of one completion as it grows. All the pieces together are `tokenizer.decode` of all the ids, cut before
-    the stop string that is the first to be complete (of two that end together, the longer): the same text for every
-    way of grouping the ids. A push costs time in the length of the new text and the longest stop string.
+    """The text of one completion as it grows. All the pieces together are `tokenizer.decode` of all
+    the ids, cut before the stop string that is the first to be complete (of two that end together,
+    the longer): the same text for every way of grouping the ids. A push costs time in the length of
+    the new text and the longest stop string.
 
-    `stopped` is the stop string that was met, None until then. Raises UserError for an empty stop string.
+    `stopped` is the stop string that was met, None until then. Raises UserError for an empty stop
+    string.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
@@ -30,7 +34,11 @@ class TextStream:
         """Looks for these stop strings from now on, in text that is still held or yet to come."""
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:
-            raise UserError("a stop string must not be empty", f"found {list(self._stop)!r}", "leave the empty one out")
+            raise UserError(
+                "a stop string must not be empty",
+                f"found {list(self._stop)!r}",
+                "leave the empty one out",
+            )
         self._longest = max(map(len, self._stop), default=1)
 
     def push(self, ids: Iterable[int]) -> str:
@@ -51,7 +59,7 @@ class TextStream:
         found = [(self._held.index(s) + len(s), -len(s), s) for s in self._stop if s in self._held]
         if found:
             end, _, self.stopped = min(found)
-            self._held = self._held[:end - len(self.stopped)]
+            self._held = self._held[: end - len(self.stopped)]
 
     def _n_undecided(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

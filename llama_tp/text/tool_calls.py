@@ -11,14 +11,16 @@ What Llama 3 models write, several in one message if need be:
     brave_search.call(query="...")                              a built-in tool
     anything else, after <|python_tag|>                         code for the code interpreter
 
-The text goes character by character through a generator that reads like a grammar (`call_grammar.section`). What may still
-turn out not to be a call is held; a `Reject` sends it through again as content or code. Hence any cutting of a text into pieces
-gives the same message, in time linear in its length. A JSON or <function=> call is certain at the { of its arguments, and they
-stream from there; if they are broken or cut short they come out as the model wrote them (OpenAI warns its callers of that), and
-another key behind them is content. All other text that is no call is content, unchanged.
+The text goes character by character through a generator that reads like a grammar
+(`call_grammar.section`). What may still turn out not to be a call is held; a `Reject` sends it
+through again as content or code. Hence any cutting of a text into pieces gives the same message, in
+time linear in its length. A JSON or <function=> call is certain at the { of its arguments, and they
+stream from there; if they are broken or cut short they come out as the model wrote them (OpenAI
+warns its callers of that), and another key behind them is content. All other text that is no call
+is content, unchanged.
 
 Knows no tokens: who feeds it says where <|python_tag|> stood.
-"""
+"""  # noqa: E501
 
 import itertools
 import uuid
@@ -61,7 +63,9 @@ def fold(deltas: Iterable[str | CallDelta]) -> Answer:
     return answer
 
 
-def parse(text: str, tools: Sequence[Mapping] | None = None, python_tag: bool = False, **options) -> Answer:
+def parse(
+    text: str, tools: Sequence[Mapping] | None = None, python_tag: bool = False, **options
+) -> Answer:
     """A whole message at once; `python_tag` if <|python_tag|> stood before it. Never raises."""
     parser = ToolCallParser(tools, **options)
     return fold([*parser.push(text, python_tag), *parser.finish()])
@@ -73,8 +77,8 @@ def random_id(index: int) -> str:
 
 
 def signature(tool: Mapping) -> tuple[str, list[str]]:
-    """(name, names of the parameters in order) of a tool in OpenAI's shape, or in the short one of a built-in tool,
-    {"type": "brave_search"}."""
+    """(name, names of the parameters in order) of a tool in OpenAI's shape, or in the short one of
+    a built-in tool, {"type": "brave_search"}."""
     function = tool.get("function")
     if not isinstance(function, Mapping):
         return str(tool.get("type")), ["query"]
@@ -87,8 +91,8 @@ class ToolCallParser:
     """The parser of one message.
 
     Args:
-        tools: those of the request, in OpenAI's shape or as {"type": "brave_search"}. Only these can be called: text that names
-            others is content. None: any name can be.
+        tools: those of the request, in OpenAI's shape or as {"type": "brave_search"}. Only these
+            can be called: text that names others is content. None: any name can be.
         parallel: False ends the message at its second call (OpenAI's parallel_tool_calls).
         new_id: from a call's index to its id.
 
@@ -100,11 +104,17 @@ class ToolCallParser:
             if delta.finish_reason:
                 out += parser.finish()
 
-    The finish reason is "tool_calls" where the engine says "stop" and `n_calls` is not 0. Where it says "length", the last call's
-    arguments may end anywhere. <|eom_id|> and <|eot_id|> end an answer and are no part of it.
+    The finish reason is "tool_calls" where the engine says "stop" and `n_calls` is not 0. Where it
+    says "length", the last call's arguments may end anywhere. <|eom_id|> and <|eot_id|> end an
+    answer and are no part of it.
     """
 
-    def __init__(self, tools: Sequence[Mapping] | None = None, parallel: bool = True, new_id: Callable[[int], str] = random_id):
+    def __init__(
+        self,
+        tools: Sequence[Mapping] | None = None,
+        parallel: bool = True,
+        new_id: Callable[[int], str] = random_id,
+    ):
         parameters = None if tools is None else dict(map(signature, tools))
         self._grammar = CallGrammar(parameters, parallel, new_id)
         self._begin_section(tagged=False)
@@ -115,8 +125,8 @@ class ToolCallParser:
         return self._grammar.n_calls
 
     def push(self, text: str, python_tag: bool = False) -> list[str | CallDelta]:
-        """What has become certain with `text`: pieces of content (str) and of calls, in order. `python_tag` says that the
-        tag came just before `text`. Never raises, whatever the text."""
+        """What has become certain with `text`: pieces of content (str) and of calls, in order.
+        `python_tag` says that the tag came just before `text`. Never raises, whatever the text."""
         if python_tag:
             self._end_section()
             self._begin_section(tagged=True)
@@ -133,26 +143,37 @@ class ToolCallParser:
     def _begin_section(self, tagged: bool) -> None:
         self._grammar.reader.held.clear()
         self._section = self._grammar.section(tagged)
-        next(self._section)                             # up to its wish for a character
+        next(self._section)  # up to its wish for a character
 
     def _read(self) -> None:
         while self._grammar.reader.advance():
             next(self._section)
 
     def _end_section(self) -> None:
-        """Shows the end to the grammar until it returns; in between it may read again what it had held."""
+        """Shows the end to the grammar until it returns; in between it may read again what it had
+        held."""
         ended = False
         while not ended:
             self._read()
             self._grammar.reader.ch = ""
-            ended = next(self._section, True)           # a bare yield is None
+            ended = next(self._section, True)  # a bare yield is None
 
     def _take(self) -> list[str | CallDelta]:
         """The deltas since the last time, neighbours that continue each other joined."""
         joined: list[str | CallDelta] = []
-        for index, group in itertools.groupby(self._grammar.out, key=lambda one: None if isinstance(one, str) else one.index):
+        for index, group in itertools.groupby(
+            self._grammar.out, key=lambda one: None if isinstance(one, str) else one.index
+        ):
             pieces = list(group)
-            joined.append("".join(pieces) if index is None else CallDelta(
-                index, pieces[0].id, pieces[0].name, "".join(piece.arguments for piece in pieces)))
+            joined.append(
+                "".join(pieces)
+                if index is None
+                else CallDelta(
+                    index,
+                    pieces[0].id,
+                    pieces[0].name,
+                    "".join(piece.arguments for piece in pieces),
+                )
+            )
         self._grammar.out.clear()
         return joined

@@ -1,4 +1,5 @@
-"""The machine's ceiling: what is measured with, how it is timed on a device, and that nothing else comes into the timing."""
+"""The machine's ceiling: what is measured with, how it is timed on a device, and that nothing else
+comes into the timing."""
 
 from types import SimpleNamespace
 
@@ -6,7 +7,14 @@ import pytest
 import torch
 
 from llama_tp.benchmarks import ceiling, latency, session
-from llama_tp.benchmarks.ceiling import Ceiling, CudaProbe, HostProbe, matrix_rate, probe_of, read_rate
+from llama_tp.benchmarks.ceiling import (
+    Ceiling,
+    CudaProbe,
+    HostProbe,
+    matrix_rate,
+    probe_of,
+    read_rate,
+)
 from llama_tp.engine.runner import Runner
 from llama_tp.parallel.groups import single_rank
 from tests.engines import Counting, engine
@@ -17,8 +25,8 @@ GIB = 1 << 30
 
 
 class FakeDevice:
-    """A device with a clock of its own: it works for 3 ms a call, while the host is done with launching after 2 us, and idle
-    between two launches if it is waited for."""
+    """A device with a clock of its own: it works for 3 ms a call, while the host is done with
+    launching after 2 us, and idle between two launches if it is waited for."""
 
     def __init__(self, monkeypatch, free: int = 80 * GIB):
         self.now_ms, self.n_waits, self.n_calls = 0.0, 0, 0
@@ -34,17 +42,18 @@ class FakeDevice:
             def elapsed_time(self, end):
                 assert device.n_waits, "read before the device was done"
                 return end.at_ms - self.at_ms
+
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda where: (free, 80 * GIB))
 
     def synchronize(self, where):
         self.n_waits += 1
-        self.now_ms += 50                       # all that a host takes to notice, which no event saw
+        self.now_ms += 50  # all that a host takes to notice, which no event saw
 
     def work(self):
         self.n_calls += 1
-        self.now_ms += 100 if self.n_calls == 1 else 3      # the first call sets things up
+        self.now_ms += 100 if self.n_calls == 1 else 3  # the first call sets things up
 
 
 def test_a_device_is_timed_by_its_own_events_and_waited_for_once(monkeypatch):
@@ -53,8 +62,13 @@ def test_a_device_is_timed_by_its_own_events_and_waited_for_once(monkeypatch):
     assert device.n_waits == 1 and device.n_calls == ceiling.REPEATS + 1
 
 
-@pytest.mark.parametrize("free, n_bytes", [(80 * GIB, 4 * GIB), (8 * GIB, 4 * GIB), (3 * GIB, 3 * GIB // 2), (GIB // 2, GIB // 4)])
-def test_what_a_gpu_reads_is_far_beyond_its_cache_and_within_what_is_free(monkeypatch, free, n_bytes):
+@pytest.mark.parametrize(
+    "free, n_bytes",
+    [(80 * GIB, 4 * GIB), (8 * GIB, 4 * GIB), (3 * GIB, 3 * GIB // 2), (GIB // 2, GIB // 4)],
+)
+def test_what_a_gpu_reads_is_far_beyond_its_cache_and_within_what_is_free(
+    monkeypatch, free, n_bytes
+):
     FakeDevice(monkeypatch, free)
     probe = probe_of(CUDA)
     assert type(probe) is CudaProbe and probe.n_bytes == n_bytes
@@ -75,8 +89,9 @@ def test_rates_are_medians_over_random_data(monkeypatch):
     monkeypatch.setattr(ceiling, "load", lambda: None)
     monkeypatch.setattr(ceiling, "PART_BYTES", 1 << 14)
     probe = Known()
-    assert read_rate(CPU, probe) == (1 << 16) / 2 and len(set(map(int, probe.result))) == 4     # four parts, each its own maximum
-    assert matrix_rate(CPU, torch.float32, probe) == 2 * 2 * 32 * 64 ** 2 / 2
+    # four parts, each its own maximum
+    assert read_rate(CPU, probe) == (1 << 16) / 2 and len(set(map(int, probe.result))) == 4
+    assert matrix_rate(CPU, torch.float32, probe) == 2 * 2 * 32 * 64**2 / 2
     assert all(len(product.unique()) > 1000 for product in probe.result)
 
 
@@ -86,7 +101,9 @@ def test_this_machine_is_measured_the_same_way():
 
 
 def test_no_batch_size_is_captured_inside_a_timing():
-    one = engine(single_rank(), SHRUNK["8b"], runner=Runner, graphs=True, record=Counting, max_rows=3)
+    one = engine(
+        single_rank(), SHRUNK["8b"], runner=Runner, graphs=True, record=Counting, max_rows=3
+    )
     record = one.runner.graphs.record
     captured = record.n_captured
     limits = Ceiling(1e9, 1e12, 10**9, 10**6, 10**9, 5 * 10**8, 1)
@@ -102,6 +119,8 @@ def test_the_probe_is_no_part_of_a_gpus_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(session, "ceiling", lambda *args, **named: "limits")
     model = SimpleNamespace(config=None, dtype=None)
-    on_gpu = SimpleNamespace(ranks=SimpleNamespace(device=CUDA), runner=SimpleNamespace(model=model))
+    on_gpu = SimpleNamespace(
+        ranks=SimpleNamespace(device=CUDA), runner=SimpleNamespace(model=model)
+    )
     limits, before = session.limits_and_peak(on_gpu, alone=False)
     assert limits == "limits" and max(before, session.peak_bytes(on_gpu)) == 7

@@ -1,4 +1,5 @@
-"""Headers of safetensors files, against the library's own reader: sound ones, and with bytes changed."""
+"""Headers of safetensors files, against the library's own reader: sound ones, and with bytes
+changed."""
 
 import json
 import struct
@@ -14,22 +15,37 @@ from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import METADATA_BYTES, read_header
 from llama_tp.spec.errors import UserError
 
-FILE = save({"a": torch.arange(6.0).view(2, 3), "b": torch.arange(4).to(torch.bfloat16), "c": torch.ones(1, 2, 1).half()},
-            {"format": "pt"})
+FILE = save(
+    {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.arange(4).to(torch.bfloat16),
+        "c": torch.ones(1, 2, 1).half(),
+    },
+    {"format": "pt"},
+)
 (LENGTH,) = struct.unpack("<Q", FILE[:8])
-HEADER, DATA = FILE[8:8 + LENGTH], FILE[8 + LENGTH:]
+HEADER, DATA = FILE[8 : 8 + LENGTH], FILE[8 + LENGTH :]
 
 
 def ours(path) -> dict:
     found = read_header(str(path), Files(), 3)
     data = path.read_bytes()
-    return {key: (s.dtype, s.shape, data[s.offset:s.offset + s.n_bytes]) for key, s in found.items()}
+    return {
+        key: (s.dtype, s.shape, data[s.offset : s.offset + s.n_bytes]) for key, s in found.items()
+    }
 
 
 def theirs(path) -> dict:
     with safe_open(path, "pt") as file:
-        return {key: (t.dtype, tuple(t.shape), t.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-                for key in file.keys() for t in [file.get_tensor(key)]}
+        return {
+            key: (
+                t.dtype,
+                tuple(t.shape),
+                t.contiguous().view(-1).view(torch.uint8).numpy().tobytes(),
+            )
+            for key in file.keys()
+            for t in [file.get_tensor(key)]
+        }
 
 
 def is_read_as_the_library_reads_it(path, raw: bytes) -> None:
@@ -46,33 +62,56 @@ def is_read_as_the_library_reads_it(path, raw: bytes) -> None:
         pytest.fail(f"{refusal}: {raw}")
 
 
-BYTE = st.tuples(st.integers(0, LENGTH - 1), st.integers(0, 255) | st.sampled_from(b'0123456789[]{},":FBU "'))
+BYTE = st.tuples(
+    st.integers(0, LENGTH - 1), st.integers(0, 255) | st.sampled_from(b'0123456789[]{},":FBU "')
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(changes=st.lists(BYTE, max_size=2), at=st.integers(0, LENGTH), cut=st.integers(0, 4), kept=st.booleans())
-def test_a_changed_header_is_refused_or_read_as_the_library_reads_it(tmp_path_factory, changes, at, cut, kept):
+@given(
+    changes=st.lists(BYTE, max_size=2),
+    at=st.integers(0, LENGTH),
+    cut=st.integers(0, 4),
+    kept=st.booleans(),
+)
+def test_a_changed_header_is_refused_or_read_as_the_library_reads_it(
+    tmp_path_factory, changes, at, cut, kept
+):
     header = bytearray(HEADER)
     for place, byte in changes:
         header[place] = byte
-    del header[at:at + cut]
+    del header[at : at + cut]
     raw = struct.pack("<Q", LENGTH if kept else len(header)) + header + DATA
     is_read_as_the_library_reads_it(tmp_path_factory.getbasetemp() / "changed.safetensors", raw)
 
 
 SMALL = st.integers(0, 30) | st.sampled_from([-1, 1.0, True, None, "2", 2**63, 10**400, [2]])
 ENTRY = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["F32", "BF16", "F16", "U8", "F8_E4M3", "bf16", "", 5]), "shape": st.lists(SMALL, max_size=3)},
-    optional={"data_offsets": st.lists(SMALL, max_size=3) | st.tuples(st.sampled_from([0, 8, 24]), st.sampled_from([8, 24, 28])),
-              "extra": SMALL})
+    {
+        "dtype": st.sampled_from(["F32", "BF16", "F16", "U8", "F8_E4M3", "bf16", "", 5]),
+        "shape": st.lists(SMALL, max_size=3),
+    },
+    optional={
+        "data_offsets": st.lists(SMALL, max_size=3)
+        | st.tuples(st.sampled_from([0, 8, 24]), st.sampled_from([8, 24, 28])),
+        "extra": SMALL,
+    },
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(entries=st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRY | SMALL, max_size=3), n=st.integers(0, 40))
+@given(
+    entries=st.dictionaries(
+        st.text(max_size=3) | st.just("__metadata__"), ENTRY | SMALL, max_size=3
+    ),
+    n=st.integers(0, 40),
+)
 def test_any_header_is_refused_or_read_as_the_library_reads_it(tmp_path_factory, entries, n):
     header = json.dumps(entries).encode()
-    is_read_as_the_library_reads_it(tmp_path_factory.getbasetemp() / "any.safetensors",
-                                    struct.pack("<Q", len(header)) + header + DATA[:n])
+    is_read_as_the_library_reads_it(
+        tmp_path_factory.getbasetemp() / "any.safetensors",
+        struct.pack("<Q", len(header)) + header + DATA[:n],
+    )
 
 
 def test_a_header_may_hold_metadata_and_no_more_than_a_model_needs(tmp_path):

@@ -1,4 +1,5 @@
-"""`org/name`: what is asked of huggingface_hub, with a fake at the seam, and no network anywhere."""
+"""`org/name`: what is asked of huggingface_hub, with a fake at the seam, and no network
+anywhere."""
 
 import sys
 from types import SimpleNamespace
@@ -13,7 +14,8 @@ from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A fake hub: `files` it lists, `folder` it hands out, `asked` of it; `folder` None is an error."""
+    """A fake hub: `files` it lists, `folder` it hands out, `asked` of it; `folder` None is an
+    error."""
     fake = SimpleNamespace(files=[], folder=None, asked=[])
 
     def snapshot_download(repo, **options):
@@ -22,8 +24,10 @@ def hub(monkeypatch):
             raise RuntimeError("401 Client Error. Access is restricted")
         return str(fake.folder)
 
-    module = SimpleNamespace(snapshot_download=snapshot_download,
-                             HfApi=lambda: SimpleNamespace(list_repo_files=lambda repo: fake.files))
+    module = SimpleNamespace(
+        snapshot_download=snapshot_download,
+        HfApi=lambda: SimpleNamespace(list_repo_files=lambda repo: fake.files),
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return fake
 
@@ -44,11 +48,14 @@ def test_a_misspelt_name_in_a_folder_that_is_here_asks_nobody(tmp_path, hub, mon
 
 
 def test_one_rank_downloads_and_the_others_find_it(tmp_path, hub):
-    hub.files, hub.folder = ["config.json", "model.safetensors", "original/consolidated.00.pth"], tmp_path
+    hub.files, hub.folder = (
+        ["config.json", "model.safetensors", "original/consolidated.00.pth"],
+        tmp_path,
+    )
     write_hf(tmp_path, GQA, random_weights(GQA))
     assert fetch("org/name") == str(tmp_path)
     patterns = hub.asked[0][1]["allow_patterns"]
-    assert "*.safetensors" in patterns and "original/*" not in patterns     # not the weights twice
+    assert "*.safetensors" in patterns and "original/*" not in patterns  # not the weights twice
     assert open_checkpoint("org/name").layout == "hf"
     assert hub.asked[1] == ("org/name", {"local_files_only": True})
 
@@ -73,8 +80,22 @@ def test_without_the_extra(monkeypatch):
         open_checkpoint("org/name")
 
 
-@pytest.mark.parametrize("name", ["org/" + "n" * 10**6, "o" * 10**6 + "/name", "org/a..b", "org/name\x1b[31m", "org/../name",
-                                  "org/n\0", "", "/" * 5000, "org/name/more", "org//name", "é/ü"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "org/" + "n" * 10**6,
+        "o" * 10**6 + "/name",
+        "org/a..b",
+        "org/name\x1b[31m",
+        "org/../name",
+        "org/n\0",
+        "",
+        "/" * 5000,
+        "org/name/more",
+        "org//name",
+        "é/ü",
+    ],
+)
 def test_a_hostile_name_is_asked_for_or_refused_in_one_short_error(name, hub):
     with pytest.raises(UserError) as caught:
         open_checkpoint(fetch(name))

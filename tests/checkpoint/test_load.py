@@ -1,4 +1,5 @@
-"""Any stored layout to any rank: bit-equal to hand-made slices of the whole (issue: resharding oracle)."""
+"""Any stored layout to any rank: bit-equal to hand-made slices of the whole (issue: resharding
+oracle)."""
 
 import json
 from collections import Counter
@@ -12,7 +13,16 @@ from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import _remarks, open_checkpoint
 from llama_tp.spec.config import RopeScaling
 from llama_tp.spec.errors import UserError
-from tests.checkpoint.make import (GQA, RAGGED, THREES, expected, meta_shard, random_weights, write_hf, write_meta)
+from tests.checkpoint.make import (
+    GQA,
+    RAGGED,
+    THREES,
+    expected,
+    meta_shard,
+    random_weights,
+    write_hf,
+    write_meta,
+)
 
 torch.set_num_threads(1)
 
@@ -46,7 +56,12 @@ def assert_all_ranks(source, c, weights, degrees):
 def test_meta_shards_to_any_degree(tmp_path, mp):
     weights = random_weights(GQA)
     source = open_checkpoint(write_meta(tmp_path, GQA, weights, mp))
-    assert (source.layout, source.n_shards, source.config, source.dtype) == ("meta", mp, GQA, torch.bfloat16)
+    assert (source.layout, source.n_shards, source.config, source.dtype) == (
+        "meta",
+        mp,
+        GQA,
+        torch.bfloat16,
+    )
     assert source.n_bytes == sum(w.nbytes for w in weights.values()) == source.rank_bytes(0, 1)
     assert_all_ranks(source, GQA, weights, (1, 2, 4, 8, 16))
 
@@ -61,17 +76,22 @@ def test_hf_files_to_any_degree(tmp_path, n_files, index):
 
 def test_vocabulary_and_ffn_that_do_not_divide_are_padded_with_zeros(tmp_path):
     weights = random_weights(RAGGED)
-    for source in (open_checkpoint(write_meta(tmp_path / "m", RAGGED, weights, 4)),
-                   open_checkpoint(write_hf(tmp_path / "h", RAGGED, weights))):
+    for source in (
+        open_checkpoint(write_meta(tmp_path / "m", RAGGED, weights, 4)),
+        open_checkpoint(write_hf(tmp_path / "h", RAGGED, weights)),
+    ):
         assert_all_ranks(source, RAGGED, weights, (1, 2, 8, 16))
-    last = loaded(source, 15, 16)               # 16 x 9 rows for 132, 16 x 7 columns for 100: nothing is left for it
+    # 16 x 9 rows for 132, 16 x 7 columns for 100: nothing is left for it
+    last = loaded(source, 15, 16)
     assert not last["output.weight"].any() and not last["layers.0.feed_forward.w2.weight"].any()
 
 
 def test_three_shards_to_one_and_back(tmp_path):
     weights = random_weights(THREES)
-    for source in (open_checkpoint(write_meta(tmp_path / "3", THREES, weights, 3)),
-                   open_checkpoint(write_meta(tmp_path / "1", THREES, weights, 1))):
+    for source in (
+        open_checkpoint(write_meta(tmp_path / "3", THREES, weights, 3)),
+        open_checkpoint(write_meta(tmp_path / "1", THREES, weights, 1)),
+    ):
         assert_all_ranks(source, THREES, weights, (1, 3, 6))
 
 
@@ -79,12 +99,16 @@ def test_coprime_degrees(tmp_path):
     """12 heads in 4 shards on 3 ranks: no rank's part is whole shards."""
     c = replace(GQA, n_heads=12, n_kv_heads=12, vocab_size=120)
     weights = random_weights(c)
-    assert_all_ranks(open_checkpoint(write_meta(tmp_path, c, weights, 4)), c, weights, (1, 3, 6, 12))
+    assert_all_ranks(
+        open_checkpoint(write_meta(tmp_path, c, weights, 4)), c, weights, (1, 3, 6, 12)
+    )
 
 
 def test_layouts_give_equal_tensors_on_every_rank(tmp_path):
     weights = random_weights(GQA)
-    sources = [open_checkpoint(write_meta(tmp_path / f"mp{mp}", GQA, weights, mp)) for mp in (1, 2, 8)]
+    sources = [
+        open_checkpoint(write_meta(tmp_path / f"mp{mp}", GQA, weights, mp)) for mp in (1, 2, 8)
+    ]
     sources.append(open_checkpoint(write_hf(tmp_path / "hf", GQA, weights, 2)))
     for rank in range(4):
         first, *others = [loaded(source, rank, 4) for source in sources]
@@ -112,19 +136,28 @@ def test_byte_order_mark_crlf_and_stray_files_are_no_matter(tmp_path):
     params = tmp_path / "params.json"
     lines = json.dumps(json.loads(params.read_text()), indent=1).splitlines()
     params.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    for stray in ("optimizer.pth", "._consolidated.00.pth", "consolidated.0.pth", "consolidated.00.pth.bak"):
+    for stray in (
+        "optimizer.pth",
+        "._consolidated.00.pth",
+        "consolidated.0.pth",
+        "consolidated.00.pth.bak",
+    ):
         (tmp_path / stray).write_bytes(b"junk")
     assert open_checkpoint(tmp_path).n_shards == 2
 
 
-# ---------------------------------------------------------------------------------- KV heads that are stored twice
+# ------------------------------------------------------------------- KV heads that are stored twice
+
 
 def doubled(weights, c, n=2):
     """The same model with every KV head stored n times in a row."""
+
     def twice(whole):
         return torch.cat([head for head in whole.split(c.head_dim) for _ in range(n)])
 
-    return {name: twice(w) if ".wk." in name or ".wv." in name else w for name, w in weights.items()}
+    return {
+        name: twice(w) if ".wk." in name or ".wv." in name else w for name, w in weights.items()
+    }
 
 
 @pytest.mark.parametrize("mp", [1, 2, 8, 16])
@@ -139,7 +172,9 @@ def test_sixteen_stored_kv_heads_fold_to_eight(tmp_path, mp):
 def test_hf_with_sixteen_stored_kv_heads(tmp_path):
     """The first HF export of the 405B (formats.md 1.4)."""
     weights = random_weights(GQA)
-    source = open_checkpoint(write_hf(tmp_path, replace(GQA, n_kv_heads=16), doubled(weights, GQA), 2))
+    source = open_checkpoint(
+        write_hf(tmp_path, replace(GQA, n_kv_heads=16), doubled(weights, GQA), 2)
+    )
     assert source.config.kv_repeat == 2
     assert_all_ranks(source, GQA, weights, (1, 8, 16))
 
@@ -156,7 +191,7 @@ def test_sixteen_different_kv_heads_stay_sixteen(tmp_path):
     c = replace(GQA, n_kv_heads=16)
     weights = random_weights(c)
     alike = weights["layers.0.attention.wk.weight"]
-    alike[4:8] = alike[:4]                      # one equal pair is not enough
+    alike[4:8] = alike[:4]  # one equal pair is not enough
     source = open_checkpoint(write_meta(tmp_path, c, weights, 2))
     assert (source.config.n_kv_heads, source.config.kv_repeat) == (16, 1)
     assert_all_ranks(source, c, weights, (1, 16))
@@ -165,14 +200,15 @@ def test_sixteen_different_kv_heads_stay_sixteen(tmp_path):
 @pytest.mark.parametrize("name", ["layers.1.attention.wk.weight", "layers.1.attention.wv.weight"])
 def test_a_layer_whose_copies_differ_is_refused_by_the_rank_that_holds_them(tmp_path, name):
     stored = doubled(random_weights(GQA), GQA)
-    stored[name][13 * 4 + 1, 5] += 1            # the second copy of head 6
+    stored[name][13 * 4 + 1, 5] += 1  # the second copy of head 6
     source = open_checkpoint(write_meta(tmp_path, GQA, stored, 16, n_kv_heads=16))
     loaded(source, 0, 2)
     with pytest.raises(UserError, match=rf"consolidated\.13\.pth: {name} differs"):
         loaded(source, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ tied embeddings
+# ---------------------------------------------------------------------------------- tied embeddings
+
 
 def test_tied_embeddings(tmp_path):
     c = replace(GQA, tied=True)
@@ -197,20 +233,26 @@ def test_a_head_of_its_own_wins_over_a_config_that_says_tied(tmp_path):
     weights = random_weights(GQA)
     weights["output.weight"] = weights["tok_embeddings.weight"].clone()
     weights["output.weight"][-1, -1] += 1
-    for folder in (write_meta(tmp_path / "m", GQA, weights, 1),
-                   write_hf(tmp_path / "h", GQA, weights, tie_word_embeddings=True)):
+    for folder in (
+        write_meta(tmp_path / "m", GQA, weights, 1),
+        write_hf(tmp_path / "h", GQA, weights, tie_word_embeddings=True),
+    ):
         source = open_checkpoint(folder)
         assert not source.config.tied
         assert_all_ranks(source, GQA, weights, (2,))
     assert any("head of its own" in note for note in source.notes)
 
 
-# ---------------------------------------------------------------------------------- dtypes, views, destinations
+# ---------------------------------------------------------------------- dtypes, views, destinations
+
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
 def test_stored_dtypes_are_cast_on_the_way(tmp_path, stored):
     weights = random_weights(GQA, stored)
-    for folder in (write_meta(tmp_path / "m", GQA, weights, 2), write_hf(tmp_path / "h", GQA, weights)):
+    for folder in (
+        write_meta(tmp_path / "m", GQA, weights, 2),
+        write_hf(tmp_path / "h", GQA, weights),
+    ):
         source = open_checkpoint(folder)
         assert source.dtype == stored
         got = loaded(source, 1, 2, torch.bfloat16)
@@ -228,13 +270,24 @@ def test_mixed_dtypes_are_said(tmp_path):
 def test_pth_views_parameters_and_shared_storages(tmp_path):
     """Llama 1 and 2 shards are views of one storage; others save transposed views or Parameters."""
     weights = random_weights(GQA)
-    big = torch.stack([weights["layers.0.feed_forward.w1.weight"], weights["layers.0.feed_forward.w3.weight"]])
-    wide = torch.cat([weights["layers.0.attention.wo.weight"], weights["layers.1.attention.wo.weight"]], dim=1)
+    big = torch.stack(
+        [weights["layers.0.feed_forward.w1.weight"], weights["layers.0.feed_forward.w3.weight"]]
+    )
+    wide = torch.cat(
+        [weights["layers.0.attention.wo.weight"], weights["layers.1.attention.wo.weight"]], dim=1
+    )
     odd = dict(weights)
     odd["layers.0.feed_forward.w1.weight"], odd["layers.0.feed_forward.w3.weight"] = big[0], big[1]
-    odd["layers.0.attention.wo.weight"], odd["layers.1.attention.wo.weight"] = wide[:, :64], wide[:, 64:]
-    odd["layers.1.feed_forward.w2.weight"] = weights["layers.1.feed_forward.w2.weight"].t().contiguous().t()
-    odd["layers.1.attention.wq.weight"] = torch.nn.Parameter(weights["layers.1.attention.wq.weight"])
+    odd["layers.0.attention.wo.weight"], odd["layers.1.attention.wo.weight"] = (
+        wide[:, :64],
+        wide[:, 64:],
+    )
+    odd["layers.1.feed_forward.w2.weight"] = (
+        weights["layers.1.feed_forward.w2.weight"].t().contiguous().t()
+    )
+    odd["layers.1.attention.wq.weight"] = torch.nn.Parameter(
+        weights["layers.1.attention.wq.weight"]
+    )
     odd["norm.weight"] = torch.cat([torch.zeros(8).bfloat16(), weights["norm.weight"]])[8:]
     odd["rope.freqs"] = torch.zeros(2)
     write_meta(tmp_path, GQA, weights, 1)
@@ -245,7 +298,10 @@ def test_pth_views_parameters_and_shared_storages(tmp_path):
 def test_old_rotary_tables_in_hf_are_ignored(tmp_path):
     weights = random_weights(GQA)
     write_hf(tmp_path, GQA, weights)
-    file, table = tmp_path / "model.safetensors", {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}
+    file, table = (
+        tmp_path / "model.safetensors",
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)},
+    )
     save_file({name: w.clone() for name, w in load_file(file).items()} | table, file)
     assert_all_ranks(open_checkpoint(tmp_path), GQA, weights, (2,))
 
@@ -259,12 +315,14 @@ def test_destinations_may_be_strided_slices_of_a_packed_tensor(tmp_path):
 
     def into(weight):
         shape = weight.local_shape(source.config, 2)
-        if weight.name.startswith("layers.0.") and weight.name.endswith(("wq.weight", "wk.weight", "w2.weight")):
+        if weight.name.startswith("layers.0.") and weight.name.endswith(
+            ("wq.weight", "wk.weight", "w2.weight")
+        ):
             i = len(views)
             if weight.name.endswith("w2.weight"):
                 views[weight.name] = torch.zeros(2 * shape[0], 2 * shape[1])[::2, ::2]
             else:
-                views[weight.name] = packed[:, i * 64:i * 64 + shape[0]].t()
+                views[weight.name] = packed[:, i * 64 : i * 64 + shape[0]].t()
             return views[weight.name]
         return torch.empty(shape)
 
@@ -273,12 +331,13 @@ def test_destinations_may_be_strided_slices_of_a_packed_tensor(tmp_path):
         assert torch.equal(view, expected(name, weights[name], GQA, 1, 2).float()), name
 
 
-# ------------------------------------------------------------------------------------ what is refused, and when
+# ------------------------------------------------------------------------ what is refused, and when
+
 
 def test_an_impossible_degree_reads_nothing_and_names_the_possible_ones(tmp_path):
     source = open_checkpoint(write_meta(tmp_path, GQA, random_weights(GQA), 2))
     for shard in tmp_path.glob("*.pth"):
-        shard.unlink()                          # a read would fail in another way
+        shard.unlink()  # a read would fail in another way
     with pytest.raises(UserError, match=r"3 ranks.*8 KV heads.*1, 2, 4, 8, 16"):
         load(source, 0, 3, lambda weight: pytest.fail("asked for a destination"))
 
@@ -294,7 +353,9 @@ def test_a_wrong_destination_or_rank_is_a_programming_error(tmp_path):
 def test_rope_factor_overrides_and_is_part_of_the_digest(tmp_path):
     folder = write_meta(tmp_path, GQA, random_weights(GQA), 1, use_scaled_rope=True)
     plain, forced = open_checkpoint(folder), open_checkpoint(folder, rope_factor=32)
-    assert plain.config.rope_scaling == RopeScaling(8.0) and forced.config.rope_scaling == RopeScaling(32.0)
+    assert plain.config.rope_scaling == RopeScaling(
+        8.0
+    ) and forced.config.rope_scaling == RopeScaling(32.0)
     assert any("factor 8" in note for note in plain.notes)
     assert plain.digest() != forced.digest() and len(plain.digest()) == 32
 
@@ -308,7 +369,8 @@ def test_digest_is_equal_for_copies_and_differs_for_other_headers(tmp_path):
     assert a == b and len({a, c, d}) == 3
 
 
-# --------------------------------------------------------------------------------- several models in one folder
+# --------------------------------------------------------------------- several models in one folder
+
 
 def test_safetensors_win_over_metas_files_and_it_is_said(tmp_path):
     write_meta(tmp_path, GQA, random_weights(GQA, seed=1), 2)

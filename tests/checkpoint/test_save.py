@@ -1,4 +1,5 @@
-"""The writers: complete or absent, and refusing what cannot be stored. (What they write is checked in test_oracles.)"""
+"""The writers: complete or absent, and refusing what cannot be stored. (What they write is checked
+in test_oracles.)"""
 
 import os
 import shutil
@@ -20,11 +21,17 @@ torch.set_num_threads(1)
 
 
 def test_the_config_survives_both_layouts(tmp_path):
-    for i, c in enumerate((GQA, RAGGED, replace(GQA, rope_scaling=RopeScaling(32.0), max_context=131072, tied=True))):
+    for i, c in enumerate(
+        (GQA, RAGGED, replace(GQA, rope_scaling=RopeScaling(32.0), max_context=131072, tied=True))
+    ):
         weights = random_weights(c)
         save_meta(tmp_path / f"m{i}", c, weights, 2)
         save_hf(tmp_path / f"h{i}", c, weights, 2)
-        assert open_checkpoint(tmp_path / f"m{i}").config == c == open_checkpoint(tmp_path / f"h{i}").config
+        assert (
+            open_checkpoint(tmp_path / f"m{i}").config
+            == c
+            == open_checkpoint(tmp_path / f"h{i}").config
+        )
 
 
 def test_more_shards_than_kv_heads_store_each_head_several_times(tmp_path):
@@ -60,11 +67,19 @@ def test_failing_half_way_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_while_it_is_written_the_folder_does_not_exist_and_the_config_comes_last(tmp_path, monkeypatch):
+def test_while_it_is_written_the_folder_does_not_exist_and_the_config_comes_last(
+    tmp_path, monkeypatch
+):
     seen = []
 
     def watch(path, what):
-        seen.append((os.path.basename(path), (tmp_path / "h").exists(), sorted(os.listdir(os.path.dirname(path)))))
+        seen.append(
+            (
+                os.path.basename(path),
+                (tmp_path / "h").exists(),
+                sorted(os.listdir(os.path.dirname(path))),
+            )
+        )
         return really(path, what)
 
     really = room._write_json
@@ -78,10 +93,20 @@ def test_what_cannot_be_saved_is_refused(tmp_path, monkeypatch):
     weights = random_weights(GQA)
     with pytest.raises(UserError, match=r"wq|wk|tok_embeddings.*3 equal shards"):
         save_meta(tmp_path / "m", GQA, weights, 3)
-    with pytest.raises(UserError, match=r"layers.0.attention.wq.weight cannot be saved - found nothing"):
-        save_hf(tmp_path / "m", GQA, {k: w for k, w in weights.items() if "0.attention.wq" not in k})
-    with pytest.raises(UserError, match="params.json cannot say this RoPE scaling.*original_context=4096"):
-        save_meta(tmp_path / "m", replace(GQA, rope_scaling=RopeScaling(8.0, original_context=4096)), weights)
+    with pytest.raises(
+        UserError, match=r"layers.0.attention.wq.weight cannot be saved - found nothing"
+    ):
+        save_hf(
+            tmp_path / "m", GQA, {k: w for k, w in weights.items() if "0.attention.wq" not in k}
+        )
+    with pytest.raises(
+        UserError, match="params.json cannot say this RoPE scaling.*original_context=4096"
+    ):
+        save_meta(
+            tmp_path / "m",
+            replace(GQA, rope_scaling=RopeScaling(8.0, original_context=4096)),
+            weights,
+        )
     with pytest.raises(UserError, match="fewer files"):
         save_hf(tmp_path / "m", GQA, weights, 1000)
     usage = namedtuple("usage", "total used free")
@@ -91,6 +116,6 @@ def test_what_cannot_be_saved_is_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert os.listdir(tmp_path) == []
     (tmp_path / "m").mkdir()
-    save_hf(tmp_path / "m", GQA, weights)       # an empty folder is as good as none
+    save_hf(tmp_path / "m", GQA, weights)  # an empty folder is as good as none
     with pytest.raises(UserError, match="not an empty folder"):
         save_hf(tmp_path / "m", GQA, weights)

@@ -1,4 +1,5 @@
-"""Rectangles out of files against torch's own slicing: any strides, dtypes, band heights and segment widths."""
+"""Rectangles out of files against torch's own slicing: any strides, dtypes, band heights and
+segment widths."""
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from tests.checkpoint.make import halves_from_pairs
 torch.set_num_threads(1)
 
 
-def on_disk(path, storage: torch.Tensor, view: torch.Tensor, files: Files, before: int = 6) -> Stored:
+def on_disk(
+    path, storage: torch.Tensor, view: torch.Tensor, files: Files, before: int = 6
+) -> Stored:
     """`storage` in a file after a few other bytes, and the place of one view of it."""
     path.write_bytes(b"x" * before + storage.flatten().view(torch.uint8).numpy().tobytes())
     with open(path, "rb") as file:
@@ -29,12 +32,21 @@ def boxes(draw):
     return rows, cols, (r0, draw(st.integers(r0, rows))), (c0, draw(st.integers(c0, cols)))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(boxes(), st.sampled_from(["plain", "transposed", "columns of a wider one", "one row of many"]),
-       st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-       st.sampled_from([torch.bfloat16, torch.float32]),
-       st.sampled_from([2, 60, 400, 1 << 20]), st.sampled_from([1, 20, 4096]), st.booleans())
-def test_any_box_of_any_view(tmp_path, monkeypatch, box, kind, dtype, wanted, band, segment, packed):
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    boxes(),
+    st.sampled_from(["plain", "transposed", "columns of a wider one", "one row of many"]),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from([torch.bfloat16, torch.float32]),
+    st.sampled_from([2, 60, 400, 1 << 20]),
+    st.sampled_from([1, 20, 4096]),
+    st.booleans(),
+)
+def test_any_box_of_any_view(
+    tmp_path, monkeypatch, box, kind, dtype, wanted, band, segment, packed
+):
     rows, cols, (r0, r1), (c0, c1) = box
     monkeypatch.setattr(room, "BAND_BYTES", band)
     monkeypatch.setattr(room, "SEGMENT_BYTES", segment)
@@ -45,14 +57,16 @@ def test_any_box_of_any_view(tmp_path, monkeypatch, box, kind, dtype, wanted, ba
         storage = whole.t().contiguous()
         view = storage.t()
     elif kind == "columns of a wider one":
-        storage = torch.cat([torch.randn(rows, 3).to(dtype), whole, torch.randn(rows, 2).to(dtype)], dim=1)
-        view = storage[:, 3:3 + cols]
+        storage = torch.cat(
+            [torch.randn(rows, 3).to(dtype), whole, torch.randn(rows, 2).to(dtype)], dim=1
+        )
+        view = storage[:, 3 : 3 + cols]
     else:
         storage = torch.cat([torch.randn(2, cols).to(dtype), whole])
         view = storage[2:]
     files, seen = Files(), []
     place = on_disk(tmp_path / "f", storage, view, files)
-    if not place.readable():                    # a single row or column can have any stride; meta.py makes them plain
+    if not place.readable():  # a single row or column can have any stride; meta.py makes them plain
         place = on_disk(tmp_path / "f", whole, whole, files)
     out = torch.full((r1 - r0, (c1 - c0) * (1 if packed else 2)), float("nan"), dtype=wanted)
     out = out if packed else out[:, ::2]
@@ -88,7 +102,7 @@ def test_a_column_cut_reads_its_own_bytes_where_its_rows_are_a_page_wide(tmp_pat
         asked.clear()
         out = torch.empty(12, n, dtype=torch.bfloat16)
         BoxReader(files).read(place, (0, 12), (4096, 4096 + n), out)
-        assert torch.equal(out, whole[:, 4096:4096 + n]) and sum(asked) == bytes_read
+        assert torch.equal(out, whole[:, 4096 : 4096 + n]) and sum(asked) == bytes_read
 
 
 def test_same_compares_bits_and_stops_early(tmp_path, monkeypatch):
@@ -98,9 +112,15 @@ def test_same_compares_bits_and_stops_early(tmp_path, monkeypatch):
     a[3, 3] = float("nan")
     b, c = a.clone(), a.clone()
     c[2, 0] += 1
-    here, there, other = (on_disk(tmp_path / name, t, t, files) for name, t in (("a", a), ("b", b), ("c", c)))
+    here, there, other = (
+        on_disk(tmp_path / name, t, t, files) for name, t in (("a", a), ("b", b), ("c", c))
+    )
     reader = BoxReader(files)
-    assert reader.same(here, there) and not reader.same(here, other) and not reader.same(here, here.rows(0, 4))
+    assert (
+        reader.same(here, there)
+        and not reader.same(here, other)
+        and not reader.same(here, here.rows(0, 4))
+    )
     reads = []
     monkeypatch.setattr(reader, "read", lambda *args: reads.append(args))
     assert reader.same(here, here) and not reads

@@ -1,4 +1,5 @@
-"""langchain-openai's ChatOpenAI: invoke, stream, tools and structured output, with real ranks behind."""
+"""langchain-openai's ChatOpenAI: invoke, stream, tools and structured output, with real ranks
+behind."""
 
 import asyncio
 from typing import Literal
@@ -6,11 +7,16 @@ from typing import Literal
 import pydantic
 import pytest
 
-langchain_openai = pytest.importorskip("langchain_openai", reason="a client of the extra llama_tp[clients]: make test-clients")
-messages = pytest.importorskip("langchain_core.messages", reason="a client of the extra llama_tp[clients]: make test-clients")
+langchain_openai = pytest.importorskip(
+    "langchain_openai", reason="a client of the extra llama_tp[clients]: make test-clients"
+)
+messages = pytest.importorskip(
+    "langchain_core.messages", reason="a client of the extra llama_tp[clients]: make test-clients"
+)
 
 
-class Weather(pydantic.BaseModel, extra="forbid"):           # more properties would be more of the model's nonsense, without end
+# more properties would be more of the model's nonsense, without end
+class Weather(pydantic.BaseModel, extra="forbid"):
     """The weather of a town."""
 
     town: Literal["Verona", "Mantua"]
@@ -19,15 +25,26 @@ class Weather(pydantic.BaseModel, extra="forbid"):           # more properties w
 
 @pytest.fixture(scope="module")
 def chat(server):
-    return langchain_openai.ChatOpenAI(base_url=server.url + "/v1", api_key="none", model="demo", max_tokens=2000, temperature=0.8,
-                                       seed=4, max_retries=0, timeout=120)
+    return langchain_openai.ChatOpenAI(
+        base_url=server.url + "/v1",
+        api_key="none",
+        model="demo",
+        max_tokens=2000,
+        temperature=0.8,
+        seed=4,
+        max_retries=0,
+        timeout=120,
+    )
 
 
 def test_invoke_stream_and_batch(chat):
     short = chat.bind(max_tokens=24)
     whole = short.invoke("Who are you?")
     assert len(whole.content) > 20 and whole.usage_metadata["output_tokens"] == 24
-    assert whole.response_metadata["finish_reason"] == "length" and whole.response_metadata["model_name"] == "demo"
+    assert (
+        whole.response_metadata["finish_reason"] == "length"
+        and whole.response_metadata["model_name"] == "demo"
+    )
     pieces = list(short.stream("Who are you?", stream_usage=True))
     assert "".join(piece.content for piece in pieces) == whole.content and len(pieces) > 5
     total = pieces[0]
@@ -50,9 +67,16 @@ def test_structured_output(method, chat):
 
 
 def test_json_mode(chat):
-    schema = {"title": "yes", "type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
-              "additionalProperties": False}
-    assert chat.with_structured_output(schema, method="json_schema").invoke("Is it?").keys() == {"yes"}
+    schema = {
+        "title": "yes",
+        "type": "object",
+        "properties": {"yes": {"type": "boolean"}},
+        "required": ["yes"],
+        "additionalProperties": False,
+    }
+    assert chat.with_structured_output(schema, method="json_schema").invoke("Is it?").keys() == {
+        "yes"
+    }
 
 
 def test_tools_and_their_results(chat):
@@ -63,8 +87,13 @@ def test_tools_and_their_results(chat):
     total = None
     for piece in bound.stream("How is the weather?"):
         total = piece if total is None else total + piece
-    assert [(each["name"], each["args"]) for each in total.tool_calls] == [(call["name"], call["args"])]
+    assert [(each["name"], each["args"]) for each in total.tool_calls] == [
+        (call["name"], call["args"])
+    ]
     result = messages.ToolMessage("clear", tool_call_id=call["id"])
-    reply = chat.bind_tools([Weather], tool_choice="none").bind(max_tokens=20).invoke(
-        [messages.HumanMessage("How is the weather?"), called, result])
+    reply = (
+        chat.bind_tools([Weather], tool_choice="none")
+        .bind(max_tokens=20)
+        .invoke([messages.HumanMessage("How is the weather?"), called, result])
+    )
     assert reply.content and not reply.tool_calls

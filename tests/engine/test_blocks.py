@@ -1,4 +1,5 @@
-"""The block books: allocation, reuse, eviction, and a random walk beside a plain model of what they should say."""
+"""The block books: allocation, reuse, eviction, and a random walk beside a plain model of what they
+should say."""
 
 import pytest
 from hypothesis import settings
@@ -44,8 +45,8 @@ def test_taking_what_is_not_there_raises():
 def test_keys_stand_for_the_whole_prefix():
     keys = keys_of(IDS)
     assert len(keys) == 4 and len(set(keys)) == 4 and all(len(key) == 32 for key in keys)
-    assert keys_of(IDS[:7]) == keys[:1]                                         # only full blocks have a key
-    assert keys_of([99] + IDS[1:])[3] != keys[3]                                # a change far to the left shows
+    assert keys_of(IDS[:7]) == keys[:1]  # only full blocks have a key
+    assert keys_of([99] + IDS[1:])[3] != keys[3]  # a change far to the left shows
     assert keys[1] == block_key(keys[0], IDS[4:8]) != block_key(b"", IDS[4:8])
     assert block_key(b"", [1, 256]) != block_key(b"", [256, 1])
     again = keys[:2]
@@ -77,7 +78,7 @@ def test_a_prefix_ends_at_the_first_difference():
     table = filled(blocks, IDS)
     other = IDS[:8] + [77] + IDS[9:]
     assert blocks.match(keys_of(other), 16) == table[:2]
-    assert blocks.match(keys_of(IDS[4:]), 12) == []                             # same ids at another place: no hit
+    assert blocks.match(keys_of(IDS[4:]), 12) == []  # same ids at another place: no hit
 
 
 def test_held_blocks_are_shared():
@@ -87,7 +88,7 @@ def test_held_blocks_are_shared():
     assert second[:3] == table[:3] and second[3] not in table
     blocks.check_integrity([table, second])
     blocks.release(table)
-    assert blocks.n_free == 2                                                   # the last of `table`, and one never used
+    assert blocks.n_free == 2  # the last of `table`, and one never used
     blocks.check_integrity([second])
     blocks.release(second)
     blocks.check_integrity()
@@ -99,7 +100,7 @@ def test_free_hits_count_against_the_free_blocks():
     hits = blocks.match(keys_of(IDS), 16)
     assert len(hits) == 3 and blocks.can_take(1, hits) and not blocks.can_take(2, hits)
     held = filled(blocks, [1, 2, 3, 4])
-    assert blocks.match(keys_of(IDS), 16) == hits                               # the tail was evicted, not the head
+    assert blocks.match(keys_of(IDS), 16) == hits  # the tail was evicted, not the head
     assert not blocks.can_take(1, hits)
     blocks.release(held)
 
@@ -148,14 +149,17 @@ def test_without_prefix_cache_nothing_is_found():
     blocks.check_integrity()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda blocks, table: blocks.n_holders.__setitem__(0, 2),
-    lambda blocks, table: table.pop(),
-    lambda blocks, table: blocks._free.popitem(),
-    lambda blocks, table: blocks._free.__setitem__(table[0], None),
-    lambda blocks, table: blocks._block_of.clear(),
-    lambda blocks, table: blocks._key_of.__setitem__(3, b"x"),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda blocks, table: blocks.n_holders.__setitem__(0, 2),
+        lambda blocks, table: table.pop(),
+        lambda blocks, table: blocks._free.popitem(),
+        lambda blocks, table: blocks._free.__setitem__(table[0], None),
+        lambda blocks, table: blocks._block_of.clear(),
+        lambda blocks, table: blocks._key_of.__setitem__(3, b"x"),
+    ],
+)
 def test_the_integrity_check_sees_damage(damage):
     blocks = BlockManager(4, 4)
     table = filled(blocks, IDS[:8])
@@ -166,13 +170,15 @@ def test_the_integrity_check_sees_damage(damage):
 
 
 class Walk(RuleBasedStateMachine):
-    """Random holders beside a model that records what every block holds: (prefix of ids) or nothing."""
+    """Random holders beside a model that records what every block holds: (prefix of ids) or
+    nothing."""
 
     def __init__(self):
         super().__init__()
         self.blocks = BlockManager(7, 2)
         self.tables: list[list[int]] = []
-        self.contents: dict[int, tuple[int, ...]] = {}              # block -> all ids up to its end, once registered
+        # block -> all ids up to its end, once registered
+        self.contents: dict[int, tuple[int, ...]] = {}
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=9))
     def take(self, ids):
@@ -180,19 +186,21 @@ class Walk(RuleBasedStateMachine):
         hits = self.blocks.match(keys, len(ids))
         assert len(hits) * 2 < len(ids)
         for i, block in enumerate(hits):
-            assert self.contents[block] == tuple(ids[:2 * i + 2])
+            assert self.contents[block] == tuple(ids[: 2 * i + 2])
         n_fresh = self.blocks.n_for(len(ids)) - len(hits)
         if not self.blocks.can_take(n_fresh, hits):
             n_idle = len({*hits} - {block for table in self.tables for block in table})
-            assert n_fresh + n_idle > self.blocks.n_free            # it refuses only what does not fit
+            assert n_fresh + n_idle > self.blocks.n_free  # it refuses only what does not fit
             return
         table = self.blocks.take(n_fresh, hits)
-        assert table[:len(hits)] == hits and not {*table[len(hits):]} & {b for other in self.tables for b in other}
-        for i, block in enumerate(table[len(hits):], len(hits)):
+        assert table[: len(hits)] == hits and not {*table[len(hits) :]} & {
+            b for other in self.tables for b in other
+        }
+        for i, block in enumerate(table[len(hits) :], len(hits)):
             self.contents.pop(block, None)
             if i < len(keys):
                 self.blocks.register(block, keys[i])
-                self.contents[block] = tuple(ids[:2 * i + 2])
+                self.contents[block] = tuple(ids[: 2 * i + 2])
         self.tables.append(table)
 
     @precondition(lambda self: self.tables)

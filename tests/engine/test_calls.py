@@ -43,11 +43,15 @@ def test_a_call_is_refused_while_a_stream_is_open(llama):
     assert len(next(stream).tokens) == 1
     with pytest.raises(UserError, match="complete was called while stream .*close"):
         llama.complete(IDS, PARAMS)
-    assert [len(piece.tokens) for piece in stream] == [2, 3, 4, 5]           # and harms nothing
+    assert [len(piece.tokens) for piece in stream] == [2, 3, 4, 5]  # and harms nothing
     stream = llama.stream(IDS, PARAMS)
     next(stream)
     stream.close()
-    assert llama.complete(IDS, PARAMS) == expected and not llama.engine.has_work and not llama.engine.watch.failed
+    assert (
+        llama.complete(IDS, PARAMS) == expected
+        and not llama.engine.has_work
+        and not llama.engine.watch.failed
+    )
 
 
 def test_a_prompt_refused_late_leaves_none_of_the_others_behind(llama):
@@ -55,7 +59,11 @@ def test_a_prompt_refused_late_leaves_none_of_the_others_behind(llama):
     expected = llama.complete(IDS, PARAMS)
     with pytest.raises(UserError):
         llama.complete([IDS, IDS], [PARAMS, SamplingParams(form=Form("regex", "("))])
-    assert not llama.engine.has_work and llama.complete(IDS, PARAMS) == expected and not llama.engine.watch.failed
+    assert (
+        not llama.engine.has_work
+        and llama.complete(IDS, PARAMS) == expected
+        and not llama.engine.watch.failed
+    )
 
 
 def test_metas_calls_raise_what_they_cannot_return():

@@ -1,7 +1,9 @@
-"""Captured decodes behind their seam: what is captured when, what stays where it is, and paged FlashAttention's arguments.
+"""Captured decodes behind their seam: what is captured when, what stays where it is, and paged
+FlashAttention's arguments.
 
-A CUDA graph itself needs a GPU; `tests/engines.py::Again` runs the captured body instead, under a guard that refuses what a
-graph cannot hold. That tokens stay the same at every tp is in tests/test_house.py.
+A CUDA graph itself needs a GPU; `tests/engines.py::Again` runs the captured body instead, under a
+guard that refuses what a graph cannot hold. That tokens stay the same at every tp is in
+tests/test_house.py.
 """
 
 import contextlib
@@ -30,12 +32,18 @@ from tests.shapes import SHRUNK
 
 CONFIG, WIDE = SHRUNK["8b"], SHRUNK["wide"]
 WEIGHTS = reference.random_weights(table(CONFIG))
-PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)]
+PROMPTS = [
+    [(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)
+]
 
 
 def run(one, n_new: int, **params) -> dict[str, list[int]]:
     for i, ids in enumerate(PROMPTS):
-        one.submit(Request(f"{i}", ids, SamplingParams(**{"max_tokens": n_new, "temperature": 0, **params})))
+        one.submit(
+            Request(
+                f"{i}", ids, SamplingParams(**{"max_tokens": n_new, "temperature": 0, **params})
+            )
+        )
     tokens: dict[str, list[int]] = {}
     while one.has_work:
         for delta in one.step():
@@ -45,19 +53,28 @@ def run(one, n_new: int, **params) -> dict[str, list[int]]:
 
 
 def test_sizes_leave_few_rows_in_vain_and_keep_the_floor():
-    assert sizes(1, 1) == [1] and sizes(5, 1) == [1, 2, 4, 5] and sizes(32, 1) == [1, 2, 4, 8, 16, 24, 32]
+    assert (
+        sizes(1, 1) == [1]
+        and sizes(5, 1) == [1, 2, 4, 5]
+        and sizes(32, 1) == [1, 2, 4, 8, 16, 24, 32]
+    )
     assert sizes(4, 16) == [16] and sizes(32, 16) == [16, 24, 32]
 
 
 def test_all_is_captured_while_loading_and_nothing_in_traffic():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting)
+    one = engine(
+        single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting
+    )
     record, captured = one.runner.graphs.record, dict(one.runner.graphs.captured)
-    assert {key.size for key in captured} == {1, 2, 4, 8} and {key.ways for key in captured} == set(WAYS)
+    assert {key.size for key in captured} == {1, 2, 4, 8} and {key.ways for key in captured} == set(
+        WAYS
+    )
     assert list(captured) == sorted(captured, key=lambda key: (key.size, key.width, len(key.ways)))
     for params in ({}, {"temperature": 0.7, "top_k": 5}, {"temperature": 0.7, "top_p": 1}):
         before = record.n_replayed
         run(one, 6, **params)
-        one.submit(Request("greedy", PROMPTS[0], SamplingParams(max_tokens=6, temperature=0)))           # with others: as filtered
+        # with others: as filtered
+        one.submit(Request("greedy", PROMPTS[0], SamplingParams(max_tokens=6, temperature=0)))
         run(one, 6, **params)
         assert record.n_replayed >= before + 10
     assert one.runner.graphs.captured == captured and record.n_captured == len(captured)
@@ -70,23 +87,42 @@ def test_a_step_takes_the_smallest_that_holds_it():
     draw = Draw(ONE, 5, ONE, 0, 7)
 
     def found(n: int, *ways: int) -> tuple | None:
-        rows = [StepRow(i, 3, 1, (), True, False, 1, (), way, draw) for i, way in zip(range(n), ways * n)]
+        rows = [
+            StepRow(i, 3, 1, (), True, False, 1, (), way, draw)
+            for i, way in zip(range(n), ways * n)
+        ]
         captured = graphs.find(Step(0, tuple(rows)))
         return captured and keys[id(captured)]
+
     assert found(3, GREEDY) == (4, 32, {GREEDY}) and found(5, WHOLE) == (8, 32, {WHOLE})
-    assert found(2, GREEDY, FILTERED) == (2, 32, {FILTERED}) and found(2, GREEDY, WHOLE) == (2, 32, {FILTERED, WHOLE})
+    assert found(2, GREEDY, FILTERED) == (2, 32, {FILTERED}) and found(2, GREEDY, WHOLE) == (
+        2,
+        32,
+        {FILTERED, WHOLE},
+    )
     graphs.n_blocks[0] = 33
     assert found(1, GREEDY) == (1, 64, {GREEDY})
-    del graphs.captured[Key(4, 32, frozenset({GREEDY}))], graphs.captured[Key(4, 64, frozenset({GREEDY}))]
+    del (
+        graphs.captured[Key(4, 32, frozenset({GREEDY}))],
+        graphs.captured[Key(4, 64, frozenset({GREEDY}))],
+    )
     assert found(3, GREEDY) == (8, 64, {GREEDY})
     graphs.n_blocks[0] = 65
-    assert found(1, GREEDY) is None                                                                     # too long: as any step
+    assert found(1, GREEDY) is None  # too long: as any step
 
 
 def test_loading_captures_for_a_limited_time_and_the_rest_runs_as_any_step(monkeypatch):
     expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 6)
     monkeypatch.setattr(cuda_graph, "CAPTURE_LIMIT_S", 0.0)
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting, max_rows=2)
+    one = engine(
+        single_rank(),
+        CONFIG,
+        weights=WEIGHTS,
+        runner=Runner,
+        graphs=True,
+        record=Counting,
+        max_rows=2,
+    )
     assert one.runner.graphs.record.n_captured == len(one.runner.graphs.captured) == 1
     assert run(one, 6) == expected and one.runner.graphs.record.n_replayed
 
@@ -95,7 +131,9 @@ def failing(ranks, fails_at: str, failing_rank: int):
     """-> why nothing was captured, whether graphs are left, and the tokens."""
     options = {"weights": WEIGHTS, "runner": Runner, "graphs": True}
     one = engine(ranks, CONFIG, record=Counting, **options)
-    one.runner.graphs.record = Counting(fails_at if failing_rank in (ranks.rank, -1) else "", after=3)
+    one.runner.graphs.record = Counting(
+        fails_at if failing_rank in (ranks.rank, -1) else "", after=3
+    )
     one.runner.graphs.captured = {}
     try:
         why = one.runner.capture()
@@ -121,8 +159,11 @@ def test_a_capture_that_fails_is_told_and_the_step_runs_as_any(fails_at):
 def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
     model = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner).runner.model
     model.ranks = Ranks(0, 1, torch.device("cuda"))
-    for name, fake in (("fuse", lambda model: None), ("CudaRecord", object),
-                       ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture"))):
+    for name, fake in (
+        ("fuse", lambda model: None),
+        ("CudaRecord", object),
+        ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture")),
+    ):
         monkeypatch.setattr(build, name, fake)
     cache, tokenizer = SimpleNamespace(n_blocks=4, block_size=16), SimpleNamespace(n_vocab=260)
     assert build.assemble(model, cache, 2, 512, tokenizer, None, False, 1).n_ahead == 1
@@ -132,13 +173,23 @@ def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_all_and_told_once():
     expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 4)
-    assert in_ranks(2, failing, "capture", 1) == [(None, 0, expected), ("RuntimeError: no capture", 0, None)]
-    assert in_ranks(2, failing, "warm-up", -1) == [("RuntimeError: no warm-up", 0, expected), (None, 0, None)]
+    assert in_ranks(2, failing, "capture", 1) == [
+        (None, 0, expected),
+        ("RuntimeError: no capture", 0, None),
+    ]
+    assert in_ranks(2, failing, "warm-up", -1) == [
+        ("RuntimeError: no warm-up", 0, expected),
+        (None, 0, None),
+    ]
 
 
 def test_a_warm_up_that_fails_on_one_rank_only_is_a_failure_of_that_rank():
-    """Its peers wait for its part of a sum; on CUDA they wait on the device, and their hosts learn it here."""
-    assert in_ranks(2, failing, "warm-up", 1) == [(None, 0, None), ("raised: no warm-up", None, None)]
+    """Its peers wait for its part of a sum; on CUDA they wait on the device, and their hosts learn
+    it here."""
+    assert in_ranks(2, failing, "warm-up", 1) == [
+        (None, 0, None),
+        ("raised: no warm-up", None, None),
+    ]
 
 
 class FakeCuda:
@@ -161,6 +212,7 @@ class FakeCuda:
 
             def reset(self):
                 outer.alive.discard(self)
+
         self.Stream, self.CUDAGraph = Stream, CUDAGraph
 
     @contextlib.contextmanager
@@ -173,7 +225,8 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        """A capture that was invalidated raises in capture_end, and the stream stays (torch/cuda/graphs.py:477, 2.13)."""
+        """A capture that was invalidated raises in capture_end, and the stream stays
+        (torch/cuda/graphs.py:477, 2.13)."""
         assert pool == "pool" and capture_error_mode == "thread_local"
         before, self.now = self.now, stream
         try:
@@ -201,7 +254,15 @@ class CurrentStream(str):
 @pytest.fixture
 def cuda(monkeypatch):
     fake = FakeCuda()
-    for name in ("Stream", "CUDAGraph", "stream", "graph", "current_stream", "graph_pool_handle", "synchronize"):
+    for name in (
+        "Stream",
+        "CUDAGraph",
+        "stream",
+        "graph",
+        "current_stream",
+        "graph_pool_handle",
+        "synchronize",
+    ):
         monkeypatch.setattr(torch.cuda, name, getattr(fake, name))
     return fake
 
@@ -219,19 +280,36 @@ def test_warm_ups_and_captures_share_one_stream(cuda):
     assert streams == {record.stream} and cuda.n_streams == 1 and len(cuda.alive) == 3
     with pytest.raises(RuntimeError, match="previous error during capture"):
         record.capture(invalidated)
-    assert cuda.now == "default" and len(cuda.alive) == 3           # what runs from now on does not run there
+    # what runs from now on does not run there
+    assert cuda.now == "default" and len(cuda.alive) == 3
     record.release()
     assert not cuda.alive
 
 
-def test_graphs_are_dropped_and_the_device_is_done_before_the_groups_are_destroyed(cuda, monkeypatch):
+def test_graphs_are_dropped_and_the_device_is_done_before_the_groups_are_destroyed(
+    cuda, monkeypatch
+):
     """NCCL's destroy spins while a captured graph holds one of its operations (pytorch #115388)."""
+
     def destroy():
         assert not cuda.alive, "would spin"
         cuda.ran.append("destroy")
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=CudaRecord, max_rows=2)
+
+    one = engine(
+        single_rank(),
+        CONFIG,
+        weights=WEIGHTS,
+        runner=Runner,
+        graphs=True,
+        record=CudaRecord,
+        max_rows=2,
+    )
     assert len(cuda.alive) == len(one.runner.graphs.captured) > 0
-    one.ranks, one.watch, one.dismissed = Ranks(0, 2, torch.device("cuda", 1), group=object()), SimpleNamespace(close=int), True
+    one.ranks, one.watch, one.dismissed = (
+        Ranks(0, 2, torch.device("cuda", 1), group=object()),
+        SimpleNamespace(close=int),
+        True,
+    )
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", destroy)
     one.close()
@@ -239,7 +317,9 @@ def test_graphs_are_dropped_and_the_device_is_done_before_the_groups_are_destroy
 
 
 def test_steps_with_prompts_or_driver_chosen_tokens_are_not_replayed():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting)
+    one = engine(
+        single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting
+    )
     run(one, 1)
     run(one, 4, logprobs=1)
     assert not one.runner.graphs.record.n_replayed
@@ -251,16 +331,22 @@ def test_the_step_ahead_is_sent_before_the_last_one_is_read():
     assert len(one.step()) == 1 and one.n_steps == 1 and len(one.scheduler.in_flight) == 1
     one.submit(Request("1", PROMPTS[1], SamplingParams(max_tokens=5, temperature=0, logprobs=0)))
     one.step()
-    assert not one.scheduler.in_flight                              # the driver chooses: nothing is planned ahead
+    assert not one.scheduler.in_flight  # the driver chooses: nothing is planned ahead
     while one.has_work:
         one.step()
-    assert not one.scheduler.in_flight and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+    assert (
+        not one.scheduler.in_flight and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+    )
 
 
 def test_a_stop_leaves_nothing_in_flight():
     one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
     [expected] = [ids for name, ids in run(one, 4).items() if name == "0"]
-    one.submit(Request("stop", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0, stop_ids=[expected[2]])))
+    one.submit(
+        Request(
+            "stop", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0, stop_ids=[expected[2]])
+        )
+    )
     ids = [i for _ in range(20) for delta in one.step() for i in delta.ids]
     assert ids == expected[:2] and not one.scheduler.in_flight and not one.has_work
 
@@ -277,19 +363,37 @@ def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
     weights = reference.random_weights(table(WIDE))
     expected = run(engine(single_rank(), WIDE, weights=weights, runner=Runner), 8)
     kernels = FlashKernels(PagedAttention(Varlen("2.13", dtypes=(torch.float32,)), 1, False))
-    ours = engine(single_rank(), WIDE, weights=weights, runner=Runner, kernels=kernels, graphs=graphs, n_blocks=8,
-                  block_size=kernels.block_size, step_tokens=step_tokens, record=Unguarded)
+    ours = engine(
+        single_rank(),
+        WIDE,
+        weights=weights,
+        runner=Runner,
+        kernels=kernels,
+        graphs=graphs,
+        n_blocks=8,
+        block_size=kernels.block_size,
+        step_tokens=step_tokens,
+        record=Unguarded,
+    )
     assert run(ours, 8) == expected
 
 
 class NeverWaits(TorchFunctionMode):
-    """Refuses what makes the host wait for a device: numbers that travel there without being told not to block."""
+    """Refuses what makes the host wait for a device: numbers that travel there without being told
+    not to block."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
-        assert name != "to" or args[0].is_meta or kwargs.get("non_blocking") or torch.device("meta") not in args[1:], args
-        assert name not in ("__getitem__", "__setitem__") or not (args[0].is_meta and isinstance(args[1], list)), args
+        assert (
+            name != "to"
+            or args[0].is_meta
+            or kwargs.get("non_blocking")
+            or torch.device("meta") not in args[1:]
+        ), args
+        assert name not in ("__getitem__", "__setitem__") or not (
+            args[0].is_meta and isinstance(args[1], list)
+        ), args
         assert name not in ("tensor", "as_tensor") or "device" not in kwargs, kwargs
         return function(*args, **kwargs)
 
@@ -297,7 +401,9 @@ class NeverWaits(TorchFunctionMode):
 FLASH = FlashKernels(PagedAttention(Varlen("2.13"), 1, False))
 
 
-def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to_say_so(monkeypatch):
+def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to_say_so(
+    monkeypatch,
+):
     """Blocks have one size on all ranks."""
     ranks, options = Ranks(0, 4, torch.device("cuda"), room=object()), EngineOptions("")
     monkeypatch.setattr(build, "pick", lambda *args: FLASH)
@@ -305,22 +411,52 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
     kernels = pick_kernels(CONFIG, ranks, torch.bfloat16, False)
     assert type(kernels) is TorchKernels and kernels.block_size == 16
     [said] = said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, kernels)
-    assert said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
+    assert (
+        said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
+    )
     monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine] * 4)
     assert pick_kernels(CONFIG, ranks, torch.bfloat16, False) is FLASH
     assert not said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, FLASH)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("kernels, dtype", [(TorchKernels(), torch.float32), (FLASH, torch.bfloat16)], ids=["torch", "flash"])
+@pytest.mark.parametrize(
+    "kernels, dtype",
+    [(TorchKernels(), torch.float32), (FLASH, torch.bfloat16)],
+    ids=["torch", "flash"],
+)
 def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(kernels, dtype, graphs):
     """On the meta device, whose tensors have no values and do not mix with the host's."""
-    one = engine(single_rank("meta"), WIDE, dtype, runner=Runner, kernels=kernels, graphs=graphs, block_size=kernels.block_size,
-                 record=Unguarded)
+    one = engine(
+        single_rank("meta"),
+        WIDE,
+        dtype,
+        runner=Runner,
+        kernels=kernels,
+        graphs=graphs,
+        block_size=kernels.block_size,
+        record=Unguarded,
+    )
     draws = {GREEDY: None, FILTERED: Draw(ONE, 5, ONE, 0, 7), WHOLE: Draw(ONE, 0, ONE, 0, 7)}
     with NeverWaits():
-        one.runner.run(Step(0, tuple(StepRow(row, 0, 5, (1, 2, 3, 4, 5), True, False, 0, (row,), way, draw)
-                                     for row, (way, draw) in enumerate(draws.items()))), None)
-        one.runner.run(Step(1, tuple(StepRow(row, 5, 1, (), True, False, 1, (), way, draw)
-                                     for row, (way, draw) in enumerate(draws.items()))), None)
+        one.runner.run(
+            Step(
+                0,
+                tuple(
+                    StepRow(row, 0, 5, (1, 2, 3, 4, 5), True, False, 0, (row,), way, draw)
+                    for row, (way, draw) in enumerate(draws.items())
+                ),
+            ),
+            None,
+        )
+        one.runner.run(
+            Step(
+                1,
+                tuple(
+                    StepRow(row, 5, 1, (), True, False, 1, (), way, draw)
+                    for row, (way, draw) in enumerate(draws.items())
+                ),
+            ),
+            None,
+        )
     assert one.runner.last.is_meta

@@ -1,4 +1,5 @@
-"""The engine's loop on one rank: stops, lengths, logprobs, aborts, and a request that fails alone."""
+"""The engine's loop on one rank: stops, lengths, logprobs, aborts, and a request that fails
+alone."""
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ GREEDY = reference.greedy(WEIGHTS, CONFIG, IDS, 12)
 
 
 def one(params: dict, ids=IDS):
-    tokens, _, deltas = serve(single_rank(), [("r", ids, {"temperature": 0.0, "max_tokens": 12, **params})], config=CONFIG)
+    tokens, _, deltas = serve(
+        single_rank(), [("r", ids, {"temperature": 0.0, "max_tokens": 12, **params})], config=CONFIG
+    )
     return tokens["r", 0], "".join(delta.text for delta in deltas), deltas
 
 
@@ -37,12 +40,19 @@ def test_length():
 def test_a_stop_id_ends_and_is_not_part_of_the_output():
     at = next(i for i in range(2, 12) if GREEDY[i] not in GREEDY[:i])
     tokens, text, deltas = one({"stop_ids": (GREEDY[at],)})
-    assert tokens == GREEDY[:at] and text == letters(GREEDY[:at]) and deltas[-1].finish_reason == "stop"
+    assert (
+        tokens == GREEDY[:at]
+        and text == letters(GREEDY[:at])
+        and deltas[-1].finish_reason == "stop"
+    )
 
 
 def test_a_stop_string_cuts_the_text():
     tokens, text, deltas = one({"stop": letters(GREEDY[3:5])})
-    assert text == letters(GREEDY[:letters(GREEDY).index(letters(GREEDY[3:5]))]) and deltas[-1].finish_reason == "stop"
+    assert (
+        text == letters(GREEDY[: letters(GREEDY).index(letters(GREEDY[3:5]))])
+        and deltas[-1].finish_reason == "stop"
+    )
 
 
 def test_min_tokens_holds_stop_strings_off():
@@ -59,41 +69,57 @@ def test_logprobs_of_prompt_and_output():
     scores = deltas[0].prompt_logprobs
     assert scores[0] is None and len(scores) == 150
     assert [each.token for each in scores[1:]] == ids[1:]
-    assert [each.logprob for each in scores[1:]] == pytest.approx([float(raw[i, ids[i + 1]]) for i in range(149)], abs=1e-4)
+    assert [each.logprob for each in scores[1:]] == pytest.approx(
+        [float(raw[i, ids[i + 1]]) for i in range(149)], abs=1e-4
+    )
     assert [delta.logprobs[0].logprob for delta in deltas] == pytest.approx(
-        [float(raw[149 + i, token]) for i, token in enumerate(tokens)], abs=1e-4)
+        [float(raw[149 + i, token]) for i, token in enumerate(tokens)], abs=1e-4
+    )
     assert all(delta.prompt_logprobs is None for delta in deltas[1:])
 
 
-N_IDS, SHORT = 150, [(7 * k) % 150 for k in range(10)]   # of the 264 rows of the embedding: the others have no text
+# of the 264 rows of the embedding: the others have no text
+N_IDS, SHORT = 150, [(7 * k) % 150 for k in range(10)]
 
 
 def answers_with_fewer_ids(ranks, runner):
-    """{name: tokens}, and {name: logprobs of the prompt and of the output}, of a tokenizer that does not know all rows."""
-    ways = {"greedy": {"temperature": 0.0}, "whole": {"temperature": 2.0, "top_p": 1.0, "seed": 3},
-            "shortlist": {"temperature": 1.5, "top_k": 20, "seed": 4}}
+    """{name: tokens}, and {name: logprobs of the prompt and of the output}, of a tokenizer that
+    does not know all rows."""
+    ways = {
+        "greedy": {"temperature": 0.0},
+        "whole": {"temperature": 2.0, "top_p": 1.0, "seed": 3},
+        "shortlist": {"temperature": 1.5, "top_k": 20, "seed": 4},
+    }
     plain = [(name, SHORT, {**params, "max_tokens": 8}) for name, params in ways.items()]
-    scored = [(f"{name} scored", ids, {**params, "logprobs": 3, "prompt_logprobs": 3}) for name, ids, params in plain]
+    scored = [
+        (f"{name} scored", ids, {**params, "logprobs": 3, "prompt_logprobs": 3})
+        for name, ids, params in plain
+    ]
     got = serve(ranks, [*plain, *scored], config=CONFIG, tokenizer=alphabet(N_IDS), runner=runner)
     if got is None:
         return None
     scores: dict = {}
     for delta in got[2]:
-        scores.setdefault(delta.request_id, []).extend([*(delta.prompt_logprobs or ()), *delta.logprobs])
+        scores.setdefault(delta.request_id, []).extend(
+            [*(delta.prompt_logprobs or ()), *delta.logprobs]
+        )
     return {name: ids for (name, _), ids in got[0].items()}, scores
 
 
 def test_rows_without_text_count_in_logprobs_and_are_never_chosen():
-    """As transformers and vLLM: log_softmax over all rows of the checkpoint's embedding. The same at tp 1 and 2, sharded or not."""
+    """As transformers and vLLM: log_softmax over all rows of the checkpoint's embedding. The same
+    at tp 1 and 2, sharded or not."""
     [(tokens, scores)] = run(1, answers_with_fewer_ids, Runner)
     best = reference.logits(WEIGHTS, CONFIG, SHORT)
-    assert (best.argmax(-1) >= N_IDS).any()                 # the rows without text would matter
+    assert (best.argmax(-1) >= N_IDS).any()  # the rows without text would matter
     for name in ("greedy", "whole", "shortlist"):
         ids, scored = tokens[name], scores[f"{name} scored"]
         assert ids == tokens[f"{name} scored"] and len(ids) == 8 and max(ids) < N_IDS
         raw = torch.log_softmax(reference.logits(WEIGHTS, CONFIG, SHORT + ids), -1)
         for i, entry in enumerate(scored[1:]):
-            assert entry.token == (SHORT + ids)[i + 1] and entry.logprob == pytest.approx(float(raw[i, entry.token]), abs=1e-4)
+            assert entry.token == (SHORT + ids)[i + 1] and entry.logprob == pytest.approx(
+                float(raw[i, entry.token]), abs=1e-4
+            )
             values, at = raw[i, :N_IDS].topk(3)
             assert [token for token, _ in entry.top] == at.tolist()
             assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
@@ -101,27 +127,41 @@ def test_rows_without_text_count_in_logprobs_and_are_never_chosen():
     two = run(2, answers_with_fewer_ids, Runner)[0]
     assert two[0] == tokens and run(2, answers_with_fewer_ids, WholeLogits)[0] == two
     assert [each.logprob for each in two[1]["whole scored"][1:]] == pytest.approx(
-        [each.logprob for each in scores["whole scored"][1:]], abs=1e-4)
+        [each.logprob for each in scores["whole scored"][1:]], abs=1e-4
+    )
 
 
 def test_logprobs_of_the_prompt_come_once_also_when_the_end_follows_the_first_token():
     running = engine(single_rank(), CONFIG)
     running.submit(Request("r", IDS, SamplingParams(prompt_logprobs=0)))
     [first] = running.step()
-    assert len(first.prompt_logprobs) == len(IDS) and [delta.prompt_logprobs for delta in running.abort("r")] == [None]
+    assert len(first.prompt_logprobs) == len(IDS) and [
+        delta.prompt_logprobs for delta in running.abort("r")
+    ] == [None]
 
 
 def test_a_request_that_is_not_finite_ends_alone():
-    """A NaN in one embedding row poisons the request that uses it, and nobody that runs beside or after it."""
+    """A NaN in one embedding row poisons the request that uses it, and nobody that runs beside or
+    after it."""
     weights = dict(WEIGHTS)
     weights["tok_embeddings.weight"] = WEIGHTS["tok_embeddings.weight"].clone()
     weights["tok_embeddings.weight"][200] = float("nan")
-    requests = [("bad", [200, 5], {"temperature": 0.0}), ("good", IDS, {"temperature": 0.0, "max_tokens": 12}),
-                ("later", IDS, {"temperature": 0.0, "max_tokens": 12})]
-    tokens, _, deltas = serve(single_rank(), requests, arrivals=2, config=CONFIG, weights=weights, n_blocks=4)
+    requests = [
+        ("bad", [200, 5], {"temperature": 0.0}),
+        ("good", IDS, {"temperature": 0.0, "max_tokens": 12}),
+        ("later", IDS, {"temperature": 0.0, "max_tokens": 12}),
+    ]
+    tokens, _, deltas = serve(
+        single_rank(), requests, arrivals=2, config=CONFIG, weights=weights, n_blocks=4
+    )
     assert tokens["good", 0] == tokens["later", 0] == GREEDY
     ended = [delta for delta in deltas if delta.request_id == "bad"]
-    assert len(ended) == 1 and ended[0].finish_reason == "abort" and "not finite" in ended[0].error and not ended[0].ids
+    assert (
+        len(ended) == 1
+        and ended[0].finish_reason == "abort"
+        and "not finite" in ended[0].error
+        and not ended[0].ids
+    )
 
 
 def test_abort_frees_at_once():
@@ -129,7 +169,11 @@ def test_abort_frees_at_once():
     running.submit(Request("r", IDS, SamplingParams(n=2)))
     running.step()
     assert [delta.finish_reason for delta in running.abort("r")] == ["abort", "abort"]
-    assert not running.has_work and running.scheduler.n_free_blocks == 64 and running.abort("unknown") == []
+    assert (
+        not running.has_work
+        and running.scheduler.n_free_blocks == 64
+        and running.abort("unknown") == []
+    )
 
 
 @pytest.mark.parametrize("ids, says", [([264], "vocabulary"), (list(range(200)) * 6, "too long")])

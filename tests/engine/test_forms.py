@@ -1,4 +1,5 @@
-"""Structured output through the engine: masks made on the driver, applied on the vocabulary's shards, at every tp."""
+"""Structured output through the engine: masks made on the driver, applied on the vocabulary's
+shards, at every tp."""
 
 import json
 import os
@@ -27,20 +28,41 @@ from tests.shapes import SHRUNK
 pytest.importorskip("llguidance", reason="needs llguidance: pip install 'llama_tp[serve]'")
 
 FOLDER = tempfile.TemporaryDirectory(prefix="llama_tp-letters-")
-LETTERS = letters(Path(FOLDER.name))                       # 260 ids, those of the shrunk 8B
-SCHEMA = json_schema({"type": "object", "properties": {"ok": {"type": "boolean"}, "how": {"enum": ["well", "badly", "not"]}},
-                      "required": ["ok", "how"], "additionalProperties": False})
+LETTERS = letters(Path(FOLDER.name))  # 260 ids, those of the shrunk 8B
+SCHEMA = json_schema(
+    {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "how": {"enum": ["well", "badly", "not"]}},
+        "required": ["ok", "how"],
+        "additionalProperties": False,
+    }
+)
 CODE = regex("[a-f]{3,8}-[0-9]{2}")
 PROMPT = [7, 200, 31, 4, 90]
-WAYS = {"greedy": {"temperature": 0.0}, "filtered": {"temperature": 1.2, "top_k": 30, "seed": 3},
-        "undecided": {"temperature": 5.0, "top_p": 0.99, "seed": 4}, "gathered": {"temperature": 1.0, "logprobs": 2, "seed": 5}}
-REQUESTS = [(f"{name}-{kind}", PROMPT, {**params, "form": form, "n": 2, "max_tokens": 90}) for name, params in WAYS.items()
-            for kind, form in (("json", SCHEMA), ("code", CODE))] + [("free", PROMPT, {"temperature": 0.0, "max_tokens": 12})]
+WAYS = {
+    "greedy": {"temperature": 0.0},
+    "filtered": {"temperature": 1.2, "top_k": 30, "seed": 3},
+    "undecided": {"temperature": 5.0, "top_p": 0.99, "seed": 4},
+    "gathered": {"temperature": 1.0, "logprobs": 2, "seed": 5},
+}
+REQUESTS = [
+    (f"{name}-{kind}", PROMPT, {**params, "form": form, "n": 2, "max_tokens": 90})
+    for name, params in WAYS.items()
+    for kind, form in (("json", SCHEMA), ("code", CODE))
+] + [("free", PROMPT, {"temperature": 0.0, "max_tokens": 12})]
 
 
 def lettered(ranks, folder, requests, **options):
-    """`serve` with the tokenizer in `folder`: one that has been sent between processes is not the same."""
-    return serve(ranks, requests, config=SHRUNK["8b"], tokenizer=open_tokenizer(None, folder), runner=Runner, **options)
+    """`serve` with the tokenizer in `folder`: one that has been sent between processes is not the
+    same."""
+    return serve(
+        ranks,
+        requests,
+        config=SHRUNK["8b"],
+        tokenizer=open_tokenizer(None, folder),
+        runner=Runner,
+        **options,
+    )
 
 
 def served(tp: int, requests, **options) -> dict:
@@ -49,7 +71,11 @@ def served(tp: int, requests, **options) -> dict:
     out: dict = {}
     for delta in deltas:
         ids, text, _ = out.get((delta.request_id, delta.index), ([], "", None))
-        out[delta.request_id, delta.index] = ids + list(delta.ids), text + delta.text, delta.finish_reason
+        out[delta.request_id, delta.index] = (
+            ids + list(delta.ids),
+            text + delta.text,
+            delta.finish_reason,
+        )
     return out
 
 
@@ -65,7 +91,8 @@ def test_every_way_of_sampling_keeps_the_form(alone):
             assert set(json.loads(text)) == {"ok", "how"}
         elif name.endswith("code"):
             assert re.fullmatch("[a-f]{3,8}-[0-9]{2}", text)
-    assert len({text for (name, _), (_, text, _) in alone.items() if name.endswith("code")}) > 4      # and is free within it
+    # and is free within it
+    assert len({text for (name, _), (_, text, _) in alone.items() if name.endswith("code")}) > 4
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "ahead"])
@@ -87,20 +114,36 @@ def test_it_goes_on_from_half_a_form():
 
 def test_what_cannot_be_followed_is_refused_and_takes_nobody_along():
     one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
-    bad = {"schema": Form("json", '{"type": 5}'), "regex": Form("regex", "("), "late": lark('start: "a" x{60000}\nx: "b"')}
+    bad = {
+        "schema": Form("json", '{"type": 5}'),
+        "regex": Form("regex", "("),
+        "late": lark('start: "a" x{60000}\nx: "b"'),
+    }
     for name, form in bad.items():
         one.submit(Request(name, PROMPT, SamplingParams(form=form, temperature=0, n=2)))
         with pytest.raises(UserError, match="the form of the answer"):
             one.check(Request("r", PROMPT, SamplingParams(form=form)))
     one.submit(Request("good", PROMPT, SamplingParams(temperature=0, max_tokens=6)))
-    ends = {(delta.request_id, delta.index): delta for delta in to_the_end(one) if delta.finish_reason}
+    ends = {
+        (delta.request_id, delta.index): delta for delta in to_the_end(one) if delta.finish_reason
+    }
     assert ends["good", 0].finish_reason == "length" and len(ends) == 7
     for name in ("schema", "regex"):
         for index in (0, 1):
             delta = ends[name, index]
-            assert delta.finish_reason == "abort" and "not understood" in delta.error and delta.refused[0] in delta.error
-    assert one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
-    for params in ({"form": "json"}, {"form": SCHEMA, "min_tokens": 3}, {"form": SCHEMA, "ignore_eos": True}):
+            assert (
+                delta.finish_reason == "abort"
+                and "not understood" in delta.error
+                and delta.refused[0] in delta.error
+            )
+    assert (
+        one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+    )
+    for params in (
+        {"form": "json"},
+        {"form": SCHEMA, "min_tokens": 3},
+        {"form": SCHEMA, "ignore_eos": True},
+    ):
         with pytest.raises(UserError):
             SamplingParams(**params)
     one.dismiss()
@@ -109,11 +152,27 @@ def test_what_cannot_be_followed_is_refused_and_takes_nobody_along():
 def test_a_form_that_breaks_ends_its_own_sample_alone():
     """llguidance finds out late that this grammar is beyond its limits."""
     one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
-    one.submit(Request("bad", PROMPT, SamplingParams(temperature=0, form=lark('start: "a" x{60000}\nx: "b"'), max_tokens=20)))
+    one.submit(
+        Request(
+            "bad",
+            PROMPT,
+            SamplingParams(temperature=0, form=lark('start: "a" x{60000}\nx: "b"'), max_tokens=20),
+        )
+    )
     one.submit(Request("good", PROMPT, SamplingParams(temperature=0, max_tokens=6)))
-    ends = {delta.request_id: (delta.finish_reason, delta.error) for delta in to_the_end(one) if delta.finish_reason}
-    assert ends["good"] == ("length", None) and ends["bad"][0] == "abort" and "Too many items" in ends["bad"][1]
-    assert one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+    ends = {
+        delta.request_id: (delta.finish_reason, delta.error)
+        for delta in to_the_end(one)
+        if delta.finish_reason
+    }
+    assert (
+        ends["good"] == ("length", None)
+        and ends["bad"][0] == "abort"
+        and "Too many items" in ends["bad"][1]
+    )
+    assert (
+        one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+    )
     one.dismiss()
 
 
@@ -125,12 +184,16 @@ def to_the_end(one, seconds: float = 60) -> list:
     return deltas
 
 
-STUCK = Form("regex", "(a?){30000}a{30000}")              # past the check of its size: its mask does not come for minutes
+# past the check of its size: its mask does not come for minutes
+STUCK = Form("regex", "(a?){30000}a{30000}")
 
 
 def beside_stuck_ones(ranks, folder, requests, hostile) -> tuple | None:
-    """-> {(id, sample): ids} of the requests, and [(steps, step at which it ended, error)] of the hostile ones."""
-    one = engine(ranks, SHRUNK["8b"], tokenizer=open_tokenizer(None, folder), runner=Runner, max_rows=12)
+    """-> {(id, sample): ids} of the requests, and [(steps, step at which it ended, error)] of the
+    hostile ones."""
+    one = engine(
+        ranks, SHRUNK["8b"], tokenizer=open_tokenizer(None, folder), runner=Runner, max_rows=12
+    )
     if not ranks.is_driver:
         one.follow()
         return None
@@ -143,23 +206,32 @@ def beside_stuck_ones(ranks, folder, requests, hostile) -> tuple | None:
     while one.has_work:
         deltas = one.step()
         one.scheduler.check_integrity()
-        n_alone += bool(deltas) and all(sequence.held for sequence in one.scheduler.running if "stuck" in sequence.request.id)
+        n_alone += bool(deltas) and all(
+            sequence.held for sequence in one.scheduler.running if "stuck" in sequence.request.id
+        )
         for delta in deltas:
             tokens.setdefault((delta.request_id, delta.index), []).extend(delta.ids)
             if delta.finish_reason:
                 ends[delta.request_id] = delta.error
     one.dismiss()
-    assert one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks and one.scheduler.n_driven == 0
+    assert (
+        one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks and one.scheduler.n_driven == 0
+    )
     return tokens, ends, n_alone
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_row_whose_mask_is_late_is_left_out_and_ended(alone, tp):
     """The others get on meanwhile, and write what they write undisturbed."""
-    tokens, ends, n_alone = run(tp, beside_stuck_ones, FOLDER.name, REQUESTS[:4] + REQUESTS[-1:], [STUCK] * 4, timeout=120)[0]
-    assert n_alone > 20                                     # steps of the others while the hostile ones were held
+    tokens, ends, n_alone = run(
+        tp, beside_stuck_ones, FOLDER.name, REQUESTS[:4] + REQUESTS[-1:], [STUCK] * 4, timeout=120
+    )[0]
+    assert n_alone > 20  # steps of the others while the hostile ones were held
     for i in range(4):
-        assert "takes too much to follow" in ends[f"stuck{i}"] and "0.4 s of computing" in ends[f"stuck{i}"]
+        assert (
+            "takes too much to follow" in ends[f"stuck{i}"]
+            and "0.4 s of computing" in ends[f"stuck{i}"]
+        )
         assert not tokens[f"stuck{i}", 0]
     for (name, index), (ids, _, _) in alone.items():
         assert name not in ends or tokens[name, index] == ids and ends[name] is None
@@ -202,15 +274,19 @@ def test_a_stopped_process_holds_up_nobody_else(alone):
     name, ids, params = REQUESTS[0]
     one.submit(Request("stopped", ids, SamplingParams(**params | {"n": 1})))
     [followed] = one._masks._followed.values()
-    while not followed.worker.pid:                          # until it is there
+    while not followed.worker.pid:  # until it is there
         one.step()
     stopped = followed.worker.pid
     os.kill(stopped, signal.SIGSTOP)
     one.submit(Request(name, ids, SamplingParams(**params)))
     deltas = to_the_end(one)
-    written = [i for delta in deltas if (delta.request_id, delta.index) == (name, 0) for i in delta.ids]
+    written = [
+        i for delta in deltas if (delta.request_id, delta.index) == (name, 0) for i in delta.ids
+    ]
     assert written == alone[name, 0][0]
-    assert "takes too much" in next(delta.error for delta in deltas if delta.request_id == "stopped" and delta.finish_reason)
+    assert "takes too much" in next(
+        delta.error for delta in deltas if delta.request_id == "stopped" and delta.finish_reason
+    )
     server, workers = processes_of(one)
     assert all_end([stopped])
     one.dismiss()

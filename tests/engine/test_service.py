@@ -15,7 +15,8 @@ TINY = SHRUNK["8b"]
 
 
 class Script:
-    """A link: before step n come the messages script[n]; it closes when the script is over and nothing is left to do."""
+    """A link: before step n come the messages script[n]; it closes when the script is over and
+    nothing is left to do."""
 
     def __init__(self, script: dict, one):
         self.script, self.engine, self.n, self.sent = dict(script), one, 0, []
@@ -35,8 +36,13 @@ class Script:
 
 def submit(name, ids=(1, 2, 3), outputs=(), **params):
     params = SamplingParams(**{"seed": 1, "max_tokens": 6, **params})
-    return {"do": "submit", "id": name, "prompt": ids, "outputs": outputs,
-            "params": {field: getattr(params, field) for field in params.__dataclass_fields__}}
+    return {
+        "do": "submit",
+        "id": name,
+        "prompt": ids,
+        "outputs": outputs,
+        "params": {field: getattr(params, field) for field in params.__dataclass_fields__},
+    }
 
 
 def run(script, **options):
@@ -48,14 +54,31 @@ def run(script, **options):
 
 
 def deltas(sent, name):
-    return [delta for message in sent if message["is"] == "step" for delta in message["deltas"] if delta["id"] == name]
+    return [
+        delta
+        for message in sent
+        if message["is"] == "step"
+        for delta in message["deltas"]
+        if delta["id"] == name
+    ]
 
 
 def test_requests_are_served_with_the_engine_s_own_tokens():
-    one, sent = run({0: [submit("a", logit_bias={7: 2.5}, n=2)], 2: [submit("b", (5, 6), stop=("x",), logprobs=1)]})
-    assert sent[0]["is"] == "ready" and sent[0]["n_vocab"] == TINY.vocab_size and sent[0]["deterministic"] is True
+    one, sent = run(
+        {
+            0: [submit("a", logit_bias={7: 2.5}, n=2)],
+            2: [submit("b", (5, 6), stop=("x",), logprobs=1)],
+        }
+    )
+    assert (
+        sent[0]["is"] == "ready"
+        and sent[0]["n_vocab"] == TINY.vocab_size
+        and sent[0]["deterministic"] is True
+    )
     other = engine(single_rank(), TINY, deterministic=True)
-    other.submit(Request("a", [1, 2, 3], SamplingParams(seed=1, max_tokens=6, logit_bias={7: 2.5}, n=2)))
+    other.submit(
+        Request("a", [1, 2, 3], SamplingParams(seed=1, max_tokens=6, logit_bias={7: 2.5}, n=2))
+    )
     alone = []
     while other.has_work:
         alone += other.step()
@@ -65,22 +88,41 @@ def test_requests_are_served_with_the_engine_s_own_tokens():
     assert deltas(sent, "b")[-1]["finish_reason"] == "length"
     token, logprob, top = deltas(sent, "b")[0]["logprobs"][0]
     assert [token] == deltas(sent, "b")[0]["ids"] and logprob < 0 and len(top) == 1
-    assert sent[-1]["stats"]["n_running"] == 0 and sent[-1]["stats"]["n_steps"] == one.scheduler.n_steps
+    assert (
+        sent[-1]["stats"]["n_running"] == 0
+        and sent[-1]["stats"]["n_steps"] == one.scheduler.n_steps
+    )
 
 
 def test_an_abort_frees_before_the_next_step():
-    _, sent = run({0: [submit("a", max_tokens=500), submit("b", max_tokens=20)], 4: [{"do": "abort", "id": "a"}]})
+    _, sent = run(
+        {
+            0: [submit("a", max_tokens=500), submit("b", max_tokens=20)],
+            4: [{"do": "abort", "id": "a"}],
+        }
+    )
     assert [m["begun"] for m in sent if m["is"] == "step"] == [["a", "b"], *[[]] * 19]
     reasons = [delta["finish_reason"] for delta in deltas(sent, "a")]
     assert reasons == [None] * 4 + ["abort"]
-    with_abort = next(m for m in sent if m["is"] == "step" and any(d["finish_reason"] == "abort" for d in m["deltas"]))
+    with_abort = next(
+        m
+        for m in sent
+        if m["is"] == "step" and any(d["finish_reason"] == "abort" for d in m["deltas"])
+    )
     assert with_abort["stats"]["n_running"] == 1
     assert len(deltas(sent, "b")) == 20
 
 
 def test_a_refused_request_harms_nobody():
-    _, sent = run({0: [submit("a"), submit("bad", (TINY.vocab_size,)), submit("a")], 1: [{"do": "abort", "id": "never seen"}]})
-    refused = {name: error for m in sent if m["is"] == "step" for name, error in m["refused"].items()}
+    _, sent = run(
+        {
+            0: [submit("a"), submit("bad", (TINY.vocab_size,)), submit("a")],
+            1: [{"do": "abort", "id": "never seen"}],
+        }
+    )
+    refused = {
+        name: error for m in sent if m["is"] == "step" for name, error in m["refused"].items()
+    }
     assert "outside the vocabulary" in refused["bad"][0] and "its own" in refused["a"][0]
     assert deltas(sent, "a")[-1]["finish_reason"] == "length"
 

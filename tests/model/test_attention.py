@@ -1,4 +1,5 @@
-"""Paged attention against torch's own, over scattered blocks, chunks, grouped heads and long contexts."""
+"""Paged attention against torch's own, over scattered blocks, chunks, grouped heads and long
+contexts."""
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from llama_tp.spec.config import ModelConfig
 
 CPU = torch.device("cpu")
 S = 16
-EMPTY = 120                     # a block of zeros in the caches below, behind at most 120 others
+EMPTY = 120  # a block of zeros in the caches below, behind at most 120 others
 
 
 def caches(n_kv_heads: int, head_dim: int, dtype=torch.float32):
@@ -27,10 +28,12 @@ def expected(q, k_cache, v_cache, span: Span) -> torch.Tensor:
     """torch's scaled_dot_product_attention on one sequence. q: (n, H, E)."""
     M = span.start + span.n
     k, v = ([cache[b] for b in span.blocks] for cache in (k_cache, v_cache))
-    k, v = (torch.cat(blocks, dim=1)[:, :M].float() for blocks in (k, v))                       # (K, M, E)
+    k, v = (torch.cat(blocks, dim=1)[:, :M].float() for blocks in (k, v))  # (K, M, E)
     mask = torch.arange(M) <= torch.arange(span.start, M)[:, None]
     G = q.shape[1] // len(k)
-    out = F.scaled_dot_product_attention(q.float().transpose(0, 1), k.repeat_interleave(G, 0), v.repeat_interleave(G, 0), mask)
+    out = F.scaled_dot_product_attention(
+        q.float().transpose(0, 1), k.repeat_interleave(G, 0), v.repeat_interleave(G, 0), mask
+    )
     return out.transpose(0, 1)
 
 
@@ -43,18 +46,25 @@ def test_mixed_step_equals_sdpa(heads, kv_heads, head_dim):
         blocks = [order.pop() if len(order) > 1 else order[0] for _ in range(-(-(start + n) // S))]
         spans.append(Span(row, start, n, blocks))
         row += n
-    q = torch.randn(row + 2, heads, head_dim, generator=torch.Generator().manual_seed(2))     # 2 padding rows
+    # 2 padding rows
+    q = torch.randn(row + 2, heads, head_dim, generator=torch.Generator().manual_seed(2))
     out = attend(q, k_cache, v_cache, plan(spans, heads, S, EMPTY, CPU))
     for span in spans:
         rows = slice(span.row, span.row + span.n)
-        torch.testing.assert_close(out[rows], expected(q[rows], k_cache, v_cache, span), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            out[rows], expected(q[rows], k_cache, v_cache, span), rtol=1e-4, atol=1e-5
+        )
     assert not out[row:].any()
 
 
 def test_limits_on_scores_change_no_bits(monkeypatch):
     """However a step is cut to bound memory, each row's bits stay."""
     k_cache, v_cache = caches(2, 16)
-    spans = [Span(0, 0, 200, list(range(13))), Span(200, 330, 1, list(range(13, 34))), Span(201, 40, 1, [34, 35, 36])]
+    spans = [
+        Span(0, 0, 200, list(range(13))),
+        Span(200, 330, 1, list(range(13, 34))),
+        Span(201, 40, 1, [34, 35, 36]),
+    ]
     q = torch.randn(202, 8, 16, generator=torch.Generator().manual_seed(3))
     whole = attend(q, k_cache, v_cache, plan(spans, 8, S, EMPTY, CPU))
     for limit, chunk in ((1, 128), (20_000, 50), (1 << 25, 7)):
@@ -64,26 +74,39 @@ def test_limits_on_scores_change_no_bits(monkeypatch):
 
 
 def test_a_nan_left_behind_reaches_nobody():
-    config = ModelConfig(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=8, vocab_size=8)
+    config = ModelConfig(
+        dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=8, vocab_size=8
+    )
     cache = KVCache(config, 1, 4, S, torch.float32, CPU)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     cache.clear([0, 2, cache.empty])
     spans = [Span(0, 20, 1, [0, 2])]
-    assert attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, cache.empty, CPU)).isfinite().all()
+    assert (
+        attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, cache.empty, CPU))
+        .isfinite()
+        .all()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("G", [1, 2, 3, 4])
 def test_a_row_has_its_bits_in_any_chunk_at_any_head_width(G, dtype):
-    """40 rows across the end of a tile, cut into two at every place. (At head widths 6 and 10 a row's bits depended on whether its
-    place in the product is odd: torch 2.13, Zen 5.)"""
+    """40 rows across the end of a tile, cut into two at every place. (At head widths 6 and 10 a
+    row's bits depended on whether its place in the product is odd: torch 2.13, Zen 5.)"""
     n, start, blocks = 40, 236, list(range(18))
     for head_dim in (*range(2, 17, 2), 20, 24, 32, 64, 128):
         k_cache, v_cache = caches(2, head_dim, dtype)
         q = torch.randn(n, 2 * G, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
         whole = attend(q, k_cache, v_cache, plan([Span(0, start, n, blocks)], 2 * G, S, EMPTY, CPU))
         for cut in range(1, n):
-            parts = [attend(q[at:end], k_cache, v_cache, plan([Span(0, start + at, end - at, blocks)], 2 * G, S, EMPTY, CPU))
-                     for at, end in ((0, cut), (cut, n))]
+            parts = [
+                attend(
+                    q[at:end],
+                    k_cache,
+                    v_cache,
+                    plan([Span(0, start + at, end - at, blocks)], 2 * G, S, EMPTY, CPU),
+                )
+                for at, end in ((0, cut), (cut, n))
+            ]
             assert torch.equal(torch.cat(parts), whole), (head_dim, cut)

@@ -1,4 +1,5 @@
-"""torch's paged FlashAttention: the calls that it refuses or answers wrongly, and that ours are none of them."""
+"""torch's paged FlashAttention: the calls that it refuses or answers wrongly, and that ours are
+none of them."""
 
 import inspect
 
@@ -7,7 +8,7 @@ import torch
 from torch.nn.attention import varlen
 
 from llama_tp.model import flash, kernels
-from llama_tp.model.attention import Paged, attend, plan, Span
+from llama_tp.model.attention import Paged, Span, attend, plan
 from llama_tp.model.flash import ARGUMENTS, Heads, PagedAttention, open_paged
 from llama_tp.model.kernels import FlashKernels, TorchKernels, pick
 from tests.flash import Varlen, varlen_of_2_11
@@ -15,17 +16,23 @@ from tests.flash import Varlen, varlen_of_2_11
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 S, K, E = 256, 2, 16
 USED = (5, 300, 700)
-TABLE = [[0, 9, 9], [1, 2, 9], [3, 4, 5]]                      # 9: a block of zeros
+TABLE = [[0, 9, 9], [1, 2, 9], [3, 4, 5]]  # 9: a block of zeros
 
 
 def of_decodes(H: int, dtype=torch.bfloat16, n_padding: int = 0):
-    """-> queries, keys, values, plan of one row for each of USED, and `n_padding` rows of no sequence."""
+    """-> queries, keys, values, plan of one row for each of USED, and `n_padding` rows of no
+    sequence."""
     generator = torch.Generator().manual_seed(H)
     shapes = (3 + n_padding, H, E), (10, K, S, E), (10, K, S, E)
     q, k, v = (torch.randn(*shape, generator=generator).to(dtype) for shape in shapes)
     k[9] = v[9] = 0
     used = torch.tensor(USED, dtype=torch.int32)
-    return q, k, v, Paged(torch.tensor(TABLE, dtype=torch.int32), used, torch.arange(4, dtype=torch.int32), 1)
+    return (
+        q,
+        k,
+        v,
+        Paged(torch.tensor(TABLE, dtype=torch.int32), used, torch.arange(4, dtype=torch.int32), 1),
+    )
 
 
 def expected(q, k, v, ns=(1, 1, 1)):
@@ -38,26 +45,46 @@ def expected(q, k, v, ns=(1, 1, 1)):
 
 def call(function, q, k, v, given: Paged, **changed):
     keys = {"cu_seq_k": given.key_ends, "window_size": (-1, -1), "num_splits": None} | changed
-    return function(q, k.transpose(1, 2), v.transpose(1, 2), given.ends, keys.pop("cu_seq_k"), given.max_n, 3 * S, enable_gqa=True,
-                    seqused_k=given.used, block_table=given.table, **keys)
+    return function(
+        q,
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        given.ends,
+        keys.pop("cu_seq_k"),
+        given.max_n,
+        3 * S,
+        enable_gqa=True,
+        seqused_k=given.used,
+        block_table=given.table,
+        **keys,
+    )
 
 
-@pytest.mark.parametrize("version, changed, message", [
-    ("2.12", {"cu_seq_k": None}, "both set or both not set"), ("2.13", {"cu_seq_k": None}, "both set or both not set"),
-    ("2.13", {"window_size": (-1, 0)}, "194167"), ("2.12", {"num_splits": 1}, "requires FA3")])
+@pytest.mark.parametrize(
+    "version, changed, message",
+    [
+        ("2.12", {"cu_seq_k": None}, "both set or both not set"),
+        ("2.13", {"cu_seq_k": None}, "both set or both not set"),
+        ("2.13", {"window_size": (-1, 0)}, "194167"),
+        ("2.12", {"num_splits": 1}, "requires FA3"),
+    ],
+)
 def test_the_stand_in_refuses_the_calls_that_were_made_before(version, changed, message):
     with pytest.raises(RuntimeError, match=message):
         call(Varlen(version), *of_decodes(4), **changed)
 
 
-@pytest.mark.parametrize("n_padding, H", [(1, 4), (0, K)], ids=["a row too many", "heads not grouped"])
+@pytest.mark.parametrize(
+    "n_padding, H", [(1, 4), (0, K)], ids=["a row too many", "heads not grouped"]
+)
 def test_the_stand_in_refuses_decodes_without_splits_where_torch_would_not_group_them(n_padding, H):
     with pytest.raises(RuntimeError, match="invalid for input of size|194167"):
         call(Varlen("2.13"), *of_decodes(H, n_padding=n_padding))
 
 
 def test_the_silent_error_is_what_the_issue_shows():
-    """pytorch #194167: with an output prefilled with NaN, the rows of sequences after the first stay NaN."""
+    """pytorch #194167: with an output prefilled with NaN, the rows of sequences after the first
+    stay NaN."""
     out = call(Varlen("2.13", silent=True), *of_decodes(4), window_size=(-1, 0))
     assert out[0].isfinite().all() and out[1:].isnan().all()
 
@@ -68,7 +95,9 @@ def test_the_silent_error_is_what_the_issue_shows():
 def test_every_call_of_ours_is_taken_and_right(version, H, fixed_bits):
     function = Varlen(version)
     paged = open_paged(function, Heads(H, K, E), torch.bfloat16, CPU, fixed_bits)
-    assert isinstance(paged, PagedAttention) and paged.one_pass == (None if version == "2.12" else 1)
+    assert isinstance(paged, PagedAttention) and paged.one_pass == (
+        None if version == "2.12" else 1
+    )
     for n_padding in (0, 2):
         q, k, v, decodes = of_decodes(H, n_padding=n_padding)
         out = paged(q, k, v, decodes)
@@ -80,25 +109,49 @@ def test_every_call_of_ours_is_taken_and_right(version, H, fixed_bits):
     torch.testing.assert_close(paged(q, k, v, chunks), expected(q, k, v, ns), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("version, fixed_bits, decode, chunk", [
-    ("2.13", False, ((-1, -1), None), ((-1, 0), 1)), ("2.13", True, ((-1, -1), 1), ((-1, 0), 1)),
-    ("2.12", False, ((-1, -1), None), ((-1, 0), None)), ("2.12", True, ((-1, 0), None), ((-1, 0), None))])
-def test_only_decodes_of_grouped_heads_are_split_and_none_with_fixed_bits(version, fixed_bits, decode, chunk):
+@pytest.mark.parametrize(
+    "version, fixed_bits, decode, chunk",
+    [
+        ("2.13", False, ((-1, -1), None), ((-1, 0), 1)),
+        ("2.13", True, ((-1, -1), 1), ((-1, 0), 1)),
+        ("2.12", False, ((-1, -1), None), ((-1, 0), None)),
+        ("2.12", True, ((-1, 0), None), ((-1, 0), None)),
+    ],
+)
+def test_only_decodes_of_grouped_heads_are_split_and_none_with_fixed_bits(
+    version, fixed_bits, decode, chunk
+):
     function = Varlen(version)
     paged = open_paged(function, Heads(4, K, E), torch.bfloat16, CPU, fixed_bits)
     function.calls.clear()
     q, k, v, decodes = of_decodes(4)
     paged(q, k, v, decodes)
-    paged(q, k, v, Paged(decodes.table[2:], decodes.used[2:], torch.tensor([0, 3], dtype=torch.int32), 3))
+    paged(
+        q,
+        k,
+        v,
+        Paged(decodes.table[2:], decodes.used[2:], torch.tensor([0, 3], dtype=torch.int32), 3),
+    )
     assert function.calls == [(1, *decode), (3, *chunk)]
 
 
-@pytest.mark.parametrize("function, heads, why", [
-    (varlen_of_2_11, Heads(4, K, E), "has no block_table, enable_gqa, num_splits, seqused_k"),
-    (Varlen("2.13"), Heads(4, K, 4), "heads 4 wide"), (Varlen("2.13"), Heads(4, K, 264), "heads 264 wide"),
-    (Varlen("2.12", dtypes=()), Heads(4, K, E), "FlashAttention only support"),
-    (lambda *args, **named: Varlen("2.13", silent=True)(*args, **named | {"num_splits": None}), Heads(4, K, E), "off by nan")],
-    ids=["2.11", "narrow", "wide", "refuses", "wrong"])
+@pytest.mark.parametrize(
+    "function, heads, why",
+    [
+        (varlen_of_2_11, Heads(4, K, E), "has no block_table, enable_gqa, num_splits, seqused_k"),
+        (Varlen("2.13"), Heads(4, K, 4), "heads 4 wide"),
+        (Varlen("2.13"), Heads(4, K, 264), "heads 264 wide"),
+        (Varlen("2.12", dtypes=()), Heads(4, K, E), "FlashAttention only support"),
+        (
+            lambda *args, **named: Varlen("2.13", silent=True)(
+                *args, **named | {"num_splits": None}
+            ),
+            Heads(4, K, E),
+            "off by nan",
+        ),
+    ],
+    ids=["2.11", "narrow", "wide", "refuses", "wrong"],
+)
 def test_what_cannot_be_used_says_why(function, heads, why):
     if not hasattr(function, "calls") and function is not varlen_of_2_11:
         function.__signature__ = inspect.signature(Varlen("2.13"))
@@ -109,21 +162,43 @@ def test_the_installed_torch_takes_our_calls():
     """Its Python layer and its shapes, on the meta device; what lies below runs on GPUs only."""
     missing = ARGUMENTS - inspect.signature(varlen.varlen_attn).parameters.keys()
     if missing:
-        assert "has no" in open_paged(varlen.varlen_attn, Heads(4, K, E), torch.bfloat16, CPU, False)
+        assert "has no" in open_paged(
+            varlen.varlen_attn, Heads(4, K, E), torch.bfloat16, CPU, False
+        )
         return
     q, k, v, decodes = of_decodes(4)
     on_meta = Paged(*(each.to("meta") for each in (decodes.table, decodes.used, decodes.ends)), 1)
-    for paged in (PagedAttention(varlen.varlen_attn, 1, False), PagedAttention(varlen.varlen_attn, None, True)):
+    for paged in (
+        PagedAttention(varlen.varlen_attn, 1, False),
+        PagedAttention(varlen.varlen_attn, None, True),
+    ):
         assert paged(q.to("meta"), k.to("meta"), v.to("meta"), on_meta).shape == q.shape
 
 
-@pytest.mark.parametrize("capability, dtype, found, kind, lacks", [
-    ((9, 0), torch.bfloat16, PagedAttention(Varlen("2.13"), 1, False), FlashKernels, None),
-    ((7, 5), torch.bfloat16, None, TorchKernels, "7.5"), ((9, 0), torch.float32, None, TorchKernels, "float32"),
-    ((9, 0), torch.bfloat16, "its varlen_attn has no block_table", TorchKernels, "no block_table")])
-def test_it_is_picked_where_it_runs_and_else_the_reason_is_kept(monkeypatch, capability, dtype, found, kind, lacks):
+@pytest.mark.parametrize(
+    "capability, dtype, found, kind, lacks",
+    [
+        ((9, 0), torch.bfloat16, PagedAttention(Varlen("2.13"), 1, False), FlashKernels, None),
+        ((7, 5), torch.bfloat16, None, TorchKernels, "7.5"),
+        ((9, 0), torch.float32, None, TorchKernels, "float32"),
+        (
+            (9, 0),
+            torch.bfloat16,
+            "its varlen_attn has no block_table",
+            TorchKernels,
+            "no block_table",
+        ),
+    ],
+)
+def test_it_is_picked_where_it_runs_and_else_the_reason_is_kept(
+    monkeypatch, capability, dtype, found, kind, lacks
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(flash, "open_paged", lambda *args: found)
     monkeypatch.setattr(kernels, "open_paged", lambda *args: found)
     picked = pick(CUDA, dtype, False, Heads(4, K, E))
-    assert type(picked) is kind and (lacks is None) == (picked.lacks is None) and (lacks or "") in (picked.lacks or "")
+    assert (
+        type(picked) is kind
+        and (lacks is None) == (picked.lacks is None)
+        and (lacks or "") in (picked.lacks or "")
+    )

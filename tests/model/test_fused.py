@@ -1,4 +1,5 @@
-"""The arithmetic between the products through torch.compile, here for CPU: the same Python, guards and shapes as on CUDA."""
+"""The arithmetic between the products through torch.compile, here for CPU: the same Python, guards
+and shapes as on CUDA."""
 
 import re
 
@@ -15,7 +16,9 @@ from tests.ranks import run
 from tests.shapes import SHRUNK
 
 CONFIG = SHRUNK["8b"]
-PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)]
+PROMPTS = [
+    [(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 300), start=1)
+]
 
 
 def engine_with(kernels, dtype=torch.float32, ranks=None):
@@ -24,7 +27,8 @@ def engine_with(kernels, dtype=torch.float32, ranks=None):
 
 def logits(one) -> dict:
     for i, ids in enumerate(PROMPTS):
-        one.submit(Request(f"{i}", ids, SamplingParams(max_tokens=1 + 3 * i, temperature=0)))       # ends with one row alone
+        # ends with one row alone
+        one.submit(Request(f"{i}", ids, SamplingParams(max_tokens=1 + 3 * i, temperature=0)))
         one.step()
     while one.has_work:
         one.step()
@@ -34,12 +38,15 @@ def logits(one) -> dict:
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
 def test_compiled_arithmetic_gives_what_plain_torch_gives_and_is_compiled_once(dtype, close):
     one, plain = engine_with(TorchKernels(), dtype), logits(engine_with(TorchKernels(), dtype))
-    assert fuse(one.runner.model) is None and one.runner.model.kernels.name == "torch + torch.compile"
+    assert (
+        fuse(one.runner.model) is None and one.runner.model.kernels.name == "torch + torch.compile"
+    )
     n_graphs = counters["stats"]["unique_graphs"]
     ours = logits(one)
-    assert n_graphs >= len(NAMES) and counters["stats"]["unique_graphs"] == n_graphs        # each in the shapes it was tried in
+    # each in the shapes it was tried in
+    assert n_graphs >= len(NAMES) and counters["stats"]["unique_graphs"] == n_graphs
     first = {key: values for key, values in ours.items() if key[2] == len(PROMPTS[int(key[0])])}
-    assert len(first) == len(PROMPTS)                               # later ones have other tokens where a rounding decides
+    assert len(first) == len(PROMPTS)  # later ones have other tokens where a rounding decides
     for key, values in first.items():
         torch.testing.assert_close(values, plain[key], rtol=close, atol=close)
 
@@ -52,12 +59,18 @@ def errs(function, options):
     return lambda *arguments: function(*arguments) + 1
 
 
-@pytest.mark.parametrize("compiler, reason", [(fails, "RuntimeError: no compiler here"), (errs, "add_norm of 1 row.* off by 1")])
+@pytest.mark.parametrize(
+    "compiler, reason",
+    [(fails, "RuntimeError: no compiler here"), (errs, "add_norm of 1 row.* off by 1")],
+)
 def test_what_cannot_be_compiled_stays_as_it_is(compiler, reason):
     one = engine_with(TorchKernels())
     why = fuse(one.runner.model, compiler)
     assert why and re.search(reason, why)
-    assert not set(NAMES) & set(vars(one.runner.model.kernels)) and one.runner.model.kernels.name == "torch"
+    assert (
+        not set(NAMES) & set(vars(one.runner.model.kernels))
+        and one.runner.model.kernels.name == "torch"
+    )
 
 
 def compiled_on_one(ranks) -> tuple:

@@ -13,12 +13,26 @@ from llama_tp.model.rope import Turn
 from llama_tp.native.library import load
 from llama_tp.spec.config import ModelConfig
 
-pytestmark = pytest.mark.skipif(load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build")
+pytestmark = pytest.mark.skipif(
+    load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build"
+)
 
 S = 16
 DTYPES = [torch.float32, torch.bfloat16]
-CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2}}
-HEADS = [(8, 2, 16), (4, 4, 32), (6, 1, 20), (8, 1, 64), (16, 2, 128), (32, 8, 4), (2, 1, 2), (9, 3, 80)]
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+}
+HEADS = [
+    (8, 2, 16),
+    (4, 4, 32),
+    (6, 1, 20),
+    (8, 1, 64),
+    (16, 2, 128),
+    (32, 8, 4),
+    (2, 1, 2),
+    (9, 3, 80),
+]
 SPANS = [(0, 1), (17, 1), (0, 40), (300, 200), (599, 1), (255, 1), (256, 1), (1500, 3)]
 
 
@@ -31,20 +45,41 @@ def both(dtype):
 
 
 def cache_of(heads: int, kv_heads: int, head_dim: int, dtype, n_blocks=400) -> KVCache:
-    config = ModelConfig(dim=32, n_layers=1, n_heads=heads, n_kv_heads=kv_heads, head_dim=head_dim, ffn_dim=8, vocab_size=8)
+    config = ModelConfig(
+        dim=32,
+        n_layers=1,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn_dim=8,
+        vocab_size=8,
+    )
     cache = KVCache(config, 1, n_blocks, S, dtype, torch.device("cpu"))
-    cache.k[:, :n_blocks], cache.v[:, :n_blocks] = (normal(1, n_blocks, kv_heads, S, head_dim, dtype=dtype, seed=s) for s in (5, 6))
+    cache.k[:, :n_blocks], cache.v[:, :n_blocks] = (
+        normal(1, n_blocks, kv_heads, S, head_dim, dtype=dtype, seed=s) for s in (5, 6)
+    )
     return cache
 
 
 def as_native(cache: KVCache) -> KVCache:
-    """The same contents in the order of the C++ kernels: 16 slots' numbers of one dimension side by side (bf16: of a pair of
-    dimensions where the machine multiplies pairs), and values in pairs of slots there."""
+    """The same contents in the order of the C++ kernels: 16 slots' numbers of one dimension side by
+    side (bf16: of a pair of dimensions where the machine multiplies pairs), and values in pairs of
+    slots there."""
     L, N, K, _, E = cache.k.shape
     P = load()[f"inputs_together_{ENDINGS[cache.k.dtype]}"]() or 2
     turned = copy.copy(cache)
-    turned.k = cache.k.view(L, N, K, S // 16, 16, E // P, P).transpose(4, 5).reshape(cache.k.shape).contiguous()
-    turned.v = cache.v.view(L, N, K, S // 16, 16 // P, P, E).transpose(5, 6).reshape(cache.v.shape).contiguous()
+    turned.k = (
+        cache.k.view(L, N, K, S // 16, 16, E // P, P)
+        .transpose(4, 5)
+        .reshape(cache.k.shape)
+        .contiguous()
+    )
+    turned.v = (
+        cache.v.view(L, N, K, S // 16, 16 // P, P, E)
+        .transpose(5, 6)
+        .reshape(cache.v.shape)
+        .contiguous()
+    )
     turned.layers = list(zip(turned.k, turned.v))
     return turned
 
@@ -64,9 +99,12 @@ def scattered(shapes) -> tuple[list[Span], int]:
 def test_attention(heads, kv_heads, head_dim, dtype):
     cache = cache_of(heads, kv_heads, head_dim, dtype)
     spans, rows = scattered(SPANS)
-    wide = normal(rows + 2, heads + 3, head_dim, dtype=dtype, seed=2)          # q is a part of qkv; 2 padding rows
-    expected, ours = (kernels.attend(wide[:, :heads], its, 0, kernels.plan(spans, heads, its, rows + 2))
-                      for kernels, its in zip(both(dtype), (cache, as_native(cache))))
+    # q is a part of qkv; 2 padding rows
+    wide = normal(rows + 2, heads + 3, head_dim, dtype=dtype, seed=2)
+    expected, ours = (
+        kernels.attend(wide[:, :heads], its, 0, kernels.plan(spans, heads, its, rows + 2))
+        for kernels, its in zip(both(dtype), (cache, as_native(cache)))
+    )
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     assert not ours[rows:].any()
 
@@ -74,7 +112,8 @@ def test_attention(heads, kv_heads, head_dim, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads, kv_heads, head_dim", HEADS)
 def test_attention_bits_of_a_row_are_its_own(heads, kv_heads, head_dim, dtype):
-    """Alone, in company, in one chunk or many, with all heads or one rank's, on one thread or two."""
+    """Alone, in company, in one chunk or many, with all heads or one rank's, on one thread or
+    two."""
     cache, kernels = cache_of(heads, kv_heads, head_dim, dtype), NativeKernels(load(), dtype)
     spans, rows = scattered(SPANS)
     q = normal(rows, heads, head_dim, dtype=dtype, seed=2)
@@ -83,7 +122,9 @@ def test_attention_bits_of_a_row_are_its_own(heads, kv_heads, head_dim, dtype):
         for at in range(0, span.n, 7):
             part = slice(span.row + at, span.row + min(at + 7, span.n))
             alone = Span(0, span.start + at, part.stop - part.start, span.blocks)
-            out = kernels.attend(q[part].contiguous(), cache, 0, kernels.plan([alone], heads, cache, alone.n))
+            out = kernels.attend(
+                q[part].contiguous(), cache, 0, kernels.plan([alone], heads, cache, alone.n)
+            )
             assert torch.equal(out, whole[part])
     G, one = heads // kv_heads, cache_of(heads // kv_heads, 1, head_dim, dtype)
     one.k[:], one.v[:] = cache.k[:, :, -1:], cache.v[:, :, -1:]
@@ -92,7 +133,9 @@ def test_attention_bits_of_a_row_are_its_own(heads, kv_heads, head_dim, dtype):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        assert torch.equal(kernels.attend(q, cache, 0, kernels.plan(spans, heads, cache, rows)), whole)
+        assert torch.equal(
+            kernels.attend(q, cache, 0, kernels.plan(spans, heads, cache, rows)), whole
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -101,7 +144,11 @@ def test_attention_bits_of_a_row_are_its_own(heads, kv_heads, head_dim, dtype):
 @pytest.mark.parametrize("D", [16, 37, 256, 2048])
 @pytest.mark.parametrize("T", [1, 5])
 def test_add_norm(T, D, dtype):
-    x, delta, weight = normal(T, D, dtype=dtype), normal(T, D, dtype=dtype, seed=1), normal(D, dtype=dtype, seed=2)
+    x, delta, weight = (
+        normal(T, D, dtype=dtype),
+        normal(T, D, dtype=dtype, seed=1),
+        normal(D, dtype=dtype, seed=2),
+    )
     for added in (None, delta):
         results = []
         for kernels in both(dtype):
@@ -120,7 +167,10 @@ def test_rotation_and_cache_write(heads, kv_heads, head_dim, dtype):
     T, blocks = 5, torch.tensor([3, 3, 0, 7, 9])
     offsets = torch.tensor([14, 15, 0, 1, 8])
     angles = normal(T, 1, head_dim // 2, seed=3)
-    turn, qkv = Turn(angles.cos(), angles.sin()), normal(T, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    turn, qkv = (
+        Turn(angles.cos(), angles.sin()),
+        normal(T, heads + 2 * kv_heads, head_dim, dtype=dtype),
+    )
     results = []
     for kernels, order in zip(both(dtype), (lambda cache: cache, as_native)):
         cache = order(cache_of(heads, kv_heads, head_dim, dtype, n_blocks=10))
@@ -140,8 +190,9 @@ def test_silu_mul(F, dtype):
     x[0, :4] = torch.tensor([-1000.0, 1000.0, 0.0, -0.0]).to(dtype)
     expected, ours = (kernels.silu_mul(x) for kernels in both(dtype))
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
-    half = torch.cat([x[:, F // 2:F], x[:, F + F // 2:]], dim=1).contiguous()           # another rank's part of the FFN
-    assert torch.equal(NativeKernels(load(), dtype).silu_mul(half), ours[:, F // 2:])
+    # another rank's part of the FFN
+    half = torch.cat([x[:, F // 2 : F], x[:, F + F // 2 :]], dim=1).contiguous()
+    assert torch.equal(NativeKernels(load(), dtype).silu_mul(half), ours[:, F // 2 :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,5 +206,7 @@ def test_nan_goes_through_and_stays_in_its_row(dtype):
     cache = cache_of(2, 1, 16, dtype)
     spans, rows = scattered([(20, 1), (40, 1)])
     cache.k[0, spans[1].blocks[0]] = float("nan")
-    out = kernels.attend(normal(rows, 2, 16, dtype=dtype), cache, 0, kernels.plan(spans, 2, cache, rows))
+    out = kernels.attend(
+        normal(rows, 2, 16, dtype=dtype), cache, 0, kernels.plan(spans, 2, cache, rows)
+    )
     assert out[0].isfinite().all() and out[1].isnan().all()

@@ -1,4 +1,5 @@
-"""Our parallel layers against fairscale's, forward, on 1, 2 and 4 real ranks; and what chunks promise."""
+"""Our parallel layers against fairscale's, forward, on 1, 2 and 4 real ranks; and what chunks
+promise."""
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ IN, OUT, VOCAB = 64, 96, 80
 
 
 def weights(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * shape[-1] ** -0.5
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * shape[-1] ** -0.5
+    )
 
 
 def filled(layer, part: torch.Tensor):
@@ -31,8 +34,12 @@ def both_ways(ranks, plain: bool) -> list[float]:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         initialize.initialize_model_parallel(1)
     try:
-        return [column(ranks, kernels), row(ranks, kernels, False), row(ranks, kernels, True),
-                *(embedding(ranks, kernels, tied) for tied in (True, False))]
+        return [
+            column(ranks, kernels),
+            row(ranks, kernels, False),
+            row(ranks, kernels, True),
+            *(embedding(ranks, kernels, tied) for tied in (True, False)),
+        ]
     finally:
         if ranks.tp == 1:
             initialize.destroy_model_parallel()
@@ -55,11 +62,24 @@ def column(ranks, kernels) -> float:
 
 def row(ranks, kernels, deterministic: bool) -> float:
     whole, x = weights(OUT, IN), weights(7, IN)
-    mine, my_x = whole.chunk(ranks.tp, dim=1)[ranks.rank], x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous()
+    mine, my_x = (
+        whole.chunk(ranks.tp, dim=1)[ranks.rank],
+        x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous(),
+    )
     theirs = model_parallel.RowParallelLinear(IN, OUT, bias=False, input_is_parallel=True)
     theirs.weight.data.copy_(mine)
-    ours = filled(RowParallelLinear(IN // ranks.tp, OUT, torch.float32, ranks, kernels,
-                                    8 // ranks.tp if deterministic else 1, deterministic), mine)
+    ours = filled(
+        RowParallelLinear(
+            IN // ranks.tp,
+            OUT,
+            torch.float32,
+            ranks,
+            kernels,
+            8 // ranks.tp if deterministic else 1,
+            deterministic,
+        ),
+        mine,
+    )
     with torch.no_grad():
         return difference(ours(my_x), theirs(my_x))
 
@@ -69,7 +89,9 @@ def embedding(ranks, kernels, tied) -> float:
     mine = whole.chunk(ranks.tp)[ranks.rank]
     theirs = model_parallel.VocabParallelEmbedding(VOCAB, IN)
     theirs.weight.data.copy_(mine)
-    ours = filled(VocabParallelEmbedding(VOCAB // ranks.tp, IN, torch.float32, ranks, kernels, tied), mine)
+    ours = filled(
+        VocabParallelEmbedding(VOCAB // ranks.tp, IN, torch.float32, ranks, kernels, tied), mine
+    )
     with torch.no_grad():
         return difference(ours(ids), theirs(ids))
 
@@ -78,7 +100,7 @@ def embedding(ranks, kernels, tied) -> float:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_equal_to_fairscale(tp, plain):
     for of_rank in run(tp, both_ways, plain):
-        assert of_rank[3:] == [0, 0]                        # a lookup is exact
+        assert of_rank[3:] == [0, 0]  # a lookup is exact
         assert max(of_rank) < 1e-5
 
 
@@ -86,7 +108,9 @@ def row_bits(ranks, dtype: torch.dtype, plain: bool) -> torch.Tensor:
     whole, x = weights(OUT, IN).to(dtype), weights(33, IN).to(dtype)
     mine = whole.chunk(ranks.tp, dim=1)[ranks.rank]
     kernels = TorchKernels(True) if plain else pick(ranks.device, dtype, True)
-    layer = filled(RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, kernels, 8 // ranks.tp, True), mine)
+    layer = filled(
+        RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, kernels, 8 // ranks.tp, True), mine
+    )
     with torch.no_grad():
         return layer(x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous())
 

@@ -9,14 +9,17 @@ from llama_tp.model.matrix import DTYPES, NativeMatrix, TorchMatrix
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import tree_add
 
-CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}         # of the largest result
-# (out, in): less than a block, an odd number of inputs, blocks that are not full, whole ones, inputs that take several turns
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest result
+# (out, in): less than a block, an odd number of inputs, blocks that are not full, whole ones,
+# inputs that take several turns
 SHAPES = [(4, 8), (33, 45), (200, 48), (128, 256), (192, 2304)]
 WAYS = ["C++", "torch"]
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.25).to(dtype)
+    return (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * shape[-1] ** -0.25
+    ).to(dtype)
 
 
 def matrix(way: str, weight: torch.Tensor, n_chunks: int = 1, lookups: bool = False):
@@ -29,7 +32,11 @@ def matrix(way: str, weight: torch.Tensor, n_chunks: int = 1, lookups: bool = Fa
 
 def test_this_machine_has_the_fast_way():
     """The machine that CI runs on does; or every test of it here would be one of torch's."""
-    if load() is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX512") or torch.cpu._is_amx_tile_supported():
+    if (
+        load() is None
+        or not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        or torch.cpu._is_amx_tile_supported()
+    ):
         pytest.skip("needs the C++ parts, AVX-512 and no AMX")
     for dtype in DTYPES:
         assert isinstance(matrix("C++", normal(64, 64, dtype=dtype)), NativeMatrix)
@@ -54,16 +61,17 @@ def test_products_are_right(shape, way, dtype):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_a_row_does_not_depend_on_its_company(shape, way, dtype):
-    """From rows_floor rows on: neither on the other rows, nor on which of the weight's rows are held here, nor on threads."""
+    """From rows_floor rows on: neither on the other rows, nor on which of the weight's rows are
+    held here, nor on threads."""
     weight, x = normal(*shape, dtype=dtype), normal(600, shape[1], dtype=dtype, seed=1)
-    ours, half = matrix(way, weight), matrix(way, weight[shape[0] // 2:])
+    ours, half = matrix(way, weight), matrix(way, weight[shape[0] // 2 :])
     if isinstance(ours, TorchMatrix) and not ours.packed:
         pytest.skip(f"needs oneDNN's packed linear in {dtype}, which this machine lacks")
     whole, n_threads = ours(x), torch.get_num_threads()
     for T in (ours.rows_floor, 2, 3, 7, 16, 17, 64, 127, 511, 513):
         assert torch.equal(ours(x[:T]), whole[:T]), T
         assert torch.equal(ours(x[-T:]), whole[-T:]), T
-        assert torch.equal(half(x[:T]), whole[:T, shape[0] // 2:]), T
+        assert torch.equal(half(x[:T]), whole[:T, shape[0] // 2 :]), T
     try:
         torch.set_num_threads(3 - min(n_threads, 2))
         assert torch.equal(ours(x), whole)
@@ -76,9 +84,14 @@ def test_a_row_does_not_depend_on_its_company(shape, way, dtype):
 @pytest.mark.parametrize("n_chunks", [2, 3, 8])
 def test_chunks_are_products_of_their_own(n_chunks, way, dtype):
     """So that a rank with half of them has half of the tree."""
-    weight, x = normal(100, 48 * n_chunks, dtype=dtype), normal(9, 48 * n_chunks, dtype=dtype, seed=1)
-    parts = [matrix(way, chunk.contiguous()).wide(part.contiguous())
-             for chunk, part in zip(weight.chunk(n_chunks, dim=1), x.chunk(n_chunks, dim=1))]
+    weight, x = (
+        normal(100, 48 * n_chunks, dtype=dtype),
+        normal(9, 48 * n_chunks, dtype=dtype, seed=1),
+    )
+    parts = [
+        matrix(way, chunk.contiguous()).wide(part.contiguous())
+        for chunk, part in zip(weight.chunk(n_chunks, dim=1), x.chunk(n_chunks, dim=1))
+    ]
     ours = matrix(way, weight, n_chunks)
     assert torch.equal(ours.wide(x), tree_add(parts))
     assert torch.equal(ours(x), tree_add(parts).to(dtype))

@@ -25,7 +25,7 @@ def test_all_reduce_is_the_sum(tp, dtype):
 
 
 def stacks(ranks):
-    x = torch.arange(12).reshape(3, 4).t() + 100 * ranks.rank              # not contiguous
+    x = torch.arange(12).reshape(3, 4).t() + 100 * ranks.rank  # not contiguous
     return c.gather_stack(x, ranks), c.gather_to_driver(x.to(torch.bfloat16), ranks)
 
 
@@ -50,7 +50,7 @@ def chunks(dtype):
 
 def sums_own_chunks(ranks, dtype):
     n = 8 // ranks.tp
-    return c.tree_sum(c.tree_add(chunks(dtype)[ranks.rank * n:(ranks.rank + 1) * n]), ranks)
+    return c.tree_sum(c.tree_add(chunks(dtype)[ranks.rank * n : (ranks.rank + 1) * n]), ranks)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -65,12 +65,15 @@ def test_tree_sum_has_the_same_bits_at_every_tp(tp, dtype):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("n, shape", [(1, "0"), (2, "(01)"), (3, "((01)2)"), (5, "(((01)(23))4)"),
-                                      (8, "(((01)(23))((45)(67)))")])
+@pytest.mark.parametrize(
+    "n, shape",
+    [(1, "0"), (2, "(01)"), (3, "((01)2)"), (5, "(((01)(23))4)"), (8, "(((01)(23))((45)(67)))")],
+)
 def test_tree_add_shape(n, shape):
     class Term(str):
         def __add__(self, other):
             return Term(f"({str(self)}{str(other)})")
+
     assert c.tree_add([Term(i) for i in range(n)]) == shape
 
 
@@ -79,7 +82,7 @@ def talks(ranks):
     c.broadcast(x, ranks)
     got = [x.tolist()]
     for n in (0, 1, 1023, 1024, 5000):
-        ints = [(-1) ** i * (2 ** 62 + i) for i in range(n)]
+        ints = [(-1) ** i * (2**62 + i) for i in range(n)]
         if ranks.is_driver:
             c.send_ints(ints, ranks)
             got.append(True)

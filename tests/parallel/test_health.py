@@ -1,7 +1,9 @@
-"""Ranks that fail in real processes: how soon all are gone, with which code, and what is said, once.
+"""Ranks that fail in real processes: how soon all are gone, with which code, and what is said,
+once.
 
-Most ranks here are forked from a server that has imported torch already, so that a job takes a second to start; what
-depends on torchrun is tested under torchrun. tests/test_failures.py does the same to whole commands.
+Most ranks here are forked from a server that has imported torch already, so that a job takes a
+second to start; what depends on torchrun is tested under torchrun. tests/test_failures.py does the
+same to whole commands.
 """
 
 import contextlib
@@ -29,21 +31,29 @@ from tests.listeners import listeners
 from tests.ranks import free_pair, free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
-END_S = 45.0            # all ranks are gone by then, on a busy machine too, and before gloo's own 60 s are up
+END_S = 45.0  # all ranks are gone by then, on a busy machine too, and before gloo's own 60 s are up
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(["tests.parallel.test_health"])
 
 
 def rank_main() -> None:
-    """A rank: loads for a moment, then takes steps for ever, unless FAULT ("rank:place:action; ...") says otherwise."""
+    """A rank: loads for a moment, then takes steps for ever, unless FAULT ("rank:place:action;
+    ...") says otherwise."""
     ranks = init_ranks("cpu", timeout_s=60)
     faults = [fault.strip().split(":") for fault in os.environ.get("FAULT", "").split(";") if fault]
 
     def strike(place: str) -> None:
         for rank, where, action in faults:
             if where == place and rank in (str(ranks.rank), "*"):
-                {"raise": raise_value_error, "refuse": refuse, "exit": crash, "hang": hang, "stop": stop_me,
-                 "idle": lambda: time.sleep(1.7 * STEP_S), "home": go_home}[action]()
+                {
+                    "raise": raise_value_error,
+                    "refuse": refuse,
+                    "exit": crash,
+                    "hang": hang,
+                    "stop": stop_me,
+                    "idle": lambda: time.sleep(1.7 * STEP_S),
+                    "home": go_home,
+                }[action]()
 
     with contextlib.suppress(GoHome), Watch(ranks, STEP_S, LOAD_S) as watch:
         with watch.busy("load", watch.load_timeout_s):
@@ -96,8 +106,10 @@ class Job:
 
     def __init__(self, tp: int, folder, **env):
         self.folder, self.port = folder, free_port()
-        self.ranks = [server.Process(target=forked_rank, args=(rank, tp, self.port, str(folder), env))
-                      for rank in range(tp)]
+        self.ranks = [
+            server.Process(target=forked_rank, args=(rank, tp, self.port, str(folder), env))
+            for rank in range(tp)
+        ]
         for process in self.ranks:
             process.start()
 
@@ -116,7 +128,9 @@ class Job:
         deadline = time.monotonic() + within
         for process in self.ranks:
             process.join(max(0.0, deadline - time.monotonic()))
-        assert not any(process.is_alive() for process in self.ranks), f"not gone after {within} s: {self.stderr}"
+        assert not any(process.is_alive() for process in self.ranks), (
+            f"not gone after {within} s: {self.stderr}"
+        )
         return [process.exitcode for process in self.ranks]
 
     def message(self) -> str:
@@ -129,8 +143,16 @@ class Job:
 def forked_rank(rank: int, tp: int, port: int, folder: str, env: dict) -> None:
     for fd, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{folder}/{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LLAMA_TP_THREADS="1", **env)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(tp),
+        LOCAL_WORLD_SIZE=str(tp),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        LLAMA_TP_THREADS="1",
+        **env,
+    )
     rank_main()
 
 
@@ -142,6 +164,7 @@ def job(tmp_path):
     def start(tp=2, **env) -> Job:
         jobs.append(Job(tp, tmp_path, **env))
         return jobs[-1]
+
     yield start
     for process in [process for each in jobs for process in each.ranks]:
         process.kill()
@@ -149,11 +172,14 @@ def job(tmp_path):
 
 
 def test_a_good_end_is_quiet(job):
-    """Also with idle times beyond every timeout, and with one rank that goes home long after the others."""
+    """Also with idle times beyond every timeout, and with one rank that goes home long after the
+    others."""
     good = job(3, STEPS="20", FAULT="*:after 7:idle;0:end:idle")
     assert good.codes() == [0, 0, 0]
     assert good.stderr == "running\n"
-    assert not any(path.read_text() for path in good.folder.glob("stdout*")), "init must not write to stdout"
+    assert not any(path.read_text() for path in good.folder.glob("stdout*")), (
+        "init must not write to stdout"
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -167,23 +193,51 @@ def test_a_killed_rank(job, rank):
     assert re.fullmatch(rf"{name} died( during step \d+)?: .*out of memory.*", killed.message())
 
 
-# Jobs in which a rank stops answering or comes to a halt: fault, that rank's exit code, what is said.
+# Jobs in which a rank stops answering or comes to a halt: fault, that rank's exit code, what is
+# said.
 HALTS = {
-    "driver stops": ("0:step 9:stop", -9, r"rank 0 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*"),
-    "worker stops": ("1:step 9:stop", -9, r"rank 1 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*"),
-    "driver hangs": ("0:step 9:hang", 1, r"rank 0 \(.*\) hangs during step 9: rank 1 has waited in step 9 for \d s "
-                                         r"\(limit 2 s\); it is at test_health.py:\d+ in hang"),
-    "worker hangs": ("1:step 9:hang", 1, r"rank 1 \(.*\) hangs during step 9: rank 0 has waited in step 9 for \d s "
-                                         r"\(limit 2 s\); it is at test_health.py:\d+ in hang"),
-    "load hangs": ("1:load:hang", 1, r"rank 1 \(.*\) hangs during load: rank 0 has waited in load for \d s .*"),
-    "no call": ("1:after 19:hang", 1, r"rank 1 \(.*\) has not made call 3, in which rank 0 has waited for \d s .*"),
+    "driver stops": (
+        "0:step 9:stop",
+        -9,
+        r"rank 0 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*",
+    ),
+    "worker stops": (
+        "1:step 9:stop",
+        -9,
+        r"rank 1 \(pid \d+, .*\) has stopped answering.*: no sign of life for .*",
+    ),
+    "driver hangs": (
+        "0:step 9:hang",
+        1,
+        r"rank 0 \(.*\) hangs during step 9: rank 1 has waited in step 9 for \d s "
+        r"\(limit 2 s\); it is at test_health.py:\d+ in hang",
+    ),
+    "worker hangs": (
+        "1:step 9:hang",
+        1,
+        r"rank 1 \(.*\) hangs during step 9: rank 0 has waited in step 9 for \d s "
+        r"\(limit 2 s\); it is at test_health.py:\d+ in hang",
+    ),
+    "load hangs": (
+        "1:load:hang",
+        1,
+        r"rank 1 \(.*\) hangs during load: rank 0 has waited in load for \d s .*",
+    ),
+    "no call": (
+        "1:after 19:hang",
+        1,
+        r"rank 1 \(.*\) has not made call 3, in which rank 0 has waited for \d s .*",
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def halted(tmp_path_factory):
     """All these jobs, started at once: they mostly wait for their timeouts."""
-    jobs = {name: Job(2, tmp_path_factory.mktemp("job"), FAULT=fault) for name, (fault, *_) in HALTS.items()}
+    jobs = {
+        name: Job(2, tmp_path_factory.mktemp("job"), FAULT=fault)
+        for name, (fault, *_) in HALTS.items()
+    }
     yield jobs
     for process in [process for each in jobs.values() for process in each.ranks]:
         process.kill()
@@ -222,8 +276,10 @@ def test_a_rank_that_leaves_early(job, rank):
     left = job(FAULT=f"{rank}:after 9:home")
     codes = left.codes()
     assert codes[rank] == 0 and codes[1 - rank] == 1
-    assert left.message() == (f"rank {rank} has left, while rank {1 - rank} was still in step 10: "
-                              "every rank must make every call")
+    assert left.message() == (
+        f"rank {rank} has left, while rank {1 - rank} was still in step 10: "
+        "every rank must make every call"
+    )
 
 
 def test_a_single_rank_told_to_end_is_named(job):
@@ -235,32 +291,48 @@ def test_a_single_rank_told_to_end_is_named(job):
 
 
 def test_strangers_are_cut_off(job):
-    """Whoever connects without the launch's token is dropped, whatever it says, and nobody is disturbed."""
+    """Whoever connects without the launch's token is dropped, whatever it says, and nobody is
+    disturbed."""
     disturbed = job(STEPS="200")
     disturbed.running()
     store = dist.TCPStore("127.0.0.1", disturbed.port, is_master=False)
     host, port, *_ = json.loads(store.get("llama_tp/watch/0"))
     assert host == "127.0.0.1"
-    for words in (b'["\xc3\xa9", 1, 2, "x"]\n', b"[[]]\n", b'{"leave": 9, "stopped": []}\n', b"\xff\n", b"x" * 300_000):
+    for words in (
+        b'["\xc3\xa9", 1, 2, "x"]\n',
+        b"[[]]\n",
+        b'{"leave": 9, "stopped": []}\n',
+        b"\xff\n",
+        b"x" * 300_000,
+    ):
         with socket.create_connection((host, port), timeout=5) as stranger:
             with contextlib.suppress(ConnectionError):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
     silent = [socket.create_connection((host, port), timeout=5) for _ in range(MAX_STRANGERS + 20)]
-    assert all(each.recv(100) == b"" for each in silent[:20])       # as many as may be: older ones make room for newer ones
+    # as many as may be: older ones make room for newer ones
+    assert all(each.recv(100) == b"" for each in silent[:20])
     assert disturbed.codes() == [0, 0] and disturbed.stderr == "running\n"
 
 
-@pytest.mark.parametrize("n_nodes, master, bound", [
-    (1, "far.example", "127.0.0.1"),                    # one machine: nobody else can call
-    (2, "127.0.0.1", "127.0.0.1"),                      # can only mean this machine
-    (2, "own.name", "0.0.0.0"),                         # the loopback here, and something else on the other nodes
-    (2, "192.0.2.1", "0.0.0.0"),                        # not an interface of ours
-])
+@pytest.mark.parametrize(
+    "n_nodes, master, bound",
+    [
+        (1, "far.example", "127.0.0.1"),  # one machine: nobody else can call
+        (2, "127.0.0.1", "127.0.0.1"),  # can only mean this machine
+        (2, "own.name", "0.0.0.0"),  # the loopback here, and something else on the other nodes
+        (2, "192.0.2.1", "0.0.0.0"),  # not an interface of ours
+    ],
+)
 def test_where_the_driver_listens(n_nodes, master, bound, monkeypatch):
     resolve = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **named: resolve(
-        {"own.name": "127.0.1.1"}.get(host, host), *rest, **named))
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **named: resolve(
+            {"own.name": "127.0.1.1"}.get(host, host), *rest, **named
+        ),
+    )
     with listen(master, n_nodes) as sock:
         assert sock.getsockname()[0] == bound
 
@@ -286,7 +358,8 @@ def signs_in(ranks, seconds: float) -> int:
 
 
 def test_ranks_do_not_answer_every_sign_of_life():
-    """One a second each. Answering what one hears made them talk without end, on a third of a core each."""
+    """One a second each. Answering what one hears made them talk without end, on a third of a core
+    each."""
     assert all(2 <= n <= 6 for n in run(2, signs_in, 3.2))
 
 
@@ -300,6 +373,7 @@ def test_a_single_rank_watches_nobody():
 
 
 # Under torchrun.
+
 
 def errors(launched) -> list[str]:
     return [line for line in launched.stderr.splitlines() if line.startswith("error: ")]
@@ -319,7 +393,11 @@ def test_torchrun_says_which_rank_was_killed(script):
         os.kill(launched.pids()[1], signal.SIGKILL)
         assert launched.wait(END_S) != 0
         assert not launched.left_over(within=launched.soon(1))
-        assert len(errors(launched)) == 1 and "rank 1 (pid" in errors(launched)[0] and "died" in errors(launched)[0]
+        assert (
+            len(errors(launched)) == 1
+            and "rank 1 (pid" in errors(launched)[0]
+            and "died" in errors(launched)[0]
+        )
 
 
 def test_a_killed_torchrun_takes_its_ranks_along(script):
@@ -351,15 +429,33 @@ def test_two_agents_as_two_nodes(script):
     port = free_pair()
 
     def node(n):
-        return torchrun(1, script, options=["--nnodes", "2", "--node_rank", str(n), "--master_addr", "127.0.0.1",
-                                            "--master_port", str(port)])
+        return torchrun(
+            1,
+            script,
+            options=[
+                "--nnodes",
+                "2",
+                "--node_rank",
+                str(n),
+                "--master_addr",
+                "127.0.0.1",
+                "--master_port",
+                str(port),
+            ],
+        )
+
     with node(0) as first, node(1) as second:
         first.wait_for("running")
         [rank] = first.pids()
-        found = {each[1:] for each in listeners([rank])}    # the launcher itself cannot be told where to listen
-        assert ("127.0.0.1", port + 1) in found and not {"0.0.0.0", "::"} & {address for address, _ in found}
+        # the launcher itself cannot be told where to listen
+        found = {each[1:] for each in listeners([rank])}
+        assert ("127.0.0.1", port + 1) in found and not {"0.0.0.0", "::"} & {
+            address for address, _ in found
+        }
         os.kill(second.pids()[0], signal.SIGKILL)
         assert first.wait(END_S) != 0 and second.wait(END_S) != 0
-        assert not first.left_over(within=first.soon(1)) and not second.left_over(within=second.soon(1))
-        for said in map(errors, (first, second)):           # each machine's terminal tells it, once
+        assert not first.left_over(within=first.soon(1)) and not second.left_over(
+            within=second.soon(1)
+        )
+        for said in map(errors, (first, second)):  # each machine's terminal tells it, once
             assert len(said) == 1 and "rank 1 (pid" in said[0]

@@ -1,4 +1,5 @@
-"""Sums over NVLink behind their seam: a stand-in for symmetric memory on gloo ranks, right, wrong or absent."""
+"""Sums over NVLink behind their seam: a stand-in for symmetric memory on gloo ranks, right, wrong
+or absent."""
 
 from dataclasses import replace
 
@@ -12,11 +13,16 @@ from tests.ranks import run
 
 
 class Stand:
-    """`memory` and `ops` in one: what torch's symmetric memory does, through the ranks' own group: it adds in the order of
-    ranks, each time rounding to the dtype."""
+    """`memory` and `ops` in one: what torch's symmetric memory does, through the ranks' own group:
+    it adds in the order of ranks, each time rounding to the dtype."""
 
     def __init__(self, ranks, absent_on: int = -1, wrong_on: int = -1):
-        self.ranks, self.absent, self.wrong, self.n_sums = ranks, absent_on == ranks.rank, wrong_on == ranks.rank, 0
+        self.ranks, self.absent, self.wrong, self.n_sums = (
+            ranks,
+            absent_on == ranks.rank,
+            wrong_on == ranks.rank,
+            0,
+        )
 
     def empty(self, n, dtype, device):
         if self.absent:
@@ -30,7 +36,11 @@ class Stand:
         dist.all_reduce(torch.zeros(1), group=self.ranks.group)
 
     def one_shot_all_reduce_out(self, x, how, group_name, out):
-        assert how == "sum" and x.data_ptr() == self.buffer.data_ptr() and group_name == self.ranks.group.group_name
+        assert (
+            how == "sum"
+            and x.data_ptr() == self.buffer.data_ptr()
+            and group_name == self.ranks.group.group_name
+        )
         self.n_sums += 1
         parts = [torch.empty_like(x) for _ in range(self.ranks.tp)]
         dist.all_gather(parts, x, group=self.ranks.group)
@@ -39,20 +49,31 @@ class Stand:
 
 def opened(ranks, **faults):
     stand = Stand(ranks, **faults)
-    return open_one_shot(ranks.group, ranks.control, ranks.rank, ranks.tp, ranks.device, stand, stand), stand
+    return open_one_shot(
+        ranks.group, ranks.control, ranks.rank, ranks.tp, ranks.device, stand, stand
+    ), stand
 
 
 def sums_and_the_rest(ranks) -> bool:
     room, stand = opened(ranks)
     ranks, before = replace(ranks, room=room), stand.n_sums
-    parts = [torch.randn(64, 16, generator=torch.Generator().manual_seed(rank)) for rank in range(ranks.tp)]
+    parts = [
+        torch.randn(64, 16, generator=torch.Generator().manual_seed(rank))
+        for rank in range(ranks.tp)
+    ]
     assert torch.allclose(all_reduce(parts[ranks.rank].clone(), ranks), sum(parts), atol=1e-5)
     assert stand.n_sums == before + 1
-    assert torch.equal(tree_sum(parts[ranks.rank].clone(), ranks), tree_add(parts))        # keeps its own order
-    big, odd = torch.ones(MAX_BYTES), torch.ones(3)                                         # too long, not aligned
-    assert all_reduce(big, ranks).sum() == ranks.tp * MAX_BYTES and all_reduce(odd, ranks).sum() == 3 * ranks.tp
+    # keeps its own order
+    assert torch.equal(tree_sum(parts[ranks.rank].clone(), ranks), tree_add(parts))
+    big, odd = torch.ones(MAX_BYTES), torch.ones(3)  # too long, not aligned
+    assert (
+        all_reduce(big, ranks).sum() == ranks.tp * MAX_BYTES
+        and all_reduce(odd, ranks).sum() == 3 * ranks.tp
+    )
     assert stand.n_sums == before + 1
-    assert gather_stack(torch.tensor([ranks.rank]), ranks).flatten().tolist() == list(range(ranks.tp))
+    assert gather_stack(torch.tensor([ranks.rank]), ranks).flatten().tolist() == list(
+        range(ranks.tp)
+    )
     assert broadcast(torch.tensor([ranks.rank + 5]), ranks).item() == 5
     return True
 

@@ -1,4 +1,5 @@
-"""Private folders: nobody else's, gone with their process, and what a kill -9 leaves goes at the next start."""
+"""Private folders: nobody else's, gone with their process, and what a kill -9 leaves goes at the
+next start."""
 
 import errno
 import os
@@ -13,7 +14,9 @@ from llama_tp.parallel.private_folder import PrivateFolder, check, is_held, swee
 from llama_tp.spec.errors import UserError
 from tests.ranks import ROOT
 
-HOLDER = "from llama_tp.parallel.private_folder import PrivateFolder\nprint(PrivateFolder().path, flush=True)\ninput()"
+HOLDER = """from llama_tp.parallel.private_folder import PrivateFolder
+print(PrivateFolder().path, flush=True)
+input()"""
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,13 @@ def place(tmp_path, monkeypatch):
 
 
 def holder():
-    process = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return process, process.stdout.readline().strip()
 
 
@@ -36,7 +45,7 @@ def test_a_folder_goes_with_its_process_and_after_a_kill_at_the_next_start(place
         assert os.path.dirname(path) == str(place) and is_held(path)
         process.kill()
     assert os.path.exists(path) and not is_held(path)
-    process, other = holder()                               # as a next start does
+    process, other = holder()  # as a next start does
     with process:
         assert not os.path.exists(path) and os.path.exists(other)
         process.stdin.close()
@@ -46,7 +55,7 @@ def test_a_folder_goes_with_its_process_and_after_a_kill_at_the_next_start(place
 def test_a_folder_that_is_held_or_not_ours_is_left_alone(place):
     process, path = holder()
     with process:
-        (place / "llama_tp-old").mkdir()                    # of a version without locks: it may be in use
+        (place / "llama_tp-old").mkdir()  # of a version without locks: it may be in use
         (place / "other").mkdir(mode=0o700)
         (place / "other" / "locked").touch()
         (place / "llama_tp-link").symlink_to(place / "other")
@@ -56,7 +65,11 @@ def test_a_folder_that_is_held_or_not_ours_is_left_alone(place):
         with PrivateFolder() as mine:
             sweep()
             assert {os.path.basename(each) for each in (path, mine.path)} | {
-                "llama_tp-old", "other", "llama_tp-link", "llama_tp-open"} == set(os.listdir(place))
+                "llama_tp-old",
+                "other",
+                "llama_tp-link",
+                "llama_tp-open",
+            } == set(os.listdir(place))
         process.stdin.close()
 
 
@@ -71,9 +84,15 @@ def test_a_forked_child_leaves_its_parents_folder(place):
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.parametrize("make, found", [
-    (lambda path: None, "No such file"), (lambda path: path.touch(), "mode -"), (lambda path: path.mkdir(mode=0o755), "drwxr-xr-x"),
-    (lambda path: path.symlink_to(path.parent), "mode l")])
+@pytest.mark.parametrize(
+    "make, found",
+    [
+        (lambda path: None, "No such file"),
+        (lambda path: path.touch(), "mode -"),
+        (lambda path: path.mkdir(mode=0o755), "drwxr-xr-x"),
+        (lambda path: path.symlink_to(path.parent), "mode l"),
+    ],
+)
 def test_what_somebody_else_has_put_there_is_refused(place, make, found):
     make(place / "x")
     with pytest.raises(UserError, match=f"no private folder of this user - .*{found}"):
@@ -89,8 +108,10 @@ def test_another_users_folder_is_refused(place, monkeypatch):
 
 def test_without_locks_a_folder_is_never_swept(place, monkeypatch):
     """A file system that has none, as some of the network have."""
+
     def none(file, how):
         raise OSError(errno.ENOLCK, "no locks")
+
     monkeypatch.setattr(private_folder.fcntl, "flock", none)
     folder = PrivateFolder()
     assert is_held(folder.path)

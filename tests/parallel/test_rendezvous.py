@@ -1,4 +1,5 @@
-"""The store of a launch: who can read it, where it listens, and what is said when ranks do not come."""
+"""The store of a launch: who can read it, where it listens, and what is said when ranks do not
+come."""
 
 import os
 import time
@@ -23,13 +24,18 @@ ONE = Launch(0, 2, 0, 2, 1, "127.0.0.1", 0)
 @pytest.fixture(autouse=True)
 def plain(monkeypatch):
     """No launcher."""
-    for name in ("LLAMA_TP_FOLDER", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in (
+        "LLAMA_TP_FOLDER",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RESTART_COUNT",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
 def agent(monkeypatch):
-    """torchrun's store of a static rendezvous, as rank 0 and 1 find it; -> (the store, the launch of rank 0)."""
+    """torchrun's store of a static rendezvous, as ranks find it; -> (store, launch of rank 0)."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("none/torchelastic/role_info/0", "{}")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
@@ -45,7 +51,8 @@ def test_the_launchers_folder_holds_the_store(monkeypatch, tmp_path):
         first, second = open_store(ONE, 5), open_store(replace(ONE, rank=1), 5)
         first.set("a", "b")
         assert second.get("a") == b"b" and listeners([os.getpid()]) == before
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")       # what the ranks before have left there is not read
+        # what the ranks before have left there is not read
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
         assert not open_store(ONE, 5).check(["a"])
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of a torchrun inside a rank")
         assert given_folder() is None
@@ -98,7 +105,10 @@ def test_between_machines_the_store_listens_at_the_masters_address_alone():
 def test_a_port_that_is_taken_and_a_master_that_is_not_there():
     with listen("127.0.0.1", 1) as sock:
         launch = replace(ONE, port=sock.getsockname()[1])
-        with pytest.raises(UserError, match=f"listen at 127.0.0.1:{launch.port} - .*in use.* - choose another --master_port"):
+        with pytest.raises(
+            UserError,
+            match=f"listen at 127.0.0.1:{launch.port} - .*in use.* - choose another --master_port",
+        ):
             open_store(launch, 5)
     with pytest.raises(UserError, match="rank 1 does not reach the launch's store at 127.0.0.1"):
         open_store(replace(launch, rank=1, port=free_port()), 1)
@@ -111,7 +121,7 @@ def test_ranks_that_have_not_come_are_named(tmp_path, monkeypatch):
         roll_call(store, replace(ONE, world=3), 0.2)
     with pytest.raises(UserError, match="rank 1 has not come"):
         roll_call(store, replace(ONE, rank=2, world=3), 0.2)
-    assert waits[0] < waits[1]                              # one after the other, so that one is heard
+    assert waits[0] < waits[1]  # one after the other, so that one is heard
     started = time.monotonic()
     roll_call(store, replace(ONE, rank=1, world=3), 30)
     assert time.monotonic() - started < 20
@@ -122,6 +132,6 @@ def test_gloo_and_nccl_stay_on_the_loopback(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     listen_on_loopback()
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=" + os.environ["GLOO_SOCKET_IFNAME"]
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")        # a wish of the user's stands
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")  # a wish of the user's stands
     listen_on_loopback()
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth0"

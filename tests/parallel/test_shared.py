@@ -8,13 +8,25 @@ import pytest
 import torch
 
 from llama_tp.native.library import load
-from llama_tp.parallel.collectives import all_reduce, barrier, broadcast, gather_stack, recv_ints, send_ints, tree_add, tree_sum
+from llama_tp.parallel.collectives import (
+    all_reduce,
+    barrier,
+    broadcast,
+    gather_stack,
+    recv_ints,
+    send_ints,
+    tree_add,
+    tree_sum,
+)
 from tests.ranks import pool, run, torchrun
 
-pytestmark = pytest.mark.skipif(load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build")
+pytestmark = pytest.mark.skipif(
+    load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build"
+)
 
 TPS = [2, 3, 4, pytest.param(8, marks=pytest.mark.slow)]
-SIZES = [1, 15, 16, 2048, 65536, 131071, 300_000]       # in elements: within a vector, a chunk of 256 KiB, over several
+# in elements: within a vector, a chunk of 256 KiB, over several
+SIZES = [1, 15, 16, 2048, 65536, 131071, 300_000]
 
 
 def value(rank: int, n: int, dtype) -> torch.Tensor:
@@ -25,11 +37,16 @@ def sums_are_the_tree(ranks) -> bool:
     assert ranks.room is not None
     for n in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
-            expected = tree_add([value(rank, n, dtype).float() for rank in range(ranks.tp)]).to(dtype)
+            expected = tree_add([value(rank, n, dtype).float() for rank in range(ranks.tp)]).to(
+                dtype
+            )
             assert torch.equal(all_reduce(value(ranks.rank, n, dtype), ranks), expected), (n, dtype)
         wide = tree_add([value(rank, n, torch.float32) for rank in range(ranks.tp)])
         assert torch.equal(tree_sum(value(ranks.rank, n, torch.float32), ranks), wide)
-        assert torch.equal(tree_sum(value(ranks.rank, n, torch.float32), replace(ranks, room=None)), wide)     # gloo's bits
+        # gloo's bits
+        assert torch.equal(
+            tree_sum(value(ranks.rank, n, torch.float32), replace(ranks, room=None)), wide
+        )
     return True
 
 
@@ -39,7 +56,8 @@ def test_sums_are_the_tree_of_every_size(tp):
 
 
 def a_long_mix(ranks) -> bool:
-    """Operations of all kinds in a row, each rank late in turn: buffers are reused without a word lost."""
+    """Operations of all kinds in a row, each rank late in turn: buffers are reused without a word
+    lost."""
     for i in range(300):
         if i % ranks.tp == ranks.rank and i % 7 == 0:
             time.sleep(0.002)
@@ -73,13 +91,13 @@ def late(ranks) -> str:
             all_reduce(torch.ones(1), impatient)
         except RuntimeError as e:
             error = str(e)
-    barrier(ranks)                                  # over gloo
+    barrier(ranks)  # over gloo
     return error
 
 
 def test_a_rank_that_does_not_come_is_an_error_in_time():
     assert "within 0.5 s" in run(2, late)[0]
-    pool(2).stop()                                  # its room has lost count
+    pool(2).stop()  # its room has lost count
 
 
 SCRIPT = """
@@ -89,10 +107,13 @@ from llama_tp.parallel.groups import close, init_ranks
 ranks = init_ranks("cpu")
 print(f"{ranks.room is not None} {all_reduce(torch.ones(3), ranks).tolist()}\\n", end="", flush=True)
 close(ranks)
-"""
+"""  # noqa: E501
 
 
-@pytest.mark.parametrize("env, shared", [({}, True), ({"LLAMA_TP_SHARED": "0"}, False), ({"LLAMA_TP_NATIVE": "0"}, False)])
+@pytest.mark.parametrize(
+    "env, shared",
+    [({}, True), ({"LLAMA_TP_SHARED": "0"}, False), ({"LLAMA_TP_NATIVE": "0"}, False)],
+)
 def test_without_it_gloo_does_the_work_and_nothing_stays_behind(tmp_path, env, shared):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -100,4 +121,6 @@ def test_without_it_gloo_does_the_work_and_nothing_stays_behind(tmp_path, env, s
     with torchrun(2, [str(script)], env=env) as job:
         assert job.wait() == 0, job.stderr
         assert job.stdout.split("\n")[:2] == [f"{shared} [2.0, 2.0, 2.0]"] * 2
-    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("llama_tp-")]
+    assert not [
+        name for name in set(os.listdir("/dev/shm")) - before if name.startswith("llama_tp-")
+    ]

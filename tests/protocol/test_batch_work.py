@@ -1,4 +1,5 @@
-"""A whole batch job on an engine without a model: files that were cut, foreign files, order, windows, memory."""
+"""A whole batch job on an engine without a model: files that were cut, foreign files, order,
+windows, memory."""
 
 import fcntl
 import json
@@ -24,26 +25,48 @@ from tests.protocol.served import MODEL, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 MADE_OF = {"model": "m", "parameters": {"seed": 1, "top_p": None}}
-POISON = MODEL.tokenizer.encode("q")[0]                       # a fake engine gives requests up that hold it
+POISON = MODEL.tokenizer.encode("q")[0]  # a fake engine gives requests up that hold it
 
 
-SEVEN = MODEL.tokenizer.encode("number 7")[-1]                 # in some prompts of write_input
+SEVEN = MODEL.tokenizer.encode("number 7")[-1]  # in some prompts of write_input
 
 
 def write_input(path: Path, n: int) -> Path:
-    path.write_text("".join(json.dumps({"prompt": f"number {i}", "n": 1 + i % 3, "max_tokens": 9}) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"number {i}", "n": 1 + i % 3, "max_tokens": 9}) + "\n"
+            for i in range(n)
+        )
+    )
     return path
 
 
-def opened(folder: Path, made_of: dict = MADE_OF, skip_bad: bool = False, retry_failed: bool = False, told: list | None = None):
-    return open_job(str(folder / "in"), str(folder / "out"), MODEL, SamplingDefaults(), made_of, skip_bad, retry_failed,
-                    ([] if told is None else told).append)
+def opened(
+    folder: Path,
+    made_of: dict = MADE_OF,
+    skip_bad: bool = False,
+    retry_failed: bool = False,
+    told: list | None = None,
+):
+    return open_job(
+        str(folder / "in"),
+        str(folder / "out"),
+        MODEL,
+        SamplingDefaults(),
+        made_of,
+        skip_bad,
+        retry_failed,
+        ([] if told is None else told).append,
+    )
 
 
 def worked(job, engine=None, steps: int = 10**9) -> FakeEngine:
-    """The engine after up to so many steps on a job, whose files are then closed as if the process had ended."""
+    """The engine after up to so many steps on a job, whose files are then closed as if the process
+    had ended."""
     engine, left = engine or FakeEngine(), iter(range(steps))
-    Work(job, engine, engine.n_rows, "fp", lambda *numbers: None).run(lambda: next(left, None) is None)
+    Work(job, engine, engine.n_rows, "fp", lambda *numbers: None).run(
+        lambda: next(left, None) is None
+    )
     for each in filter(None, (job.target, job.old)):
         each.close()
     return engine
@@ -71,7 +94,9 @@ def test_any_cut_is_gone_on_from(tmp_path, whole):
 
 def test_any_stop_is_gone_on_from(tmp_path, whole):
     n_runs = 0
-    while not (done := (tmp_path / "out").read_bytes() == whole if (tmp_path / "out").exists() else False):
+    while not (
+        done := (tmp_path / "out").read_bytes() == whole if (tmp_path / "out").exists() else False
+    ):
         worked(opened(tmp_path), steps=12)
         n_runs += 1
     assert done and n_runs > 3
@@ -82,7 +107,8 @@ def test_lines_go_to_the_engine_ahead_of_their_turn_and_not_too_far(tmp_path, mo
     engine = worked(opened(tmp_path), FakeEngine(n_rows=4))
     assert engine.submitted == 600 and 4 * 4 <= engine.most_open < 4 * 4 + 3
     data = (tmp_path / "out").read_bytes()
-    monkeypatch.setattr(batch_work, "REORDER", 1)               # 4 lines between the first that is missing and the last begun
+    # 4 lines between the first that is missing and the last begun
+    monkeypatch.setattr(batch_work, "REORDER", 1)
     monkeypatch.setattr(batch_work, "HELD_BYTES", 1)
     (tmp_path / "out").unlink()
     engine = worked(opened(tmp_path), FakeEngine(n_rows=4))
@@ -95,41 +121,60 @@ def test_a_long_line_holds_up_the_file_and_not_the_engine(tmp_path):
     (tmp_path / "in").write_text("\n".join([json.dumps({"prompt": ["first"] * 8, "n": 8}), *lines]))
     job, engine = opened(tmp_path), FakeEngine(n_rows=4)
     seen = []
-    assert Work(job, engine, 4, "fp", lambda n_lines, *_: seen.append((n_lines, engine.submitted))).run(lambda: False)
-    assert seen[0] == (0, 8)                                    # its samples alone fill the queue
+    assert Work(
+        job, engine, 4, "fp", lambda n_lines, *_: seen.append((n_lines, engine.submitted))
+    ).run(lambda: False)
+    assert seen[0] == (0, 8)  # its samples alone fill the queue
     assert max(submitted for n_lines, submitted in seen if n_lines == 0) > 8 + 4
     assert seen[-1] == (101, 108)
 
 
 def test_a_request_that_the_engine_gives_up_fails_its_line_alone(tmp_path):
     prompts = [["a"], ["q"], ["b", "q", "c"], ["d"]]
-    (tmp_path / "in").write_text("".join(json.dumps({"prompt": each, "n": 2, "max_tokens": 9}) + "\n" for each in prompts))
+    (tmp_path / "in").write_text(
+        "".join(json.dumps({"prompt": each, "n": 2, "max_tokens": 9}) + "\n" for each in prompts)
+    )
     job = opened(tmp_path)
     engine = worked(job, FakeEngine(poison=POISON))
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-    assert [each["response"]["status_code"] for each in found] == [200, 500, 500, 200] and job.n_failed == 2
-    assert found[1]["error"] == {"code": "engine_error", "message": "the engine ended this request - not finite"}
+    assert [each["response"]["status_code"] for each in found] == [
+        200,
+        500,
+        500,
+        200,
+    ] and job.n_failed == 2
+    assert found[1]["error"] == {
+        "code": "engine_error",
+        "message": "the engine ended this request - not finite",
+    }
     assert not engine.has_work
 
-    job = opened(tmp_path)                                      # done and failed lines are left alone
+    job = opened(tmp_path)  # done and failed lines are left alone
     assert job.is_done and job.n_failed == 2
     job.target.close()
     healed = worked(opened(tmp_path, retry_failed=True))
     assert healed.submitted == 4
-    assert all(json.loads(line)["error"] is None for line in (tmp_path / "out").read_text().splitlines())
-    assert not (tmp_path / "out.retry").exists() and not opened(tmp_path, retry_failed=True).n_failed
+    assert all(
+        json.loads(line)["error"] is None for line in (tmp_path / "out").read_text().splitlines()
+    )
+    assert (
+        not (tmp_path / "out.retry").exists() and not opened(tmp_path, retry_failed=True).n_failed
+    )
 
 
 def test_a_retry_that_was_stopped_is_gone_on_from(tmp_path):
-    """Also when there was more to do than the failed lines, and when it was run without the flag in between."""
+    """Also when there was more to do than the failed lines, and when it was run without the flag in
+    between."""
     prompts = [f"{i} {'q' if i % 5 == 1 else ''}" for i in range(40)]
-    (tmp_path / "in").write_text("".join(json.dumps({"prompt": each, "max_tokens": 9}) + "\n" for each in prompts))
+    (tmp_path / "in").write_text(
+        "".join(json.dumps({"prompt": each, "max_tokens": 9}) + "\n" for each in prompts)
+    )
     worked(opened(tmp_path))
     healthy = (tmp_path / "out").read_bytes()
     (tmp_path / "out").unlink()
     worked(opened(tmp_path), FakeEngine(poison=POISON))
     failed = (tmp_path / "out").read_bytes()
-    (tmp_path / "out").write_bytes(failed[:len(failed) * 3 // 4])
+    (tmp_path / "out").write_bytes(failed[: len(failed) * 3 // 4])
     worked(opened(tmp_path, retry_failed=True), steps=12)
     assert 0 < (tmp_path / "out.retry").read_bytes().count(b"\n") < 40
     worked(opened(tmp_path), FakeEngine(poison=POISON), steps=12)
@@ -140,8 +185,11 @@ def test_a_retry_that_was_stopped_is_gone_on_from(tmp_path):
 
 def test_files_of_other_jobs_are_not_touched(tmp_path, whole):
     (tmp_path / "out").write_bytes(whole)
-    for made_of, said in [(MADE_OF | {"model": "n"}, "the model is another"), (MADE_OF | {"parameters": {"seed": 2, "top_p": None}},
-                          "seed was 1 and is 2"), ({"model": "m"}, "the parameters is another")]:
+    for made_of, said in [
+        (MADE_OF | {"model": "n"}, "the model is another"),
+        (MADE_OF | {"parameters": {"seed": 2, "top_p": None}}, "seed was 1 and is 2"),
+        ({"model": "m"}, "the parameters is another"),
+    ]:
         with pytest.raises(UserError, match=said):
             opened(tmp_path, made_of)
     (tmp_path / "in").write_text((tmp_path / "in").read_text().replace("number 29", "number 30"))
@@ -152,12 +200,20 @@ def test_files_of_other_jobs_are_not_touched(tmp_path, whole):
     (tmp_path / "out").write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
     with pytest.raises(UserError, match="line 1 does not answer"):
         opened(tmp_path)
-    (tmp_path / "out").write_bytes(whole[:whole.index(b"choices", len(whole) // 2)] + b'{"id": 5}\n')
+    (tmp_path / "out").write_bytes(
+        whole[: whole.index(b"choices", len(whole) // 2)] + b'{"id": 5}\n'
+    )
     with pytest.raises(UserError, match="is no JSON"):
         opened(tmp_path)
     assert (tmp_path / "out").read_bytes().endswith(b'{"id": 5}\n')
-    for ours, theirs in [(whole, b"mine\n"), (whole, b"mine"), (whole[:-5], b"\n"), (b"", b'{"id": 5}\n'), (b"", b"mine")]:
-        (tmp_path / "out").write_bytes(ours + theirs)            # also at the end, no crash leaves this
+    for ours, theirs in [
+        (whole, b"mine\n"),
+        (whole, b"mine"),
+        (whole[:-5], b"\n"),
+        (b"", b'{"id": 5}\n'),
+        (b"", b"mine"),
+    ]:
+        (tmp_path / "out").write_bytes(ours + theirs)  # also at the end, no crash leaves this
         with pytest.raises(UserError, match="does not answer"):
             opened(tmp_path)
         assert (tmp_path / "out").read_bytes() == ours + theirs
@@ -168,7 +224,7 @@ def test_files_of_other_jobs_are_not_touched(tmp_path, whole):
     (tmp_path / "out.job").unlink()
     with pytest.raises(UserError, match="no job is known"):
         opened(tmp_path)
-    (tmp_path / "out").write_bytes(b"")                          # but an empty one is nobody's
+    (tmp_path / "out").write_bytes(b"")  # but an empty one is nobody's
     worked(opened(tmp_path))
     assert (tmp_path / "out").read_bytes() == whole
 
@@ -184,7 +240,8 @@ def test_lines_must_have_been_computed_in_the_same_way(tmp_path, whole):
     job.target.close()
     (tmp_path / "out").unlink()
     worked(opened(tmp_path), FakeEngine(poison=SEVEN))
-    job = opened(tmp_path, retry_failed=True)                    # the good lines are kept: the others must be computed alike
+    # the good lines are kept: the others must be computed alike
+    job = opened(tmp_path, retry_failed=True)
     assert job.target.n_lines == 0 < job.n_lines
     with pytest.raises(UserError, match="device was cpu and is cuda"):
         job.computed_by({"device": "cuda"})
@@ -212,18 +269,28 @@ def test_two_processes_cannot_write_one_file(tmp_path, whole, monkeypatch):
 
 def test_bad_lines_are_counted_and_the_first_are_listed(tmp_path):
     good, bad = '{"prompt": "x", "custom_id": "%s"}\n', "nonsense\n"
-    (tmp_path / "in").write_text(good % "a" + bad * 30 + good % "a" + good % "b" + good % "line-3" + '{"custom_id": "b"}\n')
+    (tmp_path / "in").write_text(
+        good % "a" + bad * 30 + good % "a" + good % "b" + good % "line-3" + '{"custom_id": "b"}\n'
+    )
     checked = check_lines(str(tmp_path / "in"), MODEL, SamplingDefaults(), b"k" * 32)
     assert (checked.n_lines, checked.n_bad) == (35, 30 + 2 + 1) and len(checked.shown) == MAX_SHOWN
-    nested = '{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x", "custom_id": 1}}\n'
-    (tmp_path / "b").write_text(nested + good % "a")             # bad, and still the first of its name
+    nested = (
+        '{"custom_id": "a", "method": "POST", "url": "/v1/completions", '
+        '"body": {"prompt": "x", "custom_id": 1}}\n'
+    )
+    (tmp_path / "b").write_text(nested + good % "a")  # bad, and still the first of its name
     assert check_lines(str(tmp_path / "b"), MODEL, SamplingDefaults(), b"k" * 32).duplicates == {2}
     (tmp_path / "b").unlink()
-    assert [number for number, _ in checked.shown] == list(range(2, 2 + MAX_SHOWN)) and checked.duplicates == {32, 34, 35}
+    assert [number for number, _ in checked.shown] == list(
+        range(2, 2 + MAX_SHOWN)
+    ) and checked.duplicates == {32, 34, 35}
     told: list[str] = []
     with pytest.raises(UserError, match="33 of 35, from line 2 on"):
         opened(tmp_path, told=told)
-    assert told[0].startswith("bad line 2: the line is not JSON") and told[-1] == f"and {33 - MAX_SHOWN} more bad lines"
+    assert (
+        told[0].startswith("bad line 2: the line is not JSON")
+        and told[-1] == f"and {33 - MAX_SHOWN} more bad lines"
+    )
     assert sorted(each.name for each in tmp_path.iterdir()) == ["in"]
     worked(opened(tmp_path, skip_bad=True))
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
@@ -236,9 +303,10 @@ def test_digests_see_what_matters(tmp_path):
 
     def digest(state=b"s"):
         return sampled_digest(str(tmp_path), ["b.pth", "a.pth"], state)
+
     first = digest()
     assert digest() == first != digest(b"t")
-    for place in (0, 10**6 - 1):                                # its ends are among the samples
+    for place in (0, 10**6 - 1):  # its ends are among the samples
         with open(tmp_path / "b.pth", "r+b") as f:
             f.seek(place)
             f.write(b"x")
@@ -248,7 +316,15 @@ def test_digests_see_what_matters(tmp_path):
     other = Tokenizer([b"a", b"b"], {}, None, (0,), lambda text: [])
     joined = Tokenizer([b"ab", b""], {}, None, (1,), lambda text: [])
     begins = Tokenizer([b"a", b"b"], {}, None, (1,), lambda text: [], lambda text: [1])
-    assert len({tokenizer_digest(ServedModel("x", each, 9, 2)) for each in (stops, other, joined, begins)}) == 4
+    assert (
+        len(
+            {
+                tokenizer_digest(ServedModel("x", each, 9, 2))
+                for each in (stops, other, joined, begins)
+            }
+        )
+        == 4
+    )
 
 
 BIG = """
@@ -269,7 +345,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize("n", [5_000, pytest.param(200_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(900)
 def test_a_long_file_does_not_sit_in_memory(tmp_path, n):
-    done = subprocess.run([sys.executable, "-c", BIG, str(tmp_path), str(n)], cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(
+        [sys.executable, "-c", BIG, str(tmp_path), str(n)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out").read_bytes().count(b"\n") == n
     grown_kib = int(done.stdout)
@@ -277,7 +359,8 @@ def test_a_long_file_does_not_sit_in_memory(tmp_path, n):
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path, whole):
-    """The kernel's own limit on a file's size stands in for the disk; SIGXFSZ is ignored by Python."""
+    """The kernel's own limit on a file's size stands in for the disk; SIGXFSZ is ignored by
+    Python."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     job = opened(tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, limit[1]))

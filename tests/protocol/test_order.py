@@ -14,18 +14,29 @@ FORMAT = ChatFormat(TOKENIZER)
 
 def test_prompts_of_every_form():
     assert completion(prompt="A").requests[0].prompt_ids == TOKENIZER.encode("A", bos=True)
-    assert completion(prompt="A", add_special_tokens=False).requests[0].prompt_ids == TOKENIZER.encode("A")
+    assert completion(prompt="A", add_special_tokens=False).requests[
+        0
+    ].prompt_ids == TOKENIZER.encode("A")
     both = [request.prompt_ids for request in completion(prompt=["A", "B"]).requests]
     assert both == [TOKENIZER.encode("A", bos=True), TOKENIZER.encode("B", bos=True)]
-    assert [request.prompt_ids for request in completion(prompt=[[65], [66, 67]]).requests] == [[65], [66, 67]]
-    assert completion(prompt=[65, 66]).requests[0].prompt_ids == [65, 66]                   # no BOS is put in front of ids
+    assert [request.prompt_ids for request in completion(prompt=[[65], [66, 67]]).requests] == [
+        [65],
+        [66, 67],
+    ]
+    # no BOS is put in front of ids
+    assert completion(prompt=[65, 66]).requests[0].prompt_ids == [65, 66]
     assert completion(prompt="").requests[0].prompt_ids == [TOKENIZER.bos_id]
-    assert [request.id for request in completion(prompt=["A", "B"]).requests] == ["cmpl-1-0", "cmpl-1-1"]
+    assert [request.id for request in completion(prompt=["A", "B"]).requests] == [
+        "cmpl-1-0",
+        "cmpl-1-1",
+    ]
 
 
 def test_chat_ends_where_the_answer_begins():
     assert chat().requests[0].prompt_ids == FORMAT.encode_dialog(USER)
-    assert chat(add_generation_prompt=False).requests[0].prompt_ids == FORMAT.encode_dialog(USER, add_generation_prompt=False)
+    assert chat(add_generation_prompt=False).requests[0].prompt_ids == FORMAT.encode_dialog(
+        USER, add_generation_prompt=False
+    )
     begun = [*USER, {"role": "assistant", "content": "Well"}]
     going_on = chat(messages=begun, continue_final_message=True).requests[0].prompt_ids
     assert going_on == FORMAT.encode_dialog(begun, add_generation_prompt=False)[:-1]
@@ -35,11 +46,15 @@ def test_chat_ends_where_the_answer_begins():
 
 
 def test_a_base_model_refuses_chats_and_takes_prompts():
-    plain = Tokenizer([bytes([i]) for i in range(256)], {}, None, (), lambda text: list(text.encode()))
+    plain = Tokenizer(
+        [bytes([i]) for i in range(256)], {}, None, (), lambda text: list(text.encode())
+    )
     base = ServedModel("base", plain, 100, 256)
     with pytest.raises(RequestError, match="not a Llama 3 chat model"):
         prepare(check_body("chat", {"messages": USER}), base, "x")
-    assert prepare(check_body("completion", {"prompt": "A"}), base, "x").requests[0].prompt_ids == [65]
+    assert prepare(check_body("completion", {"prompt": "A"}), base, "x").requests[0].prompt_ids == [
+        65
+    ]
     with pytest.raises(RequestError, match="empty"):
         prepare(check_body("completion", {"prompt": ""}), base, "x")
 
@@ -50,7 +65,11 @@ def test_a_prompt_leaves_room_for_one_token():
         with pytest.raises(RequestError) as caught:
             completion(**body)
         said = error_body(caught.value)["error"]
-        assert said["code"] == "context_length_exceeded" and said["param"] == "prompt" and "256" in said["message"]
+        assert (
+            said["code"] == "context_length_exceeded"
+            and said["param"] == "prompt"
+            and "256" in said["message"]
+        )
     with pytest.raises(RequestError) as caught:
         chat(messages=[{"role": "user", "content": "A " * 300}])
     assert caught.value.param == "messages"
@@ -64,6 +83,7 @@ def test_seeds():
     def seeds(ours, **fields):
         order = prepare(check_body("completion", {"prompt": ["A", "B"]} | fields), MODEL, "x", ours)
         return [request.params.seed for request in order.requests]
+
     assert seeds(None) == [None, None] and seeds(5) == [5, 6] and seeds(5, seed=9) == [9, 9]
     assert seeds(2**63 - 1) == [2**63 - 1, 0]
 
@@ -80,9 +100,14 @@ def test_logprobs_of_both_kinds():
 
 
 def test_scoring_hears_of_a_token_that_ends_the_text():
-    """Who scores counts on an entry for the token written, also where it is a stop id, which the engine does not show."""
+    """Who scores counts on an entry for the token written, also where it is a stop id, which the
+    engine does not show."""
     one = completion(logprobs=1, echo=True, max_tokens=1, stop_token_ids=[70])
-    assert one.requests[0].params.ignore_eos and not one.requests[0].params.stop_ids and one.end_ids == {*TOKENIZER.stop_ids, 70}
+    assert (
+        one.requests[0].params.ignore_eos
+        and not one.requests[0].params.stop_ids
+        and one.end_ids == {*TOKENIZER.stop_ids, 70}
+    )
     assert not completion(logprobs=1, echo=True, max_tokens=2).end_ids
     assert completion(echo=True, logprobs=1, max_tokens=1, ignore_eos=True).end_ids == frozenset()
 
@@ -93,7 +118,10 @@ def test_nothing_is_written_for_max_tokens_0():
 
 
 def test_counts_are_limited_before_anything_is_made():
-    for fields, said in [({"prompt": ["A"] * 9, "n": 8}, "prompt times n"), ({"n": 9}, "n is too large"),
-                         ({"prompt": ["A"] * 17}, "too many")]:
+    for fields, said in [
+        ({"prompt": ["A"] * 9, "n": 8}, "prompt times n"),
+        ({"n": 9}, "n is too large"),
+        ({"prompt": ["A"] * 17}, "too many"),
+    ]:
         with pytest.raises(RequestError, match=said):
             completion(**fields)

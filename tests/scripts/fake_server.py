@@ -1,4 +1,5 @@
-"""The real HTTP server in front of whatever a command line starts: python fake_server.py OPTIONS(JSON) COMMAND..."""
+"""The real HTTP server in front of whatever a command line starts: python fake_server.py
+OPTIONS(JSON) COMMAND..."""
 
 import json
 import resource
@@ -10,8 +11,8 @@ from llama_tp.server.connections import ConnectionLimits
 from llama_tp.server.front import FrontOptions, run
 from llama_tp.server.supervisor import Policy
 from llama_tp.spec.errors import UserError
-from tests.servers import DEMO
 from llama_tp.text.tokenizer import open_tokenizer
+from tests.servers import DEMO
 
 options = json.loads(sys.argv[1])
 policy = Policy(max_restarts=options.pop("max_restarts", 5), backoff_s=0.05)
@@ -21,7 +22,18 @@ if n_files := options.pop("n_files", None):
 limits = Limits(**options.pop("limits", {}))
 connections = ConnectionLimits(**options.pop("connections", {}))
 try:
-    run(FrontOptions(command=sys.argv[2:], name="fake", tokenizer=open_tokenizer(None, str(DEMO)), port=0, policy=policy,
-                     limits=limits, defaults=defaults, connections=connections, **options))
+    run(
+        FrontOptions(
+            command=sys.argv[2:],
+            name="fake",
+            tokenizer=open_tokenizer(None, str(DEMO)),
+            port=0,
+            policy=policy,
+            limits=limits,
+            defaults=defaults,
+            connections=connections,
+            **options,
+        )
+    )
 except UserError as error:
     sys.exit(f"error: {error}")

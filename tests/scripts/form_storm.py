@@ -1,4 +1,5 @@
-"""Gaps between tokens of eight streams, one of them with a form, undisturbed and beside a hundred hostile forms, on the demo."""
+"""Gaps between tokens of eight streams, one of them with a form, undisturbed and beside a hundred
+hostile forms, on the demo."""
 
 import itertools
 import json
@@ -11,19 +12,28 @@ import urllib.request
 
 from tests.servers import serving
 
-HOSTILE = [                         # all get past the check of their size, but for the first; see tests/text/test_grammar_pool.py
+# all get past the check of their size, but for the first; see tests/text/test_grammar_pool.py
+HOSTILE = [
     lambda i: {"regex": f"(a?){{{30000 + i}}}a{{30000}}"},
     lambda i: {"regex": f"(a?){{1500}}a{{{1500 + i}}}"},
     lambda i: {"regex": ".*" * (1000 + i)},
-    lambda i: {"structured_outputs": {"json": {"type": "string", "allOf": [
-        {"pattern": f"b{{{i}}}a{{{k}}}"} for k in range(1, 250)]}}},
+    lambda i: {
+        "structured_outputs": {
+            "json": {
+                "type": "string",
+                "allOf": [{"pattern": f"b{{{i}}}a{{{k}}}"} for k in range(1, 250)],
+            }
+        }
+    },
     lambda i: {"grammar": f'start: "a" x{{{40000 + i}}}\nx: "b"'},
     lambda i: {"grammar": f'start: s{i}\ns{i}: s{i} s{i} | s{i} s{i} s{i} | "a" | ""'},
 ]
 
 
 def send(url: str, body: dict):
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     return urllib.request.urlopen(request, timeout=120)
 
 
@@ -55,7 +65,11 @@ def storm(url: str, numbers, over: threading.Event, statuses: list[int]) -> None
     while not over.is_set():
         i = next(numbers)
         try:
-            with send(url, {"prompt": "x", "max_tokens": 20} | HOSTILE[i % len(HOSTILE)](i // len(HOSTILE) % 100)) as reply:
+            with send(
+                url,
+                {"prompt": "x", "max_tokens": 20}
+                | HOSTILE[i % len(HOSTILE)](i // len(HOSTILE) % 100),
+            ) as reply:
                 reply.read()
                 statuses.append(reply.status)
         except urllib.error.HTTPError as error:
@@ -69,7 +83,10 @@ with serving("--nproc_per_node", sys.argv[1] if len(sys.argv) > 1 else "1", "--q
     for turn in range(3):
         alone = round_of(server.url)
         over, statuses, numbers = threading.Event(), [], itertools.count()
-        threads = [threading.Thread(target=storm, args=(server.url, numbers, over, statuses)) for _ in range(100)]
+        threads = [
+            threading.Thread(target=storm, args=(server.url, numbers, over, statuses))
+            for _ in range(100)
+        ]
         for each in threads:
             each.start()
         time.sleep(1)
@@ -78,6 +95,9 @@ with serving("--nproc_per_node", sys.argv[1] if len(sys.argv) > 1 else "1", "--q
         for each in threads:
             each.join()
         told = {status: statuses.count(status) for status in sorted(set(statuses))}
-        print(f"p99 gap alone {alone[0]:.0f} ms, beside {beside[0]:.0f}; longest {alone[1]:.0f} and {beside[1]:.0f}; {told}",
-              flush=True)
+        print(
+            f"p99 gap alone {alone[0]:.0f} ms, beside {beside[0]:.0f}; longest {alone[1]:.0f} and "
+            f"{beside[1]:.0f}; {told}",
+            flush=True,
+        )
     assert "starting them again" not in server.stderr, server.stderr

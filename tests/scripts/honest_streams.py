@@ -1,7 +1,9 @@
-"""Reads streams of a server, one after the other on each of N connections, until its stdin ends: python honest_streams.py URL N
+"""Reads streams of a server, one after the other on each of N connections, until its stdin ends:
+python honest_streams.py URL N
 
-Prints one line of JSON: the longest pause in each stream after its first token, how many tokens there were, and how many times a
-stream was refused (it asks again). A process of its own, so that nothing but the server delays it.
+Prints one line of JSON: the longest pause in each stream after its first token, how many tokens
+there were, and how many times a stream was refused (it asks again). A process of its own, so that
+nothing but the server delays it.
 """
 
 import asyncio
@@ -10,7 +12,10 @@ import sys
 import time
 
 BODY = json.dumps({"prompt": "ROMEO:", "max_tokens": 450, "stream": True, "ignore_eos": True})
-ASKED = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n{BODY}"
+ASKED = (
+    "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BODY)}\r\n\r\n{BODY}"
+)
 host, _, port = sys.argv[1].removeprefix("http://").partition(":")
 pauses, firsts, n_tokens, n_refused, n_broken = [], [], 0, 0, 0
 
@@ -37,7 +42,7 @@ async def one_stream() -> None:
                 longest = max(longest, now - last) if last else 0.0
                 last = now
                 n_tokens += 1
-        n_broken += 1                                       # it ended without its end
+        n_broken += 1  # it ended without its end
     finally:
         if last:
             pauses.append(max(longest, time.monotonic() - last))
@@ -58,6 +63,17 @@ async def main() -> None:
     for stream in streams:
         if not stream.cancelled():
             raise stream.exception()
-    print(json.dumps({"pauses": pauses, "firsts": firsts, "n_tokens": n_tokens, "n_refused": n_refused, "n_broken": n_broken}))
+    print(
+        json.dumps(
+            {
+                "pauses": pauses,
+                "firsts": firsts,
+                "n_tokens": n_tokens,
+                "n_refused": n_refused,
+                "n_broken": n_broken,
+            }
+        )
+    )
+
 
 asyncio.run(main())

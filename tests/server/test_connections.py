@@ -1,4 +1,5 @@
-"""Clients that say nothing, do not read, stop sending, or are too many: each is ended in time, the others see nothing of it."""
+"""Clients that say nothing, do not read, stop sending, or are too many: each is ended in time, the
+others see nothing of it."""
 
 import contextlib
 import json
@@ -13,7 +14,10 @@ from llama_tp.server.connections import LogLimit, backlog_of, most_connections
 from llama_tp.spec.errors import UserError
 from tests.servers import pretending
 
-COMPLETION = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{}"
+COMPLETION = (
+    "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    "Content-Length: {}\r\n\r\n{}"
+)
 
 
 def connected(server, small: bool = False) -> socket.socket:
@@ -59,7 +63,9 @@ def test_the_open_files_are_enough_for_all_connections():
         assert 0 < most_connections(None, n_files) <= min(4096, n_files - 3 * backlog_of(n_files))
     assert most_connections(9000, 1 << 20) == 9000
     for wanted, found in ((1000, 1024), (None, 64)):
-        with pytest.raises(UserError, match=f"the limit of open files is too low .* found {found} files"):
+        with pytest.raises(
+            UserError, match=f"the limit of open files is too low .* found {found} files"
+        ):
             most_connections(wanted, found)
 
 
@@ -70,7 +76,10 @@ def test_a_log_line_that_repeats_is_counted_and_not_written(monkeypatch):
         now[0] = i
         record = logging.LogRecord("a", 40, "file.py", 1, "no %s", ("luck",), None)
         passed += [record.getMessage()] if limit.filter(record) else []
-    assert passed == ["no luck"] * 3 + ["no luck (58 more of these were left out)", "no luck", "no luck"] * 3
+    assert (
+        passed
+        == ["no luck"] * 3 + ["no luck (58 more of these were left out)", "no luck", "no luck"] * 3
+    )
     assert limit.filter(logging.LogRecord("a", 40, "file.py", 2, "another", (), None))
 
 
@@ -89,9 +98,14 @@ def strict():
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_a_client_that_only_stops_sending_gets_its_reply(version, server):
-    """What `nc -N` does. A prompt that begins with 1 takes 20 ms a token: the end of sending comes long before the reply."""
+    """What `nc -N` does. A prompt that begins with 1 takes 20 ms a token: the end of sending comes
+    long before the reply."""
     with connected(server) as sock:
-        sock.sendall(asking(prompt=[1, 5], max_tokens=20, seed=3).replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+        sock.sendall(
+            asking(prompt=[1, 5], max_tokens=20, seed=3).replace(
+                b"HTTP/1.1", f"HTTP/{version}".encode()
+            )
+        )
         sock.shutdown(socket.SHUT_WR)
         reply = all_of(sock)
     head, _, body = reply.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
@@ -131,14 +145,16 @@ def test_more_connections_than_open_files_do_not_stop_the_server_or_fill_its_log
 def test_silence_and_headers_without_end_are_ended(strict):
     before = n_files(strict)
     with contextlib.ExitStack() as stack:
-        silent, slow, kept = ([stack.enter_context(connected(strict)) for _ in range(20)] for _ in range(3))
+        silent, slow, kept = (
+            [stack.enter_context(connected(strict)) for _ in range(20)] for _ in range(3)
+        )
         for sock in kept:
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         for sock in kept:
             while not sock.recv(4096).endswith(b'"ok"}'):
                 pass
-            sock.sendall(b"GET /hea")                   # the next one's headers have their time, too
-        for _ in range(8):                              # a byte now and then buys none
+            sock.sendall(b"GET /hea")  # the next one's headers have their time, too
+        for _ in range(8):  # a byte now and then buys none
             for sock in slow:
                 with contextlib.suppress(OSError):
                     sock.sendall(b"GET /health HTTP/1.1\r\nX-")
@@ -147,22 +163,30 @@ def test_silence_and_headers_without_end_are_ended(strict):
         assert all(all_of(sock).startswith(b"HTTP/1.1 408") for sock in kept)
         for sock in slow:
             all_of(sock)
-        wait_until(lambda: n_files(strict) <= before)   # though the clients have not closed theirs
+        wait_until(lambda: n_files(strict) <= before)  # though the clients have not closed theirs
 
 
 def test_one_connection_too_many_takes_the_place_of_an_idle_one_or_is_told():
-    with pretending("live", connections={"max_connections": 4}) as server, contextlib.ExitStack() as stack:
+    with (
+        pretending("live", connections={"max_connections": 4}) as server,
+        contextlib.ExitStack() as stack,
+    ):
         idle = [stack.enter_context(connected(server)) for _ in range(4)]
         at_work = []
         for i in range(4):
             at_work.append(stack.enter_context(connected(server)))
             at_work[-1].sendall(asking(prompt=[1, 5], max_tokens=400, stream=True))
-            assert at_work[-1].recv(4096).startswith(b"HTTP/1.1 200") and all_of(idle[i]) == b"", "the oldest goes first"
+            assert at_work[-1].recv(4096).startswith(b"HTTP/1.1 200") and all_of(idle[i]) == b"", (
+                "the oldest goes first"
+            )
         with connected(server) as sock:
             sock.sendall(asking(prompt=[1, 5]))
             head, _, body = all_of(sock).partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 503") and json.loads(body)["error"]["code"] == "too_many_connections"
-        with contextlib.ExitStack() as others:              # those beyond are not even told
+        assert (
+            head.startswith(b"HTTP/1.1 503")
+            and json.loads(body)["error"]["code"] == "too_many_connections"
+        )
+        with contextlib.ExitStack() as others:  # those beyond are not even told
             for _ in range(200):
                 others.enter_context(connected(server))
             wait_until(lambda: n_files(server) < 120)
@@ -172,23 +196,43 @@ def test_one_connection_too_many_takes_the_place_of_an_idle_one_or_is_told():
 
 
 def test_what_nobody_reads_is_ended_and_given_up(strict):
-    """8 samples with 20 logprobs each are some 8 MB; the client takes the first bytes and no more."""
-    wish = dict(model="fake", messages=[{"role": "user", "content": "x"}], n=8, max_tokens=480, logprobs=True, top_logprobs=20)
+    """8 samples with 20 logprobs each are some 8 MB; the client takes the first bytes and no
+    more."""
+    wish = dict(
+        model="fake",
+        messages=[{"role": "user", "content": "x"}],
+        n=8,
+        max_tokens=480,
+        logprobs=True,
+        top_logprobs=20,
+    )
     with contextlib.ExitStack() as stack:
         before = n_files(strict)
         for stream in (True, False):
             sock = stack.enter_context(connected(strict, small=True))
-            sock.sendall(asking(**wish, stream=stream).replace(b"/v1/completions", b"/v1/chat/completions"))
+            sock.sendall(
+                asking(**wish, stream=stream).replace(b"/v1/completions", b"/v1/chat/completions")
+            )
             assert sock.recv(20).startswith(b"HTTP/1.1 200")
         wait_until(lambda: n_files(strict) <= before)
         assert load(strict)["server_load"] == 0
 
 
 def test_a_client_that_reads_slowly_is_not_cut(strict):
-    """It takes 30 KB a second, which is more than must be; its stream takes longer than `write_s`, and comes whole."""
-    wish = dict(model="fake", messages=[{"role": "user", "content": "x"}], n=8, max_tokens=40, logprobs=True, top_logprobs=20)
+    """It takes 30 KB a second, which is more than must be; its stream takes longer than `write_s`,
+    and comes whole."""
+    wish = dict(
+        model="fake",
+        messages=[{"role": "user", "content": "x"}],
+        n=8,
+        max_tokens=40,
+        logprobs=True,
+        top_logprobs=20,
+    )
     with connected(strict, small=True) as sock:
-        sock.sendall(asking(**wish, stream=True).replace(b"/v1/completions", b"/v1/chat/completions"))
+        sock.sendall(
+            asking(**wish, stream=True).replace(b"/v1/completions", b"/v1/chat/completions")
+        )
         begun, text = time.monotonic(), b""
         while b"[DONE]" not in text[-100:] and (piece := sock.recv(1 << 14)):
             text += piece

@@ -33,16 +33,22 @@ def request(name: str, **params) -> Request:
 
 def test_only_requests_that_may_have_run_are_given_up_for_the_ends_of_the_ranks():
     """Behind the first four samples nothing has had a row: it cannot have killed the ranks."""
+
     async def main():
         desk, info = Desk(100, Metrics("m")), {"max_rows": 4}
         desk.attach(Link(), info)
-        tickets = [desk.take([request("a", n=3)]), desk.take([request("b", n=2)]), desk.take([request("c")])]
+        tickets = [
+            desk.take([request("a", n=3)]),
+            desk.take([request("b", n=2)]),
+            desk.take([request("c")]),
+        ]
         for _ in range(MAX_BARREN):
             desk.detach()
             link = Link()
             desk.attach(link, info)
         assert [ticket.flights[0].is_over for ticket in tickets] == [True, True, False]
         assert [message["id"] for message in link.sent] == ["c"]
+
     asyncio.run(main())
 
 
@@ -50,7 +56,8 @@ STEP = {"is": "step", "deltas": [], "refused": {}, "begun": [], "step_s": 1.0, "
 
 
 def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
-    """Clients that come and go every second, before ranks that hang: the silence grows from the first message on."""
+    """Clients that come and go every second, before ranks that hang: the silence grows from the
+    first message on."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -63,10 +70,14 @@ def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
             ticket = desk.take([request("a")])
             now[0] += 1
             desk.drop(ticket)
-        assert desk.silent_s == 30.0 and desk.state == "ready", "the last one has gone: the abort of it is owed an answer, too"
+        assert desk.silent_s == 30.0 and desk.state == "ready", (
+            "the last one has gone: the abort of it is owed an answer, too"
+        )
         desk.hear(STEP)
         now[0] += 1000
-        assert desk.silent_s == 0.0 and desk.state == "ready", "they have answered, and have no work"
+        assert desk.silent_s == 0.0 and desk.state == "ready", (
+            "they have answered, and have no work"
+        )
         desk.take([request("b")])
         now[0] += 59
         desk.hear(STEP)
@@ -78,13 +89,25 @@ def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
             desk.take([request("c")])
         desk.hear(STEP)
         assert desk.state == "ready" and desk.silent_s == 0.0
+
     asyncio.run(main())
 
 
 def gained(name: str, n_scores: int) -> dict:
     scores = [[5, -0.5, [[i, -0.5 * i] for i in range(20)]] for _ in range(n_scores)]
-    return STEP | {"deltas": [{"id": name, "index": 0, "ids": [5], "text": "x", "logprobs": scores, "error": None,
-                               "finish_reason": None}]}
+    return STEP | {
+        "deltas": [
+            {
+                "id": name,
+                "index": 0,
+                "ids": [5],
+                "text": "x",
+                "logprobs": scores,
+                "error": None,
+                "finish_reason": None,
+            }
+        ]
+    }
 
 
 def test_a_stream_that_nobody_reads_is_given_up_and_keeps_nothing(monkeypatch):
@@ -107,15 +130,21 @@ def test_a_stream_that_nobody_reads_is_given_up_and_keeps_nothing(monkeypatch):
         tracemalloc.stop()
         assert n_read == 2000 and not read.flights[0].is_over
         assert held < 1 << 20
-        assert unread.flights[0].is_over and {"do": "abort", "id": "a"} in link.sent and desk.n_flights == 1
+        assert (
+            unread.flights[0].is_over
+            and {"do": "abort", "id": "a"} in link.sent
+            and desk.n_flights == 1
+        )
         with pytest.raises(RequestError, match="the stream was not read"):
             while True:
                 await unread.take()
+
     asyncio.run(main())
 
 
 def test_much_at_once_is_no_backlog(monkeypatch):
-    """The logprobs of a long prompt come in one piece; whoever waits for them has not had the time to read them."""
+    """The logprobs of a long prompt come in one piece; whoever waits for them has not had the time
+    to read them."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
@@ -130,11 +159,14 @@ def test_much_at_once_is_no_backlog(monkeypatch):
         while ticket.n_unread_bytes:
             await ticket.take()
         assert not ticket.flights[0].is_over
+
     asyncio.run(main())
 
 
 def test_logprobs_are_admitted_by_their_number():
-    """n x tokens x (top + 1), of the prompt too; what has been asked for counts until its reply has been sent."""
+    """n x tokens x (top + 1), of the prompt too; what has been asked for counts until its reply has
+    been sent."""
+
     async def main():
         desk = Desk(100, Metrics("m"), max_scores=1000)
         desk.attach(Link(), {"max_rows": 4, "max_model_len": 102})
@@ -144,35 +176,59 @@ def test_logprobs_are_admitted_by_their_number():
             desk.take([request("5", max_tokens=1, logprobs=0)])
         assert caught.value.status == 429 and "1,000 of 1,000 logprobs" in str(caught.value)
         desk.take([request("6")])
-        for error in (dict(logprobs=10), dict(n=2, max_tokens=500, logprobs=5), dict(max_tokens=1, prompt_logprobs=20, n=1)):
+        for error in (
+            dict(logprobs=10),
+            dict(n=2, max_tokens=500, logprobs=5),
+            dict(max_tokens=1, prompt_logprobs=20, n=1),
+        ):
             ids = [1] * (2 if "logprobs" in error else 50)
             with pytest.raises(RequestError) as caught:
                 desk.take([Request("7", ids, SamplingParams(seed=1, **error))])
-            assert caught.value.status == 400 and "more logprobs than the server holds" in str(caught.value)
+            assert caught.value.status == 400 and "more logprobs than the server holds" in str(
+                caught.value
+            )
         for ticket in tickets:
             desk.drop(ticket)
             desk.drop(ticket)
         assert desk.take([request("8", **wish), request("9", max_tokens=399, logprobs=1)])
+
     asyncio.run(main())
 
 
 def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
     """4 s in the queue, 2 s for the prompt in steps of one second, 3 s of writing."""
+
     async def main():
         desk, clock = Desk(100, Metrics("m")), None
         desk.attach(Link(), {"max_rows": 1})
         monkeypatch.setattr("time.monotonic", lambda: next(clock))
         clock = itertools.repeat(100.0)
         desk.take([request("a")])
-        for at, begun, reason in ((103, [], None), (105, ["a"], None), (106, [], "token"), (109, ["a"], "stop")):
+        for at, begun, reason in (
+            (103, [], None),
+            (105, ["a"], None),
+            (106, [], "token"),
+            (109, ["a"], "stop"),
+        ):
             clock = itertools.repeat(float(at))
             new = {"id": "a", "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None}
-            desk.hear({"is": "step", "deltas": [new | {"finish_reason": reason if reason == "stop" else None}] if reason else [],
-                       "refused": {}, "begun": begun, "step_s": 1.0, "stats": STATS})
+            desk.hear(
+                {
+                    "is": "step",
+                    "deltas": [new | {"finish_reason": reason if reason == "stop" else None}]
+                    if reason
+                    else [],
+                    "refused": {},
+                    "begun": begun,
+                    "step_s": 1.0,
+                    "stats": STATS,
+                }
+            )
         monkeypatch.undo()
         page = desk.metrics.text(desk).decode()
         for name, seconds in (("queue", 4), ("prefill", 2), ("decode", 3)):
             assert f'llama_tp:request_{name}_time_seconds_sum{{model_name="m"}} {seconds}.0' in page
+
     asyncio.run(main())
 
 
@@ -188,4 +244,5 @@ def test_a_stream_whose_client_goes_leaves_no_task_behind():
         await asyncio.wait([reader])
         await asyncio.sleep(0)
         assert reader.cancelled() and asyncio.all_tasks() == {asyncio.current_task()}
+
     asyncio.run(main())

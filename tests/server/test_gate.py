@@ -1,4 +1,5 @@
-"""Bodies that are too long, unwanted, slow or cut short: the client sees why, and the log stays quiet."""
+"""Bodies that are too long, unwanted, slow or cut short: the client sees why, and the log stays
+quiet."""
 
 import asyncio
 import json
@@ -12,7 +13,10 @@ from llama_tp.server.metrics import Metrics
 from tests.ranks import PATIENCE_S
 from tests.servers import pretending
 
-HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY\r\nContent-Type: application/json\r\n"
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY\r\n"
+    "Content-Type: application/json\r\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +25,13 @@ def server():
         yield one
 
 
-@pytest.mark.parametrize("path, key, code", [
-    ("/v1/completions", "KEY", 413), ("/v1/completions", "wrong", 401), ("/nothing", "KEY", 413)])
+@pytest.mark.parametrize(
+    "path, key, code",
+    [("/v1/completions", "KEY", 413), ("/v1/completions", "wrong", 401), ("/nothing", "KEY", 413)],
+)
 def test_a_large_body_does_not_take_the_reply_with_it(path, key, code, server):
-    """Closing a socket with bytes unread resets the connection; a client that is still sending would see nothing else."""
+    """Closing a socket with bytes unread resets the connection; a client that is still sending
+    would see nothing else."""
     body = json.dumps({"prompt": "x" * 20_000_000}).encode()
     status, told = server.post(path, body, Authorization=f"Bearer {key}")
     assert status == code and told["error"]["message"]
@@ -59,7 +66,8 @@ def test_health_can_be_asked_for_with_head(server):
 
 
 def gated(pieces, app, headers=((b"content-length", b"999999"),), **options):
-    """What the gate sends for one request whose body is what the async iterator `pieces` gives; `app` reads it first."""
+    """What the gate sends for one request whose body is what the async iterator `pieces` gives;
+    `app` reads it first."""
     sent, source = [], None
 
     async def receive():
@@ -71,8 +79,15 @@ def gated(pieces, app, headers=((b"content-length", b"999999"),), **options):
     async def main():
         nonlocal source
         source = pieces()
-        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": list(headers)}
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/",
+            "query_string": b"",
+            "headers": list(headers),
+        }
         await asyncio.wait_for(gate.Gate(app, Metrics("x"), **options)(scope, receive, send), 10)
+
     asyncio.run(main())
     return sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]
 
@@ -91,14 +106,15 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch):
         while True:
             await asyncio.sleep(0.05)
             yield b"x"
+
     started = time.monotonic()
     assert gated(slow, reads_all) == (408, "request_timeout")
     assert time.monotonic() - started < 5
 
 
 def test_bodies_have_a_quota_together(monkeypatch):
-    """There is room for three large ones; the fourth waits in vain, the fifth comes when they have been answered. Small ones need
-    none."""
+    """There is room for three large ones; the fourth waits in vain, the fifth comes when they have
+    been answered. Small ones need none."""
     monkeypatch.setattr(gate, "LINGER_S", 0.05)
     monkeypatch.setattr(gate, "BODIES", 3)
     monkeypatch.setattr(gate, "ROOM_S", 0.2)
@@ -125,12 +141,22 @@ def test_bodies_have_a_quota_together(monkeypatch):
                 if message["type"] == "http.response.start":
                     statuses.append(message["status"])
                     all_here.set()
-            scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [], "small": n < 1000}
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/",
+                "query_string": b"",
+                "headers": [],
+                "small": n < 1000,
+            }
             await door(scope, receive, send)
+
         await asyncio.gather(*[ask(100_000) for _ in range(4)], ask(100))
         assert sorted(map(str, statuses)) == ["200"] * 4 + ["429"] + ["read"] * 3
         await ask(100_000)
         assert statuses[-2:] == ["read", 200] and door.room._value == 3
+
     asyncio.run(main())
 
 
@@ -141,7 +167,10 @@ def test_a_chunk_that_is_none_is_400_and_nothing_else(server):
         time.sleep(0.2)
         s.sendall(b"no chunk\r\n")
         reply = b"".join(iter(lambda: s.recv(4000), b""))
-    assert reply.startswith(b"HTTP/1.1 400") and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    assert (
+        reply.startswith(b"HTTP/1.1 400")
+        and json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+    )
     time.sleep(0.3)
     assert server.get("/health")[0] == 200 and "Traceback" not in server.stderr
 
@@ -161,7 +190,18 @@ def test_a_body_that_stops_coming_is_given_up(monkeypatch):
 
         async def send(message):
             sent.append(message)
-        scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": [(b"content-length", b"9")]}
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/",
+            "query_string": b"",
+            "headers": [(b"content-length", b"9")],
+        }
         await asyncio.wait_for(gate.Gate(app, Metrics("x"))(scope, pieces.get, send), PATIENCE_S)
+
     asyncio.run(main())
-    assert sent[0]["status"] == 408 and json.loads(sent[1]["body"])["error"]["code"] == "request_timeout"
+    assert (
+        sent[0]["status"] == 408
+        and json.loads(sent[1]["body"])["error"]["code"] == "request_timeout"
+    )

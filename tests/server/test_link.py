@@ -1,4 +1,5 @@
-"""Frames over a real socket: whole, in order, bounded; a peer that goes or talks nonsense is noticed."""
+"""Frames over a real socket: whole, in order, bounded; a peer that goes or talks nonsense is
+noticed."""
 
 import asyncio
 import socket
@@ -13,29 +14,38 @@ from tests.ranks import PATIENCE_S
 
 
 def together(path, server, rank):
-    """Runs `server(ServerEnd)` and, in a thread, `rank(RankEnd)` at the two ends of a link; their results."""
+    """Runs `server(ServerEnd)` and, in a thread, `rank(RankEnd)` at the two ends of a link; their
+    results."""
+
     async def main():
         got = asyncio.get_running_loop().create_future()
+
         async def connected(reader, writer):
             got.set_result(ServerEnd(reader, writer))
+
         listener = await asyncio.start_unix_server(connected, path)
+
         def other():
             end = RankEnd(path)
             try:
                 return rank(end)
             finally:
                 end.close()
+
         async with listener:
             thread = asyncio.create_task(asyncio.to_thread(other))
             end = await got
             result = await server(end)
             end.close()
             return result, await thread
+
     return asyncio.run(asyncio.wait_for(main(), PATIENCE_S))
 
 
 def test_frames_arrive_whole_and_in_order(tmp_path):
-    messages = [{"n": i, "text": "\ud800é\0" * i, "seed": 2**63 - 1, "p": 0.1 + i} for i in range(300)]
+    messages = [
+        {"n": i, "text": "\ud800é\0" * i, "seed": 2**63 - 1, "p": 0.1 + i} for i in range(300)
+    ]
     messages.append({"ids": list(range(300_000))})
 
     async def server(end):
@@ -72,8 +82,14 @@ def test_take_does_not_wait_unless_asked_and_tells_the_end(tmp_path):
     together(str(tmp_path / "s"), server, rank)
 
 
-@pytest.mark.parametrize("data", [struct.pack(">I", MAX_FRAME_BYTES + 1), struct.pack(">I", 2) + b"[]",
-                                  struct.pack(">I", 3) + b"{\xff}"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack(">I", MAX_FRAME_BYTES + 1),
+        struct.pack(">I", 2) + b"[]",
+        struct.pack(">I", 3) + b"{\xff}",
+    ],
+)
 def test_nonsense_ends_the_link_on_both_ends(tmp_path, data):
     async def server(end):
         end._writer.write(data)
@@ -111,14 +127,16 @@ def test_nobody_there_is_one_clear_line(tmp_path):
 
 
 def test_many_messages_at_once_leave_turns_to_others(tmp_path, monkeypatch):
-    """A thousand prompts of two thousand ids are 10 MB: the loop looks after its other clients between them. Encoding is what
-    takes its time, so what is encoded between two turns of another task is counted; seconds would depend on the machine."""
+    """A thousand prompts of two thousand ids are 10 MB: the loop looks after its other clients
+    between them. Encoding is what takes its time, so what is encoded between two turns of another
+    task is counted; seconds would depend on the machine."""
     prompts = [list(range(2000)) for _ in range(1000)]
-    encoded = [0]                                           # bytes in each turn of `others`
+    encoded = [0]  # bytes in each turn of `others`
 
     def counting(message):
         encoded[-1] += len(data := encode(message))
         return data
+
     monkeypatch.setattr(link, "encode", counting)
 
     async def server(end):
@@ -128,6 +146,7 @@ def test_many_messages_at_once_leave_turns_to_others(tmp_path, monkeypatch):
             while not over.is_set():
                 await asyncio.sleep(0)
                 encoded.append(0)
+
         watching = asyncio.create_task(others())
         await asyncio.sleep(0)
         for i, prompt in enumerate(prompts):
@@ -140,7 +159,9 @@ def test_many_messages_at_once_leave_turns_to_others(tmp_path, monkeypatch):
         got = []
         while len(got) < 1000:
             got += end.take(wait=True)
-        assert [each["id"] for each in got] == list(range(1000)) and all(each["prompt"] == prompts[0] for each in got)
+        assert [each["id"] for each in got] == list(range(1000)) and all(
+            each["prompt"] == prompts[0] for each in got
+        )
         end.send({"n": len(got)})
 
     together(str(tmp_path / "s"), server, rank)

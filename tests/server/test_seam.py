@@ -1,7 +1,9 @@
-"""Whatever is raised behind the gate, and wherever, a request is answered, once, and the server lives.
+"""Whatever is raised behind the gate, and wherever, a request is answered, once, and the server
+lives.
 
-A StopIteration out of a thread is refused by the future that should carry it; SystemExit and KeyboardInterrupt end an event loop
-when a task raises them; a panic in a library written in Rust is a BaseException, too.
+A StopIteration out of a thread is refused by the future that should carry it; SystemExit and
+KeyboardInterrupt end an event loop when a task raises them; a panic in a library written in Rust is
+a BaseException, too.
 """
 
 import asyncio
@@ -25,8 +27,18 @@ class Panic(BaseException):
     """What pyo3 raises."""
 
 
-RAISED = [StopIteration, StopAsyncIteration, GeneratorExit, SystemExit, KeyboardInterrupt, Panic, asyncio.CancelledError,
-          MemoryError, RecursionError, ValueError]
+RAISED = [
+    StopIteration,
+    StopAsyncIteration,
+    GeneratorExit,
+    SystemExit,
+    KeyboardInterrupt,
+    Panic,
+    asyncio.CancelledError,
+    MemoryError,
+    RecursionError,
+    ValueError,
+]
 
 
 class Link:
@@ -37,8 +49,15 @@ class Link:
 
     def send(self, message: dict) -> None:
         if message["do"] == "submit":
-            delta = {"id": message["id"], "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None,
-                     "finish_reason": "length"}
+            delta = {
+                "id": message["id"],
+                "index": 0,
+                "ids": [5],
+                "text": "x",
+                "logprobs": [],
+                "error": None,
+                "finish_reason": "length",
+            }
             asyncio.get_running_loop().call_soon(self.desk.hear, STEP | {"deltas": [delta]})
 
 
@@ -51,38 +70,67 @@ class Template:
 
 async def ask(app, path: str, **body) -> tuple[int, bytes]:
     """(status, body) of a request to the ASGI application."""
-    sent, pieces = [], [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+    sent, pieces = (
+        [],
+        [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}],
+    )
 
     async def receive():
         return pieces.pop() if pieces else await asyncio.Event().wait()
 
     async def send(message):
         sent.append(message)
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": "", "scheme": "http",
-             "query_string": b"", "headers": [(b"content-type", b"application/json")], "http_version": "1.1",
-             "asgi": {"version": "3.0", "spec_version": "2.3"}}
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "scheme": "http",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "http_version": "1.1",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+    }
     await asyncio.wait_for(app(scope, receive, send), 10)
-    assert [each["type"] for each in sent].count("http.response.start") == 1 and not sent[-1].get("more_body")
+    assert [each["type"] for each in sent].count("http.response.start") == 1 and not sent[-1].get(
+        "more_body"
+    )
     return sent[0]["status"], b"".join(each.get("body", b"") for each in sent[1:])
 
 
 def asked(path: str, chat=None, **body) -> tuple[int, bytes]:
-    """The same, of the whole application; afterwards nothing of it may be left, and the next request finds all in order."""
+    """The same, of the whole application; afterwards nothing of it may be left, and the next
+    request finds all in order."""
+
     async def main():
         desk = Desk(100, Metrics("m"))
-        desk.attach(Link(desk), {"max_rows": 4, "max_model_len": 512, "n_vocab": 2048, "deterministic": True, "tp": 1,
-                                 "device": "cpu", "dtype": "float32"})
+        desk.attach(
+            Link(desk),
+            {
+                "max_rows": 4,
+                "max_model_len": 512,
+                "n_vocab": 2048,
+                "deterministic": True,
+                "tp": 1,
+                "device": "cpu",
+                "dtype": "float32",
+            },
+        )
         app = build_app(Served("m", TOKENIZER, desk, chat=chat))
         reply = await ask(app, path, **body)
         assert desk.n_flights == 0 and desk._n_scores == 0
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return reply
+
     return asyncio.run(main())
 
 
 def raiser(error):
     def work(*args, **named):
         raise error
+
     return work
 
 
@@ -90,8 +138,18 @@ CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
 
 
 @pytest.mark.parametrize("raised", RAISED)
-@pytest.mark.parametrize("place", ["on the loop", "in a thread", "in the template", "as it is written", "as a long one is written",
-                                   "in the whole reply", "to the ranks"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "on the loop",
+        "in a thread",
+        "in the template",
+        "as it is written",
+        "as a long one is written",
+        "in the whole reply",
+        "to the ranks",
+    ],
+)
 def test_a_request_is_answered_whatever_is_raised(place, raised, monkeypatch, caplog):
     path, body, chat = "/v1/completions", {"prompt": "x", "logprobs": 1}, None
     if place == "on the loop" or place == "in a thread":
@@ -104,14 +162,18 @@ def test_a_request_is_answered_whatever_is_raised(place, raised, monkeypatch, ca
         monkeypatch.setattr(Link, "send", raiser(raised))
     else:
         monkeypatch.setattr(answer, "BIG", -1 if "long" in place else 2000)
-        monkeypatch.setattr(*((Fold, "reply") if "whole" in place else (Chunks, "take")), raiser(raised))
+        monkeypatch.setattr(
+            *((Fold, "reply") if "whole" in place else (Chunks, "take")), raiser(raised)
+        )
     status, text = asked(path, chat, **body)
     if place == "in the template" and raised is RecursionError:
         assert status == 400 and b"nested too deeply" in text
         return
     assert status == 500 and json.loads(text)["error"]["code"] == "internal_error"
     said = caplog.text
-    assert raised.__name__ in said and said.count(" failed\n") == 1, "and its traceback is in the log, once"
+    assert raised.__name__ in said and said.count(" failed\n") == 1, (
+        "and its traceback is in the log, once"
+    )
 
 
 @pytest.mark.parametrize("raised", RAISED)

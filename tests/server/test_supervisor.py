@@ -1,4 +1,5 @@
-"""Ranks that end in every way: started again, and what was in flight goes on; or one clear error, and nothing left behind."""
+"""Ranks that end in every way: started again, and what was in flight goes on; or one clear error,
+and nothing left behind."""
 
 import asyncio
 import contextlib
@@ -21,7 +22,8 @@ SOON = Policy(max_restarts=4, backoff_s=0.01, silence_s=1.5)
 
 @contextlib.asynccontextmanager
 async def kept(folder, *plans, policy=SOON):
-    """A desk and the supervisor's task, with fake ranks of these plans; nothing of them may be left at the end."""
+    """A desk and the supervisor's task, with fake ranks of these plans; nothing of them may be left
+    at the end."""
     desk = Desk(100, Metrics("m"))
     supervisor = Supervisor([sys.executable, RANK, str(folder), *plans], desk, policy)
     task = asyncio.create_task(supervisor.run())
@@ -33,7 +35,7 @@ async def kept(folder, *plans, policy=SOON):
             await asyncio.wait_for(task, PATIENCE_S)
         left = [int(file.read_text()) for file in folder.iterdir()]
         assert left
-        await until(lambda: not any(map(is_alive, left)))        # who is killed takes a moment to go
+        await until(lambda: not any(map(is_alive, left)))  # who is killed takes a moment to go
 
 
 async def until(condition):
@@ -43,13 +45,23 @@ async def until(condition):
 
 
 def requests(n: int, **params) -> list[Request]:
-    return [Request(f"r{i}", [i % 2, 5, 6], SamplingParams(**{"seed": i, "max_tokens": 12, "n": 1 + i % 3, **params}))
-            for i in range(n)]
+    return [
+        Request(
+            f"r{i}",
+            [i % 2, 5, 6],
+            SamplingParams(**{"seed": i, "max_tokens": 12, "n": 1 + i % 3, **params}),
+        )
+        for i in range(n)
+    ]
 
 
 async def read(ticket) -> list[tuple]:
     """(ids, text, finish reason) of each sample of each request."""
-    samples = {(flight.request.id, i): [[], "", None] for flight in ticket.flights for i in range(flight.request.params.n)}
+    samples = {
+        (flight.request.id, i): [[], "", None]
+        for flight in ticket.flights
+        for i in range(flight.request.params.n)
+    }
     while not ticket.is_read:
         for delta in await ticket.take():
             sample = samples[delta.request_id, delta.index]
@@ -62,7 +74,7 @@ async def read(ticket) -> list[tuple]:
 
 async def run_all(desk, wanted) -> list:
     await until(lambda: desk.state == "ready")
-    tickets = [desk.take(wanted[i:i + 2]) for i in range(0, len(wanted), 2)]
+    tickets = [desk.take(wanted[i : i + 2]) for i in range(0, len(wanted), 2)]
     return await asyncio.wait_for(asyncio.gather(*map(read, tickets)), PATIENCE_S)
 
 
@@ -71,24 +83,31 @@ def undisturbed(tmp_path_factory) -> list:
     async def main():
         async with kept(tmp_path_factory.mktemp("calm"), "live") as (desk, _, _):
             return await run_all(desk, requests(20))
+
     return asyncio.run(main())
 
 
-@pytest.mark.parametrize("plans", [["die:3", "live"], ["die:1", "die:7", "live"], ["stop:5", "live"], ["die:4", "never", "live"]])
+@pytest.mark.parametrize(
+    "plans",
+    [["die:3", "live"], ["die:1", "die:7", "live"], ["stop:5", "live"], ["die:4", "never", "live"]],
+)
 def test_what_was_in_flight_goes_on_as_if_nothing_had_happened(plans, tmp_path, undisturbed):
     async def main():
         async with kept(tmp_path, *plans) as (desk, supervisor, _):
             states = set()
+
             async def watch():
                 while True:
                     states.add(desk.state)
                     await asyncio.sleep(0.002)
+
             watcher = asyncio.create_task(watch())
             got = await run_all(desk, requests(20))
             watcher.cancel()
             assert supervisor.n_starts == len(plans)
             assert states == {"loading", "ready", "restarting"} and desk.n_flights == 0
             return got
+
     assert asyncio.run(main()) == undisturbed
 
 
@@ -99,6 +118,7 @@ def test_a_start_that_fails_is_the_ranks_own_error_once(tmp_path, capfd):
                 await asyncio.wait_for(task, PATIENCE_S)
             assert supervisor.n_starts == 1
             return str(caught.value)
+
     assert asyncio.run(main()) == "the weights are damaged - found none - download them again"
     said = capfd.readouterr().err
     assert "loading" in said and "error: " not in said, "the command says it, once"
@@ -109,7 +129,10 @@ def test_a_rank_that_dies_at_every_start_ends_in_one_error(tmp_path):
         async with kept(tmp_path, "die:3", "never") as (desk, supervisor, task):
             await until(lambda: desk.state == "ready")
             ticket = desk.take(requests(1))
-            with pytest.raises(UserError, match="the ranks ended 5 times within .*the last time: the weights are damaged"):
+            with pytest.raises(
+                UserError,
+                match="the ranks ended 5 times within .*the last time: the weights are damaged",
+            ):
                 await asyncio.wait_for(task, PATIENCE_S)
             assert supervisor.n_starts == 5
             desk.give_up("they are gone")
@@ -118,6 +141,7 @@ def test_a_rank_that_dies_at_every_start_ends_in_one_error(tmp_path):
             with pytest.raises(Unavailable):
                 desk.take(requests(1))
             assert desk.state == "dead"
+
     asyncio.run(main())
 
 
@@ -126,12 +150,14 @@ def test_a_bug_keeps_its_traceback(tmp_path, capfd):
         async with kept(tmp_path, "bug") as (_, _, task):
             with pytest.raises(UserError, match="left with code 1"):
                 await asyncio.wait_for(task, PATIENCE_S)
+
     asyncio.run(main())
     assert "RuntimeError: a bug of ours" in capfd.readouterr().err
 
 
 def test_a_request_that_kills_its_ranks_is_given_up_and_the_server_lives(tmp_path):
     """It dies in the first step of every life; the others would wait for ever behind it."""
+
     async def main():
         async with kept(tmp_path, "die:2", "die:1", "die:1", "live") as (desk, _, _):
             await until(lambda: desk.state == "ready")
@@ -139,6 +165,7 @@ def test_a_request_that_kills_its_ranks_is_given_up_and_the_server_lives(tmp_pat
             with pytest.raises(Failed, match="ended 3 times while this request was running"):
                 await read(ticket)
             assert (await run_all(desk, requests(1)))[0][0][2] == "stop"
+
     asyncio.run(main())
 
 
@@ -147,7 +174,10 @@ def test_stopping_while_the_ranks_load_or_idle(tmp_path):
         folder = tmp_path / plans[0]
         folder.mkdir()
         async with kept(folder, *plans) as (desk, _, _):
-            await until(lambda: list(folder.glob("child")) if plans == ("deaf",) else desk.state == "ready")
+            await until(
+                lambda: list(folder.glob("child")) if plans == ("deaf",) else desk.state == "ready"
+            )
+
     asyncio.run(main("live"))
     asyncio.run(main("deaf"))
 
@@ -157,15 +187,20 @@ def test_a_silence_without_work_is_no_hang(tmp_path):
         async with kept(tmp_path, "slow", policy=Policy(silence_s=0.6)) as (desk, supervisor, _):
             await until(lambda: desk.state == "ready")
             await asyncio.sleep(1)
-            assert len(await run_all(desk, requests(1, max_tokens=70))) == 1        # 1.4 s of steps
+            assert len(await run_all(desk, requests(1, max_tokens=70))) == 1  # 1.4 s of steps
             assert supervisor.n_starts == 1
+
     asyncio.run(main())
 
 
 def test_clients_that_come_and_go_do_not_hide_a_hang(tmp_path):
-    """Ranks that stop in their first step; each client waits for a third of the silence that counts, and goes."""
+    """Ranks that stop in their first step; each client waits for a third of the silence that
+    counts, and goes."""
+
     async def main():
-        async with kept(tmp_path, "stop:1", "live", policy=Policy(backoff_s=0.01, silence_s=0.9)) as (desk, supervisor, _):
+        async with kept(
+            tmp_path, "stop:1", "live", policy=Policy(backoff_s=0.01, silence_s=0.9)
+        ) as (desk, supervisor, _):
             await until(lambda: desk.state == "ready")
             for i in range(30):
                 if supervisor.n_starts == 2:
@@ -175,24 +210,32 @@ def test_clients_that_come_and_go_do_not_hide_a_hang(tmp_path):
                     await asyncio.sleep(0.3)
                     desk.drop(ticket)
             assert supervisor.n_starts == 2
+
     asyncio.run(main())
 
 
 def test_a_long_load_while_requests_wait_is_no_hang(tmp_path):
     async def main():
-        async with kept(tmp_path, "die:3", "load:1.5", policy=Policy(backoff_s=0.01, silence_s=0.6)) as (desk, supervisor, _):
+        async with kept(
+            tmp_path, "die:3", "load:1.5", policy=Policy(backoff_s=0.01, silence_s=0.6)
+        ) as (desk, supervisor, _):
             assert len(await run_all(desk, requests(1))) == 1
             assert supervisor.n_starts == 2
+
     asyncio.run(main())
 
 
 def test_ranks_that_do_not_come_are_ended(tmp_path):
     """Stopped before they connect, say: nobody else is there who could notice."""
+
     async def main():
         async with kept(tmp_path, "deaf", policy=Policy(load_s=0.8)) as (_, supervisor, task):
-            with pytest.raises(UserError, match="the ranks have not been ready within 0.8 s of their start"):
+            with pytest.raises(
+                UserError, match="the ranks have not been ready within 0.8 s of their start"
+            ):
                 await asyncio.wait_for(task, 20)
             assert supervisor.n_starts == 1
+
     asyncio.run(main())
 
 
@@ -210,6 +253,7 @@ def test_what_ranks_that_were_hung_up_on_still_say_is_not_heard():
         reader.feed_eof()
         await conversation
         assert desk.state == "loading" and desk.info is None
+
     asyncio.run(main())
 
 
@@ -224,5 +268,9 @@ def test_an_abort_reaches_the_ranks(tmp_path):
             desk.drop(ticket)
             await until(lambda: desk.stats["n_running"] == 0)
             assert desk.n_flights == 0
-            assert b'request_success_total{finished_reason="abort",model_name="m"} 3.0' in desk.metrics.text(desk)
+            assert (
+                b'request_success_total{finished_reason="abort",model_name="m"} 3.0'
+                in desk.metrics.text(desk)
+            )
+
     asyncio.run(main())

@@ -1,4 +1,5 @@
-"""The reader of small files: what it opens, what it refuses before it reads, and each kind of value."""
+"""The reader of small files: what it opens, what it refuses before it reads, and each kind of
+value."""
 
 import json
 import os
@@ -19,8 +20,10 @@ def sparse(path):
 
 
 STRANGE = {
-    "fifo": (os.mkfifo, "pipe"), "link to /dev/zero": (lambda path: path.symlink_to("/dev/zero"), "device"),
-    "folder": (os.mkdir, "folder"), "a terabyte": (sparse, r"too large.*1,099,511,627,776 bytes"),
+    "fifo": (os.mkfifo, "pipe"),
+    "link to /dev/zero": (lambda path: path.symlink_to("/dev/zero"), "device"),
+    "folder": (os.mkdir, "folder"),
+    "a terabyte": (sparse, r"too large.*1,099,511,627,776 bytes"),
     "one byte too many": (lambda path: path.write_bytes(b"{" + b" " * MAX_JSON), "too large"),
     "two keys alike": (lambda path: path.write_text('{"a": 1, "a": 2}'), "'a' stands there twice"),
     "too many digits": (lambda path: path.write_text(f'{{"a": 1{"0" * 5000}}}'), "digit"),
@@ -41,7 +44,9 @@ def test_a_fifo_that_takes_the_place_of_a_file_does_not_block(tmp_path, monkeypa
     """Between stat and open: the file is looked at again once it is open."""
     path, stat = str(tmp_path / "config.json"), os.stat
     os.mkfifo(path)
-    monkeypatch.setattr(os, "stat", lambda name, **options: stat(__file__ if name == path else name, **options))
+    monkeypatch.setattr(
+        os, "stat", lambda name, **options: stat(__file__ if name == path else name, **options)
+    )
     with pytest.raises(UserError, match="pipe"):
         open_regular(path)
 
@@ -50,7 +55,9 @@ def test_a_file_is_never_read_beyond_its_limit(tmp_path, monkeypatch):
     """It may grow after its size was looked at."""
     (tmp_path / "a").write_bytes(b"x" * 100)
     fstat = os.fstat
-    monkeypatch.setattr(os, "fstat", lambda fd: os.stat_result((*fstat(fd)[:6], 10, *fstat(fd)[7:])))
+    monkeypatch.setattr(
+        os, "fstat", lambda fd: os.stat_result((*fstat(fd)[:6], 10, *fstat(fd)[7:]))
+    )
     assert read_file(str(tmp_path / "a"), 10) == b"x" * 10
 
 
@@ -60,22 +67,55 @@ def test_a_name_with_a_nul_in_it():
             call("a\0b")
 
 
-WHOLE = [("whole", {"least": 1, "most": 100}, value, value is not True and value in (1, 8.0, 100)) for value in
-         (1, 8.0, 100, 0, -16, 101, 0.5, True, "16", [1], {}, 10**400, 1e400, float("nan"), -float("inf"))]
-NUMBER = [("number", {"least": 0.5, "most": 100}, value, value is not True and value in (1, 0.5, 100.0)) for value in
-          (1, 0.5, 100.0, 0.4, 100.1, True, "1", [1], 10**400, float("inf"), float("nan"))]
-OTHERS = [("flag", {}, True, True), ("flag", {}, False, True), ("flag", {}, "false", False), ("flag", {}, 1, False),
-          ("text", {}, "a", True), ("text", {}, 5, False), ("text", {}, ["a"], False)]
+WHOLE = [
+    ("whole", {"least": 1, "most": 100}, value, value is not True and value in (1, 8.0, 100))
+    for value in (
+        1,
+        8.0,
+        100,
+        0,
+        -16,
+        101,
+        0.5,
+        True,
+        "16",
+        [1],
+        {},
+        10**400,
+        1e400,
+        float("nan"),
+        -float("inf"),
+    )
+]
+NUMBER = [
+    ("number", {"least": 0.5, "most": 100}, value, value is not True and value in (1, 0.5, 100.0))
+    for value in (1, 0.5, 100.0, 0.4, 100.1, True, "1", [1], 10**400, float("inf"), float("nan"))
+]
+OTHERS = [
+    ("flag", {}, True, True),
+    ("flag", {}, False, True),
+    ("flag", {}, "false", False),
+    ("flag", {}, 1, False),
+    ("text", {}, "a", True),
+    ("text", {}, 5, False),
+    ("text", {}, ["a"], False),
+]
 
 
-@pytest.mark.parametrize("kind, bounds, value, good", [*WHOLE, *NUMBER, *OTHERS], ids=lambda value: short(value))
+@pytest.mark.parametrize(
+    "kind, bounds, value, good", [*WHOLE, *NUMBER, *OTHERS], ids=lambda value: short(value)
+)
 def test_values_of_each_kind(kind, bounds, value, good):
     fields = Fields({"n_layers": value}, "params.json")
     if good:
         found = getattr(fields, kind)("n_layers", **bounds)
-        assert found == value and type(found) is {"whole": int, "number": float}.get(kind, type(value))
+        assert found == value and type(found) is {"whole": int, "number": float}.get(
+            kind, type(value)
+        )
         return
-    with pytest.raises(UserError, match="^params.json: n_layers must be .* - found .* - correct") as caught:
+    with pytest.raises(
+        UserError, match="^params.json: n_layers must be .* - found .* - correct"
+    ) as caught:
         getattr(fields, kind)("n_layers", **bounds)
     assert len(caught.value.found) < 90
 
@@ -84,12 +124,18 @@ def test_absent_and_null_are_the_default_or_an_error():
     for raw in ({}, {"a": None}):
         fields = Fields(raw, "x.json")
         assert fields.whole("a", None, most=5) is None and fields.whole("a", 77, most=5) == 77
-        assert fields.number("a", 2, least=0, most=1) == 2 and fields.flag("a") is False and fields.text("a", None) is None
+        assert (
+            fields.number("a", 2, least=0, most=1) == 2
+            and fields.flag("a") is False
+            and fields.text("a", None) is None
+        )
         assert fields.object("a").raw == {}
         with pytest.raises(UserError, match="x.json lacks the key 'a'"):
             fields.whole("a", most=5)
     assert Fields({"a": {"b": 1}}, "x.json").object("a").whole("b", most=1) == 1
-    with pytest.raises(UserError, match=r"x\.json: a: b must be a whole number from 1 to 3 - found 'x'"):
+    with pytest.raises(
+        UserError, match=r"x\.json: a: b must be a whole number from 1 to 3 - found 'x'"
+    ):
         Fields({"a": {"b": "x"}}, "x.json").object("a").whole("b", most=3)
     with pytest.raises(UserError, match="a must be an object - found"):
         Fields({"a": [1]}, "x.json").object("a")
@@ -101,13 +147,20 @@ def test_a_list_of_keys_stays_short():
     assert len(str(caught.value)) < 3000 and "\x1b" not in str(caught.value)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=20)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
 
 
 @given(value=JSON)
 def test_a_value_is_shown_in_80_printable_characters(value):
-    assert len(short(value)) <= 80 and short(value).isprintable() and key_name(str(value)).isprintable()
+    assert (
+        len(short(value)) <= 80
+        and short(value).isprintable()
+        and key_name(str(value)).isprintable()
+    )
 
 
 @given(found=st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), JSON, min_size=1))

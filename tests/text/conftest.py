@@ -1,4 +1,5 @@
-"""Tokenizer files for the tests: a tiny tokenizer.model made here, Meta's real one out of llama-models."""
+"""Tokenizer files for the tests: a tiny tokenizer.model made here, Meta's real one out of
+llama-models."""
 
 import base64
 import importlib.util
@@ -10,10 +11,27 @@ import pytest
 
 from llama_tp.text.tokenizer import open_tokenizer
 
-# Every word becomes a token by way of its prefixes. Chosen for what streams and chats trip over: tokens that end within
-# a character (three bytes of an emoji, two of a kanji), that hold several characters, that look like a stop string.
-WORDS = ["the", " the", "ing", "hello", " world", "STOP", "xSTOPy", "user", "assistant", "\n\n", "    ", "ab", "abc",
-         "\u00e9\u00e9", b"\xf0\x9f\x98", "\u65e5\u672c".encode()[:4]]
+# Every word becomes a token by way of its prefixes. Chosen for what streams and chats trip over:
+# tokens that end within a character (three bytes of an emoji, two of a kanji), that hold several
+# characters, that look like a stop string.
+WORDS = [
+    "the",
+    " the",
+    "ing",
+    "hello",
+    " world",
+    "STOP",
+    "xSTOPy",
+    "user",
+    "assistant",
+    "\n\n",
+    "    ",
+    "ab",
+    "abc",
+    "\u00e9\u00e9",
+    b"\xf0\x9f\x98",
+    "\u65e5\u672c".encode()[:4],
+]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +60,8 @@ def tiny(tiny_dir):
 def meta_file():
     """Meta's tokenizer.model, as llama-models ships it."""
     package = pytest.importorskip("llama_models", reason="oracle: Meta's tokenizer and chat format")
-    if importlib.util.find_spec("PIL") is None:             # chat_format imports it for images, which no test has
+    # chat_format imports it for images, which no test has
+    if importlib.util.find_spec("PIL") is None:
         sys.modules["PIL"] = types.SimpleNamespace(Image=types.SimpleNamespace(Image=object))
     return Path(package.__path__[0]) / "llama3" / "tokenizer.model"
 
@@ -57,4 +76,5 @@ def meta(meta_file):
 def meta_oracle(meta_file):
     """Meta's own class on the same file."""
     from llama_models.llama3.tokenizer import Tokenizer
+
     return Tokenizer(meta_file)

@@ -14,7 +14,7 @@ def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
         ending = [s for s in stops if text[:end].endswith(s)]
         if ending:
             stop = max(ending, key=len)
-            return text[:end - len(stop)], stop
+            return text[: end - len(stop)], stop
     return text, None
 
 
@@ -29,7 +29,7 @@ def check(tokenizer, ids, cuts, stops):
     out = ""
     for chunk in chunks_of(ids, cuts):
         out += stream.push(chunk)
-        assert text.startswith(out)                         # never half a character, never a piece of the stop string
+        assert text.startswith(out)  # never half a character, never a piece of the stop string
     out += stream.finish()
     assert (out, stream.stopped) == (text, stopped)
     assert stream.push([0]) == "" if stopped else True
@@ -52,14 +52,22 @@ def test_texts(text, cuts, stops, tiny):
 @given(data=st.data(), cuts=CUTS, stops=STOPS)
 def test_any_ids(data, cuts, stops, tiny):
     """Ids as a random model samples them: broken characters, specials in between."""
-    odd = [i for i in range(tiny.n_vocab) if tiny.token_bytes(i)[:1] >= b"\x80"] + [tiny.bos_id, *tiny.encode("abc")]
-    check(tiny, data.draw(st.lists(st.sampled_from(odd) | st.integers(0, tiny.n_vocab - 1), max_size=40)), cuts, stops)
+    odd = [i for i in range(tiny.n_vocab) if tiny.token_bytes(i)[:1] >= b"\x80"] + [
+        tiny.bos_id,
+        *tiny.encode("abc"),
+    ]
+    check(
+        tiny,
+        data.draw(st.lists(st.sampled_from(odd) | st.integers(0, tiny.n_vocab - 1), max_size=40)),
+        cuts,
+        stops,
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=200), cuts=CUTS)
 def test_stop_strings_cut_out_of_the_text(text, cuts, meta):
-    stops = [text[cut % (len(text) + 1):][:3] for cut in cuts[:3]]
+    stops = [text[cut % (len(text) + 1) :][:3] for cut in cuts[:3]]
     check(meta, meta.encode(text), cuts, [s for s in stops if s])
 
 
@@ -75,7 +83,11 @@ def test_a_character_over_two_tokens(tiny):
 
 def test_half_a_character_at_the_end(tiny):
     stream = TextStream(tiny)
-    assert [stream.push(tiny.encode("a😀")[:-1]), stream.finish(), stream.finish()] == ["a", "\ufffd", ""]
+    assert [stream.push(tiny.encode("a😀")[:-1]), stream.finish(), stream.finish()] == [
+        "a",
+        "\ufffd",
+        "",
+    ]
 
 
 def test_a_token_with_the_stop_string_in_its_middle(tiny):

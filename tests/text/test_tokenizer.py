@@ -1,4 +1,5 @@
-"""Tokenizers against Meta's own class, on Meta's file and on a tiny one; and what bad files are told."""
+"""Tokenizers against Meta's own class, on Meta's file and on a tiny one; and what bad files are
+told."""
 
 import json
 import os
@@ -13,7 +14,7 @@ from llama_tp.text import meta as meta_module
 from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL, long_texts
 
-# ------------------------------------------------------------------------------------------------ Meta's real file
+# --------------------------------------------------------------------------------- Meta's real file
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -48,13 +49,20 @@ def test_decode_of_any_ids_equals_metas(ids, meta, meta_oracle):
 def test_known_vectors(meta):
     assert meta.encode("This is a test sentence.") == [2028, 374, 264, 1296, 11914, 13]
     assert [meta.encode(word) for word in ("user", "system", "assistant", "tool", "\n\n")] == [
-        [882], [9125], [78191], [14506], [271]]
+        [882],
+        [9125],
+        [78191],
+        [14506],
+        [271],
+    ]
     assert len(meta.encode("ipython")) > 1
 
 
 def test_special_ids_equal_metas(meta, meta_oracle):
     assert meta.specials == meta_oracle.special_tokens
-    assert (meta.n_vocab, meta.bos_id) == (meta_oracle.n_words, meta_oracle.bos_id) == (128256, 128000)
+    assert (
+        (meta.n_vocab, meta.bos_id) == (meta_oracle.n_words, meta_oracle.bos_id) == (128256, 128000)
+    )
     assert meta.stop_ids == tuple(sorted(meta_oracle.stop_tokens)) == (128001, 128008, 128009)
 
 
@@ -65,22 +73,30 @@ def test_cuts_equal_metas(text, meta_oracle):
         patch.setattr(meta_module, "MAX_CHARS", 17)
         patch.setattr(meta_module, "MAX_RUN", 3)
         found = list(meta_module.pieces(text))
-    parts = [text[i:i + 17] for i in range(0, len(text), 17)]
-    assert found == [piece for part in parts for piece in meta_oracle._split_whitespaces_or_nonwhitespaces(part, 3)]
+    parts = [text[i : i + 17] for i in range(0, len(text), 17)]
+    assert found == [
+        piece
+        for part in parts
+        for piece in meta_oracle._split_whitespaces_or_nonwhitespaces(part, 3)
+    ]
 
 
 def test_whitespace_means_the_same_to_re_and_to_str():
     assert [c for c in map(chr, range(0x110000)) if c.isspace() != bool(re.match(r"\s", c))] == []
 
 
-# -------------------------------------------------------------------------------------- a tiny file, without oracles
+# --------------------------------------------------------------------- a tiny file, without oracles
 
 
 def test_ids_of_the_tiny_file(tiny):
     n_base = tiny.n_vocab - 256
     assert tiny.bos_id == n_base and tiny.stop_ids == (n_base + 1, n_base + 8, n_base + 9)
     assert tiny.special_id("<|eot_id|>") == n_base + 9
-    assert [tiny.token_bytes(i) for i in tiny.encode("hello the world")] == [b"hello", b" the", b" world"]
+    assert [tiny.token_bytes(i) for i in tiny.encode("hello the world")] == [
+        b"hello",
+        b" the",
+        b" world",
+    ]
     assert tiny.encode("!") == [0] and tiny.encode("!", bos=True) == [n_base, 0]
     assert tiny.encode("") == [] and tiny.encode("", bos=True) == [n_base]
 
@@ -114,7 +130,9 @@ def test_half_characters_decode_to_replacement(tiny):
 @pytest.mark.parametrize("token_id", [-1, 10**6])
 def test_ids_out_of_range(token_id, tiny):
     for call in (tiny.token_bytes, lambda i: tiny.decode([0, i])):
-        with pytest.raises(UserError, match=f"{token_id}; this tokenizer has the ids 0 to {tiny.n_vocab - 1}"):
+        with pytest.raises(
+            UserError, match=f"{token_id}; this tokenizer has the ids 0 to {tiny.n_vocab - 1}"
+        ):
             call(token_id)
 
 
@@ -123,9 +141,16 @@ def test_unknown_special_name(tiny):
         tiny.special_id("<nope>")
 
 
-@pytest.mark.parametrize("params, eom", [
-    ({"dim": 1}, False), ({"use_scaled_rope": False}, False),
-    ({"use_scaled_rope": True}, True), ({"model": {"use_scaled_rope": True}}, True), (None, True)])
+@pytest.mark.parametrize(
+    "params, eom",
+    [
+        ({"dim": 1}, False),
+        ({"use_scaled_rope": False}, False),
+        ({"use_scaled_rope": True}, True),
+        ({"model": {"use_scaled_rope": True}}, True),
+        (None, True),
+    ],
+)
 def test_stop_ids_follow_the_generation(params, eom, tiny_lines, tmp_path):
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "tokenizer.model").write_bytes(b"\r\n".join(tiny_lines))
@@ -137,11 +162,15 @@ def test_stop_ids_follow_the_generation(params, eom, tiny_lines, tmp_path):
 
 
 def test_a_file_a_folder_or_the_checkpoint(tiny_dir, tmp_path):
-    for path, ckpt_dir in ((tiny_dir / "tokenizer.model", tmp_path), (tiny_dir, tmp_path), (None, tiny_dir)):
+    for path, ckpt_dir in (
+        (tiny_dir / "tokenizer.model", tmp_path),
+        (tiny_dir, tmp_path),
+        (None, tiny_dir),
+    ):
         assert open_tokenizer(path and str(path), str(ckpt_dir)).encode("hello") != []
 
 
-# ------------------------------------------------------------------------------------------------------- bad files
+# ---------------------------------------------------------------------------------------- bad files
 
 
 def refusal(tmp_path, content: bytes, name: str = "tokenizer.model") -> str:
@@ -154,7 +183,9 @@ def refusal(tmp_path, content: bytes, name: str = "tokenizer.model") -> str:
 
 def test_missing(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(UserError, match="no tokenizer in .*for tokenizer.model.*has params.json.*--tokenizer_path"):
+    with pytest.raises(
+        UserError, match="no tokenizer in .*for tokenizer.model.*has params.json.*--tokenizer_path"
+    ):
         open_tokenizer(None, str(tmp_path))
     with pytest.raises(UserError, match="no tokenizer at .*nowhere.*--tokenizer_path"):
         open_tokenizer(str(tmp_path / "nowhere"), str(tmp_path))
@@ -163,7 +194,9 @@ def test_missing(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
 def test_what_stands_in_for_a_file(name, tmp_path):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:82e9\nsize 2183982\n"
-    assert "git-lfs pointer" in refusal(tmp_path, pointer, name) and "git lfs pull" in refusal(tmp_path, pointer, name)
+    assert "git-lfs pointer" in refusal(tmp_path, pointer, name) and "git lfs pull" in refusal(
+        tmp_path, pointer, name
+    )
     assert "web page" in refusal(tmp_path, b"\n<!DOCTYPE html><html><title>Sign in</title>", name)
     assert "is empty" in refusal(tmp_path, b"", name)
 
@@ -173,38 +206,53 @@ def test_sentencepiece(tmp_path):
     assert "save_pretrained" in refusal(tmp_path, SENTENCEPIECE)
 
 
-@pytest.mark.parametrize("damage, says", [
-    (lambda lines: lines[:300] + [b"aGVsbG8"], "line 301"),               # cut within the base64
-    (lambda lines: lines[:300] + [b"aGVsbG8="], "line 301"),              # cut before the rank
-    (lambda lines: lines[:300] + [lines[300][:-1]], "each once"),         # cut within the rank
-    (lambda lines: lines[:10] + lines[11:], "each once"),                 # a line lost
-    (lambda lines: lines[:10] + [lines[9].split()[0] + b" 10"] + lines[11:], "each once"),     # a token twice
-    (lambda lines: lines[:200], "56 of 256"),
-    (lambda lines: lines[:7] + [b"\x80\x02ctorch"] + lines[8:], "line 8"),
-])
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (lambda lines: lines[:300] + [b"aGVsbG8"], "line 301"),  # cut within the base64
+        (lambda lines: lines[:300] + [b"aGVsbG8="], "line 301"),  # cut before the rank
+        (lambda lines: lines[:300] + [lines[300][:-1]], "each once"),  # cut within the rank
+        (lambda lines: lines[:10] + lines[11:], "each once"),  # a line lost
+        # a token twice
+        (lambda lines: lines[:10] + [lines[9].split()[0] + b" 10"] + lines[11:], "each once"),
+        (lambda lines: lines[:200], "56 of 256"),
+        (lambda lines: lines[:7] + [b"\x80\x02ctorch"] + lines[8:], "line 8"),
+    ],
+)
 def test_damaged(damage, says, tiny_lines, tmp_path):
     assert says in refusal(tmp_path, b"\n".join(damage(tiny_lines)))
 
 
 def test_damaged_settings(tiny_dir, tmp_path):
-    for content, says in (("{", "is not valid JSON"), ("[" * 100_000, "is not valid JSON"), ("[]", "must hold a JSON object")):
+    for content, says in (
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "must hold a JSON object"),
+    ):
         (tmp_path / "params.json").write_text(content)
         with pytest.raises(UserError, match=f"params.json .*{says}"):
             open_tokenizer(str(tiny_dir), str(tmp_path))
 
 
 @pytest.mark.parametrize("place", ["", "tokenizer.model"])
-@pytest.mark.parametrize("make, says", [
-    (os.mkfifo, "pipe"), (lambda path: path.symlink_to("/dev/zero"), "device"),
-    (lambda path: path.symlink_to("gone"), "points to gone"),
-    (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large")])
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (os.mkfifo, "pipe"),
+        (lambda path: path.symlink_to("/dev/zero"), "device"),
+        (lambda path: path.symlink_to("gone"), "points to gone"),
+        (lambda path: path.write_bytes(b"x") and os.truncate(path, 1 << 40), "too large"),
+    ],
+)
 def test_no_regular_file_or_one_too_large(make, says, place, tmp_path):
     make(tmp_path / "tokenizer.model")
     with pytest.raises(UserError, match=says):
         open_tokenizer(str(tmp_path / place), str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "config.json", "params.json"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "generation_config.json", "config.json", "params.json"]
+)
 def test_no_regular_settings(name, tiny_dir, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     os.mkfifo(tmp_path / name)
@@ -212,10 +260,17 @@ def test_no_regular_settings(name, tiny_dir, tmp_path):
         open_tokenizer(str(tiny_dir) if name == "params.json" else None, str(tmp_path))
 
 
-@pytest.mark.parametrize("lines, says", [
-    ([b"AAAA " + b"9" * 4000], r"highest rank of 9+\.\.\.9+ -"), ([b"A" * 5_000_000 + b" 0"], "single byte"),
-    ([b"AA== 0"] * 2_000_000, "more than 1,048,576 lines"), ([b" " * 100] * 100_000, "no tokens|single byte"),
-    ([b"\x1b[31m 0"], r"x1b"), ([b"AA== " + b"9" * 5000], "line 1")])
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ([b"AAAA " + b"9" * 4000], r"highest rank of 9+\.\.\.9+ -"),
+        ([b"A" * 5_000_000 + b" 0"], "single byte"),
+        ([b"AA== 0"] * 2_000_000, "more than 1,048,576 lines"),
+        ([b" " * 100] * 100_000, "no tokens|single byte"),
+        ([b"\x1b[31m 0"], r"x1b"),
+        ([b"AA== " + b"9" * 5000], "line 1"),
+    ],
+)
 def test_hostile_lines_end_in_one_short_error(lines, says, tmp_path):
     message = refusal(tmp_path, b"\n".join(lines))
     assert re.search(says, message) and len(message) < 600 and message.isprintable()
@@ -223,7 +278,7 @@ def test_hostile_lines_end_in_one_short_error(lines, says, tmp_path):
 
 def test_check_vocab(tiny):
     check_vocab(tiny, tiny.n_vocab)
-    check_vocab(tiny, tiny.n_vocab + 100)                   # padded embedding
+    check_vocab(tiny, tiny.n_vocab + 100)  # padded embedding
     for rows, says in ((tiny.n_vocab - 1, "560"), (32_000, "32,000")):
         with pytest.raises(UserError, match=f"tokenizer has 561 entries, embedding {says} "):
             check_vocab(tiny, rows)

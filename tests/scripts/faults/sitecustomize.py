@@ -1,7 +1,8 @@
-"""Faults for tests, put into a rank from outside the product: PYTHONPATH holds this folder, FAULT says what and where.
+"""Faults for tests, put into a rank from outside the product: PYTHONPATH holds this folder, FAULT
+says what and where.
 
-FAULT="rank:place:action": at place "load" (the rank's first weight) or "step" (its fifth step), the action "raise",
-"hang" (in Python, heartbeats go on) or "exit".
+FAULT="rank:place:action": at place "load" (the rank's first weight) or "step" (its fifth step), the
+action "raise", "hang" (in Python, heartbeats go on) or "exit".
 """
 
 import os
@@ -27,14 +28,17 @@ def wrapped(function, count: int):
         if calls[0] == count:
             strike()
         return function(*args, **kwargs)
+
     return inner
 
 
 class Planter:
     """An import hook: wraps the product's function as soon as its module has been imported."""
 
-    TARGETS = {"load": ("llama_tp.model.transformer", "Transformer", "loaded", 1),
-               "step": ("llama_tp.engine.runner", "Runner", "run", 5)}
+    TARGETS = {
+        "load": ("llama_tp.model.transformer", "Transformer", "loaded", 1),
+        "step": ("llama_tp.engine.runner", "Runner", "run", 5),
+    }
 
     def find_spec(self, name, path=None, target=None):
         module, owner, method, count = self.TARGETS[place]
@@ -42,6 +46,7 @@ class Planter:
             return None
         sys.meta_path.remove(self)
         import importlib.util
+
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
@@ -49,6 +54,7 @@ class Planter:
             execute(loaded)
             kind = getattr(loaded, owner)
             setattr(kind, method, wrapped(getattr(kind, method), count))
+
         spec.loader.exec_module = exec_module
         return spec
 
