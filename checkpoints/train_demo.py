@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama_tp.arch.config import ModelConfig, from_params
 from llama_tp.checkpoint.save import save_meta
-from llama_tp.spec.config import ModelConfig, from_params
 
 # Llama 3's way to cut text into words before merging (the pattern is part of the format:
 # llama-models `tokenizer.py`).

@@ -13,7 +13,7 @@ _PUBLIC = {
     "SamplingParams": "engine.request",
     "Dialog": "text.chat_format",
     "Message": "text.chat_format",
-    "UserError": "spec.errors",
+    "UserError": "arch.errors",
 }
 __all__ = list(_PUBLIC)
 

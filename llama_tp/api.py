@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from llama_tp.arch.config import check_launch
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.build import EngineOptions, build
 from llama_tp.engine.calls import Calls
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import SamplingParams
 from llama_tp.engine.session import Sample, chat_encoder, run
-from llama_tp.spec.config import check_launch
-from llama_tp.spec.errors import UserError
 from llama_tp.text.chat_format import ChatFormat, Dialog
 from llama_tp.text.template import ChatTemplate
 

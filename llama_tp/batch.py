@@ -16,13 +16,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from llama_tp.arch.config import check_launch
+from llama_tp.arch.errors import UserError
 from llama_tp.cli import check_numbers, run
 from llama_tp.protocol.batch_job import Job, open_job, sampled_digest, tokenizer_digest
 from llama_tp.protocol.batch_work import Work
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.protocol.order import ServedModel
-from llama_tp.spec.config import check_launch
-from llama_tp.spec.errors import UserError
 from llama_tp.text.tokenizer import check_vocab
 
 LINE_EVERY_S = 10.0  # how often the state is printed where there is no terminal for a bar

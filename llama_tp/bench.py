@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from llama_tp.arch.config import check_launch
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.published import PUBLISHED
 from llama_tp.benchmarks.table import markdown
 from llama_tp.cli import run
-from llama_tp.spec.config import check_launch
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.published import PUBLISHED
 
 
 def main(

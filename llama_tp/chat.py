@@ -14,9 +14,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from llama_tp.arch.errors import UserError
 from llama_tp.cli import run
 from llama_tp.protocol.events import Events
-from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import Answer, Conversation
 
 try:

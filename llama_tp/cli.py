@@ -40,7 +40,7 @@ import typing
 
 import fire
 
-from llama_tp.spec.errors import UserError, mark_told
+from llama_tp.arch.errors import UserError, mark_told
 
 # torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the
 # driver has failed too, it gets to say why, and torchrun ends the worker before the time is up. If

@@ -12,10 +12,10 @@ import re
 import sys
 from typing import Literal
 
+from llama_tp.arch.config import check_launch
+from llama_tp.arch.errors import UserError
 from llama_tp.cli import check_numbers, run
 from llama_tp.engine.request import SamplingParams
-from llama_tp.spec.config import check_launch
-from llama_tp.spec.errors import UserError
 
 
 def main(

@@ -18,8 +18,8 @@ import signal
 import sys
 from typing import NoReturn
 
+from llama_tp.arch.errors import TOLD, UserError
 from llama_tp.parallel.private_folder import PrivateFolder
-from llama_tp.spec.errors import TOLD, UserError
 
 USAGE, FAILURE = 2, 1
 RANKS = ("generate", "batch", "bench")  # the commands that ranks run

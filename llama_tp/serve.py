@@ -11,10 +11,10 @@ import shlex
 import sys
 from typing import Literal
 
+from llama_tp.arch.config import check_launch
+from llama_tp.arch.errors import UserError
 from llama_tp.cli import check_numbers, run
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
-from llama_tp.spec.config import check_launch
-from llama_tp.spec.errors import UserError
 
 RANK_FLAGS = (
     "ckpt_dir",

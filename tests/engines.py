@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.weights import table
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
@@ -17,8 +19,6 @@ from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kernels import TorchKernels
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import build
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.weights import table
 from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference

@@ -1,6 +1,6 @@
 """The proportions of the Llama 3 family, shrunk until a test can afford them."""
 
-from llama_tp.spec.config import ModelConfig, RopeScaling
+from llama_tp.arch.config import ModelConfig, RopeScaling
 
 # Real: 1B 2048 wide, 32/8 heads of 64, tied, factor 32; 8B 4096, 32/8 of 128, FFN x 3.5; 70B 8192,
 # 64/8, FFN x 3.5; 405B 16384, 128/8, FFN x 3.25. Shrunk 16 to 64 times in width, heads per group

@@ -20,16 +20,16 @@ PAGE = PACKAGE / "README.md"
 # The import table of the architecture page. A room is a folder; cli and every command (or api) is a
 # module at the top.
 MAY_IMPORT = {
-    "spec": [],
-    "text": ["spec"],
-    "native": ["spec"],
-    "parallel": ["spec", "native"],
-    "checkpoint": ["spec"],
-    "model": ["spec", "native", "parallel"],
-    "engine": ["spec", "text", "native", "parallel", "checkpoint", "model"],
-    "protocol": ["spec", "text", "engine.request", "engine.delta"],
+    "arch": [],
+    "text": ["arch"],
+    "native": ["arch"],
+    "parallel": ["arch", "native"],
+    "checkpoint": ["arch"],
+    "model": ["arch", "native", "parallel"],
+    "engine": ["arch", "text", "native", "parallel", "checkpoint", "model"],
+    "protocol": ["arch", "text", "engine.request", "engine.delta"],
     "server": [
-        "spec",
+        "arch",
         "text",
         "protocol",
         "engine.request",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "parallel.private_folder",
     ],
     "benchmarks": [
-        "spec",
+        "arch",
         "text",
         "native",
         "parallel",
@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "engine",
         "protocol",
     ],
-    "cli": ["spec"],
+    "cli": ["arch"],
 }
 ROOMS = [room for room in MAY_IMPORT if room != "cli"]
 COMMANDS_MAY_IMPORT = ["cli", *ROOMS]  # never each other, nor api
@@ -76,7 +76,7 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(spec|text|native|protocol|server)\.\w+|"
+    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
 
@@ -266,7 +266,7 @@ def test_nothing_unpickles():
 
 def test_light_modules_leave_torch_out():
     light = [name for name in read_package() if NO_TORCH.fullmatch(name)]
-    assert {"__init__", "cli", "spec.weights"} <= set(light)
+    assert {"__init__", "cli", "arch.weights"} <= set(light)
     modules = [".".join(["llama_tp", *name.split(".")]).removesuffix(".__init__") for name in light]
     code = (
         "import importlib, sys\nfor name in sys.argv[1:]:\n    importlib.import_module(name)\n"
@@ -303,9 +303,9 @@ def test_the_architecture_page_is_true():
 @pytest.mark.parametrize(
     "name, code, fault",
     [
-        ("spec.x", "import llama_tp.model.rope", "spec must not import llama_tp.model.rope"),
-        ("spec.x", "from llama_tp import model", "spec must not import llama_tp"),
-        ("spec.x", "from ..text import stream", "spec must not import llama_tp.text"),
+        ("arch.x", "import llama_tp.model.rope", "arch must not import llama_tp.model.rope"),
+        ("arch.x", "from llama_tp import model", "arch must not import llama_tp"),
+        ("arch.x", "from ..text import stream", "arch must not import llama_tp.text"),
         (
             "checkpoint.load",
             "from llama_tp.parallel.groups import Ranks",
@@ -320,7 +320,7 @@ def test_the_architecture_page_is_true():
         ("cli", "import llama_tp.engine.engine", "cli must not import"),
         ("model.x", "import fairscale.nn.model_parallel", "fairscale belongs to parallel"),
         ("engine.x", "import pickle", "pickle"),
-        ("engine.x", "def f():\n    from llama_tp.spec import errors", "inside a function"),
+        ("engine.x", "def f():\n    from llama_tp.arch import errors", "inside a function"),
         (
             "engine.x",
             "class A:\n    def main(self):\n        import torch",

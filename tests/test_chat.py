@@ -34,8 +34,8 @@ try:
 except ImportError:
     pyte = None
 
+from llama_tp.arch.errors import UserError
 from llama_tp.chat import Markdown, Server, drawn, finished, reply, session, tail, talk
-from llama_tp.spec.errors import UserError
 from llama_tp.text.conversation import SETTINGS, Answer, Conversation
 from tests.fake_openai import FakeServer
 from tests.ranks import PATIENCE_S

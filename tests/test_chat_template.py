@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.arch.config import ModelConfig
 from llama_tp.batch import TEMPLATES_DATE
-from llama_tp.spec.config import ModelConfig
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.template import open_template
 from llama_tp.text.tokenizer import open_tokenizer

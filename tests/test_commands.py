@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_tp import cli
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from tests.ranks import torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,7 +202,7 @@ COMMAND = '''
 """A command to test with."""
 import os
 from llama_tp.cli import run
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 def main(*, how: str = "", times: int = 1):
     """Ends as it is told to.

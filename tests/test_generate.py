@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_tp.arch.errors import UserError
 from llama_tp.generate import biases_of, prompts_of
-from llama_tp.spec.errors import UserError
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.ranks import torchrun
 

@@ -9,10 +9,10 @@ prefix hit, in fp32 and bf16.
 import pytest
 import torch
 
+from llama_tp.arch.weights import table
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.parallel.groups import single_rank
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import engine, serve
 from tests.ranks import run

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 
+from llama_tp.arch.config import ModelConfig, RopeScaling
+from llama_tp.arch.weights import table
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.save import save_meta
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.spec.config import ModelConfig, RopeScaling
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import serve
 from tests.ranks import PATIENCE_S, ROOT, run, torchrun

@@ -14,8 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.serve import check_names, check_origins
-from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S, ROOT, free_pair, is_alive
 from tests.servers import DEMO, serving
 

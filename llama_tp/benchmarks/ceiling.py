@@ -15,12 +15,12 @@ from typing import Protocol
 
 import torch
 
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.memory import kv_bytes_per_token, weight_bytes
 from llama_tp.model.kernels import pick
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.memory import kv_bytes_per_token, weight_bytes
 
 REPEATS = 7
 PART_BYTES = 1 << 30  # read by one kernel: torch addresses no more than 2 GiB with 32 bits

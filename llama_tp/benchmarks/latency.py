@@ -5,11 +5,11 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.spec.errors import UserError
 
 HEADER = [
     "batch",

@@ -1,8 +1,8 @@
 """Pictures of latency results: tokens per second and time per token against the batch, beside the
 floor; tp beside tp."""
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import counted
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.memory import counted
 
 
 def draw(results: list[dict], path: str) -> None:

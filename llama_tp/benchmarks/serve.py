@@ -17,9 +17,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
+from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks.served import Outcome, result_of
 from llama_tp.protocol.events import Events
-from llama_tp.spec.errors import UserError
 
 try:
     import httpx

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 KINDS = ("ttft", "tpot", "itl", "e2el")
 DETAILS = (

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.memory import GIB, counted
+from llama_tp.arch.published import PUBLISHED
 from llama_tp.benchmarks import latency, startup, synthetic, throughput
 from llama_tp.benchmarks.ceiling import Ceiling, ceiling
 from llama_tp.engine.build import DTYPES, EngineOptions, build, pick_mode
@@ -16,9 +19,6 @@ from llama_tp.engine.session import peak_bytes
 from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks, pick_device, single_rank
 from llama_tp.parallel.health import Watch
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import GIB, counted
-from llama_tp.spec.published import PUBLISHED
 
 
 @dataclass(frozen=True)

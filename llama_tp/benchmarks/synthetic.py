@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import torch
 
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.weights import table
 from llama_tp.engine.build import STEP_TOKENS, assemble
 from llama_tp.engine.engine import Engine
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.groups import Ranks
 from llama_tp.parallel.health import Watch
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.weights import table
 from llama_tp.text.token_table import Tokenizer
 
 

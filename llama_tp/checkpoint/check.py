@@ -5,12 +5,12 @@ import os
 
 import torch
 
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import key_name
+from llama_tp.arch.regular_file import AGAIN
+from llama_tp.arch.weights import HARMLESS_HF_SUFFIX, HARMLESS_META, Cut, Weight, table
 from llama_tp.checkpoint.stored import Shard, Stored
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import key_name
-from llama_tp.spec.regular_file import AGAIN
-from llama_tp.spec.weights import HARMLESS_HF_SUFFIX, HARMLESS_META, Cut, Weight, table
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 

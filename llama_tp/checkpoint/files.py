@@ -10,8 +10,8 @@ it and says what to do.
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.regular_file import AGAIN, open_regular
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.regular_file import AGAIN, open_regular
 
 READERS = 4  # threads that read one long run together
 PART_BYTES = 4 << 20  # what is worth a thread's while

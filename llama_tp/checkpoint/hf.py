@@ -13,13 +13,13 @@ from math import prod
 
 import torch
 
+from llama_tp.arch.config import ModelConfig, from_hf
+from llama_tp.arch.errors import UserError, short
+from llama_tp.arch.json_file import key_name, read_json, unique_keys
+from llama_tp.arch.regular_file import AGAIN, list_folder, open_regular
+from llama_tp.arch.weights import table
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
-from llama_tp.spec.config import ModelConfig, from_hf
-from llama_tp.spec.errors import UserError, short
-from llama_tp.spec.json_file import key_name, read_json, unique_keys
-from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
-from llama_tp.spec.weights import table
 
 INDEX_NAME = "model.safetensors.index.json"
 # For each weight of the model; 125 bytes and one tensor is what it needs. Quantised files have up

@@ -4,8 +4,8 @@ touch the network."""
 import os
 import re
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import key_name
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import key_name
 
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HF_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model", "original/tokenizer.model"]

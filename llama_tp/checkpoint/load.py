@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from llama_tp.arch.weights import Weight, table
 from llama_tp.checkpoint.source import Source
-from llama_tp.spec.weights import Weight, table
 
 
 def load(

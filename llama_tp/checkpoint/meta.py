@@ -13,14 +13,14 @@ import struct
 import zipfile
 from math import prod
 
+from llama_tp.arch.config import ModelConfig, from_params
+from llama_tp.arch.errors import UserError, short
+from llama_tp.arch.json_file import key_name, read_json
+from llama_tp.arch.regular_file import AGAIN, list_folder, open_regular
+from llama_tp.arch.weights import table
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.state_dict import BadPickle, View, read_pickle
 from llama_tp.checkpoint.stored import Shard, Stored, contiguous
-from llama_tp.spec.config import ModelConfig, from_params
-from llama_tp.spec.errors import UserError, short
-from llama_tp.spec.json_file import key_name, read_json
-from llama_tp.spec.regular_file import AGAIN, list_folder, open_regular
-from llama_tp.spec.weights import table
 
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 _SAFE = (

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 from safetensors.torch import save_file
 
-from llama_tp.spec.config import ModelConfig, RopeScaling, as_params
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.weights import Cut, Weight, table
+from llama_tp.arch.config import ModelConfig, RopeScaling, as_params
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.weights import Cut, Weight, table
 
 
 def save_meta(

@@ -16,16 +16,16 @@ from math import gcd
 
 import torch
 
+from llama_tp.arch.config import META_FOLDERS, ModelConfig, folded, with_rope_factor
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.regular_file import AGAIN, list_folder
+from llama_tp.arch.weights import Cut, Part, Weight, table
 from llama_tp.checkpoint.check import check, key_of
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import has_safetensors, open_hf
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.checkpoint.meta import open_meta, shard_names
 from llama_tp.checkpoint.stored import BoxReader, Shard, Stored
-from llama_tp.spec.config import META_FOLDERS, ModelConfig, folded, with_rope_factor
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.regular_file import AGAIN, list_folder
-from llama_tp.spec.weights import Cut, Part, Weight, table
 
 _MOST_KV_HEADS = 8  # of any Llama 3; more in a file may be copies
 # widths that only Llama 3.1 and later have: their RoPE is always scaled

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_tp.spec.errors import short
+from llama_tp.arch.errors import short
 
 # What torch calls a storage of a dtype; dtypes younger than these come with an untyped storage and
 # are named beside it.

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed import Store
 
+from llama_tp.arch.config import DETERMINISTIC_CHUNKS, ModelConfig
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import Source, open_checkpoint
@@ -31,9 +34,6 @@ from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
 from llama_tp.parallel.log import Progress, say, warn
-from llama_tp.spec.config import DETERMINISTIC_CHUNKS, ModelConfig
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 

@@ -10,9 +10,9 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.engine import BYE, Engine
 from llama_tp.parallel.collectives import broadcast_bytes, recv_ints, send_ints
-from llama_tp.spec.errors import UserError
 
 # messages between steps: a call begins, it ends, it has an item to hand out
 CALL, RESULT, YIELD = -2, -3, -4

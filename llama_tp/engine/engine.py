@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.masks import Masks
 from llama_tp.engine.request import Request, Sequence
@@ -23,7 +24,6 @@ from llama_tp.engine.step import LATE, NOT_FINITE, Step, StepRow
 from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
-from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import Tokenizer

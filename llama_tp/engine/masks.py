@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.request import Request, Sequence
-from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar_pool import (
     MAX_DEATHS,
     START_S,

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
+from llama_tp.arch.errors import UserError, short
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw
-from llama_tp.spec.errors import UserError, short
 from llama_tp.text.grammar import Form
 
 # for token counts and ids: anything larger is a mistake, and int32 tensors hold it

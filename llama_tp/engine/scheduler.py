@@ -37,6 +37,7 @@ once it is held no more. Whoever holds a sequence sees to it that it ends.
 from collections import deque
 from collections.abc import Mapping
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
 from llama_tp.engine.step import (
@@ -49,7 +50,6 @@ from llama_tp.engine.step import (
     Step,
     StepRow,
 )
-from llama_tp.spec.errors import UserError
 
 # computing one position in eight twice costs less than holding up every other sequence's steps
 FEW = 8

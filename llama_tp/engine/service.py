@@ -8,10 +8,10 @@ so this is also where numbers that JSON does not have are mended.
 
 import time
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 
 LEAST_LOGPROB = -9999.0  # stands for -inf, as elsewhere in OpenAI's world, and for NaN

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import torch
 
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.memory import GIB, weight_bytes
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.log import say
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import GIB, weight_bytes
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.template import ChatTemplate, open_template
 

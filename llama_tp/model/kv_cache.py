@@ -6,7 +6,7 @@ import math
 import numpy as np
 import torch
 
-from llama_tp.spec.config import ModelConfig
+from llama_tp.arch.config import ModelConfig
 
 
 class KVCache:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_tp.arch.config import ModelConfig
 from llama_tp.model.attention import Group, Paged
 from llama_tp.model.kernels import Kernels, NativePlan
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, ShardedWeight
 from llama_tp.model.rope import Turn
 from llama_tp.parallel.groups import Ranks
-from llama_tp.spec.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama_tp.spec.config import ModelConfig, RopeScaling
+from llama_tp.arch.config import ModelConfig, RopeScaling
 
 
 def scaled(f: float, s: RopeScaling) -> float:

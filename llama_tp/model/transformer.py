@@ -10,6 +10,8 @@ heads, E head dim, F ffn dim, V vocab rows.
 import torch
 import torch.nn.functional as F
 
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.weights import Weight, table
 from llama_tp.model.flash import Heads
 from llama_tp.model.kernels import Kernels, pick
 from llama_tp.model.kv_cache import KVCache
@@ -23,8 +25,6 @@ from llama_tp.model.linear import (
 from llama_tp.model.native_layers import NativeLayers, can_run
 from llama_tp.model.rope import Rope, Turn
 from llama_tp.parallel.groups import Ranks
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.weights import Weight, table
 
 
 def heads_of(config: ModelConfig, tp: int) -> Heads:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 HERE = Path(__file__).parent
 SOURCES = [HERE / name for name in ("kernels.cpp", "layer.cpp", "product.cpp", "shared.cpp")]

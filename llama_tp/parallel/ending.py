@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 from typing import NoReturn
 
+from llama_tp.arch.errors import mark_told
 from llama_tp.parallel import log
-from llama_tp.spec.errors import mark_told
 
 WRITE_S = 2.0  # for last words: a terminal or pipe that nobody reads must not keep the process
 

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel.one_shot import OneShot, open_one_shot
 from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call, unconnected
 from llama_tp.parallel.shared import Room, open_rooms
-from llama_tp.spec.errors import UserError
 
 # Workers wait for the next step on the control group while a user thinks: that wait must never run
 # out by itself.

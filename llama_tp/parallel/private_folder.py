@@ -15,7 +15,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 PREFIX = "llama_tp-"
 MARK = "locked"  # a file in each folder whose lock says whether it is needed

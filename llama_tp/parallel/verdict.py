@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 ERROR_CHARS = 20_000  # of a traceback, its end
 # How gloo and NCCL put it, in plain RuntimeErrors, when another rank has gone or does not come.

@@ -12,12 +12,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, error_body, invalid, status_of, unsupported
 from llama_tp.protocol.fields import PATHS, ChatBody, CompletionBody, check_body
 from llama_tp.protocol.order import Order, ServedModel, prepare
 from llama_tp.protocol.reading import read_json
-from llama_tp.spec.errors import UserError, short
 
 MAX_LINE_BYTES = 64 << 20
 MAX_ID_CHARS = 512

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.batch_check import duplicate_id
 from llama_tp.protocol.batch_job import Job
 from llama_tp.protocol.batch_lines import (
@@ -22,7 +23,6 @@ from llama_tp.protocol.batch_lines import (
 )
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.reply import Chunks, Fold
-from llama_tp.spec.errors import UserError
 
 AHEAD = 4  # samples handed to the engine, for each of its rows: it never waits for the next line
 # lines begun or done but not written, for each row: behind a long one, short ones go on

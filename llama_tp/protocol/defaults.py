@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import read_json
 from llama_tp.engine.request import SamplingParams
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import read_json
 
 FILE = "generation_config.json"
 # The file's keys -> fields of a request.

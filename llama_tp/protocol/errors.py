@@ -5,7 +5,7 @@ Refuses to know http: a status is a number here, which the server sends and a ba
 output line.
 """
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 MAX_CHARS = 1000  # of a message: a small request must not earn a large reply
 _TYPES = {

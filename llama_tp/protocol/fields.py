@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.refused import known_fields
-from llama_tp.spec.errors import short
 
 # pydantic makes a message for every wrong value, and a body may hold millions: lists fail fast, and
 # of this dict SamplingParams looks at the values

@@ -6,11 +6,11 @@ regex and grammar by themselves.
 import re
 from collections.abc import Mapping
 
+from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import ChatBody, CompletionBody
 from llama_tp.protocol.reading import read_json
 from llama_tp.protocol.tools import Tools
-from llama_tp.spec.errors import UserError, short
 from llama_tp.text.grammar import Form, json_object, json_schema, lark, regex, tool_call
 from llama_tp.text.grammar_pool import Busy, GrammarPool
 

@@ -1,8 +1,8 @@
 """OpenAI's chat messages to the dialog that text.chat_format encodes. Text only; what it cannot
 hold is refused by name."""
 
+from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
-from llama_tp.spec.errors import short
 from llama_tp.text.chat_format import Dialog
 
 # OpenAI's roles, and ipython, which is Llama's own word for tool.

@@ -8,13 +8,13 @@ the vocabulary), so that `Engine.submit` has nothing left to refuse.
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from llama_tp.arch.errors import UserError, short
 from llama_tp.engine.request import MAX_SAMPLES, Request, SamplingParams
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
 from llama_tp.protocol.forms import read_form
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.tools import Tools, read_tools
-from llama_tp.spec.errors import UserError, short
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.token_table import Tokenizer
 

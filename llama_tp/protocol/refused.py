@@ -10,8 +10,8 @@ answer.
 import difflib
 from collections.abc import Iterable
 
+from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError, unsupported
-from llama_tp.spec.errors import short
 
 HARMLESS = frozenset(
     (

@@ -3,9 +3,9 @@ may demand."""
 
 from dataclasses import dataclass, replace
 
+from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.errors import invalid, unsupported
 from llama_tp.protocol.fields import ChatBody
-from llama_tp.spec.errors import UserError, short
 from llama_tp.text.chat_format import tool_name
 
 MAX_TOOLS = 128  # OpenAI's bound

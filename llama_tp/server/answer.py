@@ -12,12 +12,12 @@ from collections.abc import AsyncIterator, Callable
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import error_body
 from llama_tp.protocol.order import Order, ServedModel
 from llama_tp.protocol.reply import Chunks, Fold
 from llama_tp.server.desk import Desk, Ticket
 from llama_tp.server.gate import bug, carried, log_bug
-from llama_tp.spec.errors import UserError
 
 PING_S = 15.0  # of silence, after which a stream shows that it lives: proxies cut what is silent
 UNREAD_BYTES = 16 << 20  # of a stream's deltas that wait for a client who does not read

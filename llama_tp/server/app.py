@@ -20,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.defaults import KEYS, SamplingDefaults
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.fields import ChatBody, CompletionBody, check_body
@@ -32,7 +33,6 @@ from llama_tp.server.gate import Gate, bug, carried, reply_of
 from llama_tp.server.metrics import content_type
 from llama_tp.server.page import headers, page
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
-from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form
 from llama_tp.text.grammar_pool import N_QUICK, N_SLOW, Busy, GrammarPool
 from llama_tp.text.token_table import Tokenizer

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import RequestError
 from llama_tp.server.gate import reply_of
-from llama_tp.spec.errors import UserError
 
 USUAL_CONNECTIONS = 4096
 OWN_FILES = 128  # sockets and pipes of this process, and connections that are being refused

@@ -13,12 +13,12 @@ import asyncio
 import time
 from dataclasses import asdict
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
 from llama_tp.server.link import ServerEnd
 from llama_tp.server.metrics import Metrics
-from llama_tp.spec.errors import UserError
 
 DELTA_BYTES, SCORE_BYTES = 400, 120  # that a delta takes here, and one (token, logprob) of it
 TAKEN_BYTES = 1 << 18  # of deltas, handed out at once

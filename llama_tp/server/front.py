@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import uvicorn
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.app import Served, build_app
@@ -32,7 +33,6 @@ from llama_tp.server.connections import (
 from llama_tp.server.desk import Desk, Unavailable
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.supervisor import Policy, Supervisor, note
-from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

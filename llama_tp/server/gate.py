@@ -16,9 +16,9 @@ import time
 import traceback
 import uuid
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import RequestError, error_body, status_of
 from llama_tp.server.metrics import Metrics
-from llama_tp.spec.errors import UserError
 
 LOG = logging.getLogger("llama_tp.server")
 # need no key; everything else does

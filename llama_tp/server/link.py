@@ -28,7 +28,7 @@ import struct
 import threading
 from collections.abc import Callable
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 MAX_FRAME_BYTES = 1 << 28  # far above any honest frame: a prompt of a million ids has some 7 MB
 LENGTH = struct.Struct(">I")

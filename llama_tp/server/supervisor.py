@@ -22,10 +22,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel.private_folder import PrivateFolder, sweep
 from llama_tp.server.desk import Desk
 from llama_tp.server.link import BrokenFrame, ServerEnd
-from llama_tp.spec.errors import UserError
 
 # the socket's path, in the environment of the ranks: marks all that we have started
 LINK = "LLAMA_TP_LINK"

@@ -1,10 +1,10 @@
 """/tokenize, /detokenize and /tokenizer_info, as vLLM has them: what lm-eval needs where it has no
 tokenizer of its own."""
 
+from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import token_text
 from llama_tp.protocol.order import ServedModel, encode
-from llama_tp.spec.errors import short
 from llama_tp.text.token_table import Tokenizer
 
 _TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}

@@ -23,7 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from llama_tp.spec.errors import UserError, short
+from llama_tp.arch.errors import UserError, short
 from llama_tp.text.call_grammar import BUILT_IN, CODE
 from llama_tp.text.token_table import Tokenizer
 

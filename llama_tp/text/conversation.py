@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.regular_file import read_file
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.regular_file import read_file
 
 HELP = """\
 /set              show the settings

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.call_grammar import BUILT_IN
 from llama_tp.text.repetition import check_regex, check_schema, checked_lark
 from llama_tp.text.token_table import Tokenizer

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.grammar import Form, check_tokenizer
 from llama_tp.text.grammar_process import MEMORY_BYTES, Frames, frame
 from llama_tp.text.token_table import Tokenizer

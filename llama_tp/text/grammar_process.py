@@ -31,7 +31,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.grammar import Constraint, Form, Grammars
 from llama_tp.text.tokenizer import open_tokenizer
 

@@ -9,7 +9,7 @@ Refuses to know where files lie.
 import json
 import re
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 MOST_GAPS = 1 << 20  # ids without a token

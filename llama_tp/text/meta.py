@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import tiktoken
 
-from llama_tp.spec.errors import UserError, short
+from llama_tp.arch.errors import UserError, short
 from llama_tp.text.token_table import Tokenizer
 
 N_SPECIALS = 256

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 MAX_NODES = 100_000  # of a regex or grammar with its counted repetitions written out
 MAX_WORK = 5_000_000  # half a second of one core

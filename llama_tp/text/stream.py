@@ -9,7 +9,7 @@ grow into a stop string. Knows no requests.
 import codecs
 from collections.abc import Iterable, Sequence
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 

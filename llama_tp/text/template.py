@@ -22,9 +22,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import read_json
-from llama_tp.spec.regular_file import read_file
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import read_json
+from llama_tp.arch.regular_file import read_file
 from llama_tp.text.chat_format import check_dialog
 from llama_tp.text.token_table import Tokenizer, well_formed
 

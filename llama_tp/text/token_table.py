@@ -9,7 +9,7 @@ formats: see `meta` and `hf`.
 
 from collections.abc import Callable, Iterable
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 
 class Tokenizer:

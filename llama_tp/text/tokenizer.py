@@ -7,9 +7,9 @@ Which file it is decides its content, not its name: Meta's tokenizer.model and s
 import os
 from pathlib import Path
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import Fields, read_json
-from llama_tp.spec.regular_file import list_folder, read_file
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import Fields, read_json
+from llama_tp.arch.regular_file import list_folder, read_file
 from llama_tp.text.hf import HfTokenizer
 from llama_tp.text.meta import TiktokenTokenizer
 from llama_tp.text.token_table import Tokenizer

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.weights import table
 from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.benchmarks.latency import latency
 from llama_tp.benchmarks.table import markdown
 from llama_tp.benchmarks.throughput import throughput
 from llama_tp.parallel.groups import single_rank
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import engine
 from tests.ranks import torchrun

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks import served
 from llama_tp.benchmarks.serve import WORDS, Load, limits_of, measure, prompts_in
 from llama_tp.benchmarks.served import DETAILS, Outcome, percentile, result_of
-from llama_tp.spec.errors import UserError
 from tests.fake_openai import FakeServer
 
 pytest.importorskip("httpx")

@@ -2,7 +2,7 @@
 rank must get.
 
 An oracle: names, shapes, cuts and HF's order of rows are spelt out here once more, by hand, from
-the formats; nothing of llama_tp.checkpoint is used, and of the spec only the sizes of a config.
+the formats; nothing of llama_tp.checkpoint is used, and of arch only the sizes of a config.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llama_tp.spec.config import ModelConfig
+from llama_tp.arch.config import ModelConfig
 
 GQA = ModelConfig(
     dim=64, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=4, ffn_dim=96, vocab_size=128

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import METADATA_BYTES, read_header
-from llama_tp.spec.errors import UserError
 
 FILE = save(
     {

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.spec.errors import UserError
 from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
 

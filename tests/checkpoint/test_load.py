@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llama_tp.arch.config import RopeScaling
+from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import _remarks, open_checkpoint
-from llama_tp.spec.config import RopeScaling
-from llama_tp.spec.errors import UserError
 from tests.checkpoint.make import (
     GQA,
     RAGGED,

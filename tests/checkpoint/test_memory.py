@@ -14,9 +14,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llama_tp.arch.config import ModelConfig
 from llama_tp.checkpoint.save import save_hf, save_meta
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.spec.config import ModelConfig
 from tests.checkpoint.make import GQA, shapes
 
 pytestmark = pytest.mark.skipif(

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llama_tp.arch.config import RopeScaling
 from llama_tp.checkpoint.save import save_hf, save_meta
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.spec.config import RopeScaling
 from tests.checkpoint.make import GQA, halves_from_pairs, hf_name, random_weights
 from tests.checkpoint.test_load import assert_all_ranks, loaded
 

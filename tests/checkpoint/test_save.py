@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from llama_tp.arch.config import RopeScaling
+from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint import save as room
 from llama_tp.checkpoint.save import save_hf, save_meta
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.spec.config import RopeScaling
-from llama_tp.spec.errors import UserError
 from tests.checkpoint.make import GQA, RAGGED, random_weights
 from tests.checkpoint.test_load import assert_all_ranks
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.meta import _open_shard
 from llama_tp.checkpoint.state_dict import BadPickle, View, read_pickle
-from llama_tp.spec.errors import UserError
 
 STEPS = 10_000
 BASE = torch.arange(24.0).view(4, 6)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from llama_tp.arch.weights import table
 from llama_tp.engine import build, cuda_graph
 from llama_tp.engine.build import EngineOptions, pick_kernels, said_aloud
 from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
@@ -23,7 +24,6 @@ from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
 from llama_tp.model.flash import PagedAttention
 from llama_tp.model.kernels import FlashKernels, TorchKernels
 from llama_tp.parallel.groups import Ranks, single_rank
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.engines import Again, Counting, engine
 from tests.flash import Varlen

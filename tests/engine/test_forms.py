@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.masks import Masks
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.sampler import allowed
 from llama_tp.parallel.groups import single_rank
-from llama_tp.spec.errors import UserError
 from llama_tp.text.grammar import Form, json_schema, lark, regex
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.tokenizer import open_tokenizer

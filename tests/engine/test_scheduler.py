@@ -16,11 +16,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Request, SamplingParams, Sequence
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import GATHERED, UNDECIDED, Step
-from llama_tp.spec.errors import UserError
 
 N_VOCAB = 3  # few ids, so that prefixes often agree
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llama_tp.arch.config import ModelConfig
 from llama_tp.model import attention
 from llama_tp.model.attention import Span, attend, plan
 from llama_tp.model.kv_cache import KVCache
-from llama_tp.spec.config import ModelConfig
 
 CPU = torch.device("cpu")
 S = 16

@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
+from llama_tp.arch.config import ModelConfig
 from llama_tp.model.attention import Span
 from llama_tp.model.kernels import NativeKernels, TorchKernels
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.matrix import DTYPES as ENDINGS
 from llama_tp.model.rope import Turn
 from llama_tp.native.library import load
-from llama_tp.spec.config import ModelConfig
 
 pytestmark = pytest.mark.skipif(
     load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build"

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from llama_tp.arch.weights import table
 from llama_tp.model.attention import Span
 from llama_tp.model.kernels import TorchKernels
 from llama_tp.model.kv_cache import KVCache, Slots
@@ -12,7 +13,6 @@ from llama_tp.model.native_layers import NativeLayers
 from llama_tp.model.transformer import build
 from llama_tp.native.library import load
 from llama_tp.parallel.groups import single_rank
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.ranks import run
 from tests.shapes import SHRUNK

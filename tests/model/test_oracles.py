@@ -5,14 +5,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llama_tp.arch.config import ModelConfig, RopeScaling
+from llama_tp.arch.weights import table
 from llama_tp.model.attention import Span
 from llama_tp.model.kv_cache import KVCache, Slots
 from llama_tp.model.layer import Batch
 from llama_tp.model.rope import frequencies
 from llama_tp.model.transformer import build
 from llama_tp.parallel.groups import single_rank
-from llama_tp.spec.config import ModelConfig, RopeScaling
-from llama_tp.spec.weights import table
 from tests import reference
 from tests.shapes import SHRUNK
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel import groups
 from llama_tp.parallel.groups import close, init_ranks, pick_device, set_threads, usable_cores
 from llama_tp.parallel.rendezvous import Launch, first_host, read_launch
-from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S, ROOT, free_port, run
 
 

@@ -21,12 +21,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel.collectives import all_reduce, barrier
 from llama_tp.parallel.ending import kill_here
 from llama_tp.parallel.groups import close, init_ranks, single_rank
 from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.line import listen
-from llama_tp.spec.errors import UserError
 from tests.listeners import listeners
 from tests.ranks import free_pair, free_port, run, torchrun
 

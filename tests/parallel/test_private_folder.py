@@ -9,9 +9,9 @@ import tempfile
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel import private_folder
 from llama_tp.parallel.private_folder import PrivateFolder, check, is_held, sweep
-from llama_tp.spec.errors import UserError
 from tests.ranks import ROOT
 
 HOLDER = """from llama_tp.parallel.private_folder import PrivateFolder

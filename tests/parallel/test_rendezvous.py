@@ -9,12 +9,12 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel import rendezvous
 from llama_tp.parallel.groups import listen_on_loopback
 from llama_tp.parallel.line import listen
 from llama_tp.parallel.private_folder import PrivateFolder
 from llama_tp.parallel.rendezvous import Launch, given_folder, open_store, roll_call, tcp_store
-from llama_tp.spec.errors import UserError
 from tests.listeners import listeners
 from tests.ranks import free_port
 

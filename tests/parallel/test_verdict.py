@@ -5,8 +5,8 @@ import math
 import pytest
 import torch.distributed as dist
 
+from llama_tp.arch.errors import UserError
 from llama_tp.parallel.verdict import Seen, Sign, describe, is_echo, silent, verdict
-from llama_tp.spec.errors import UserError
 
 NOW = 1000.0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol import batch_work, journal
 from llama_tp.protocol.batch_check import MAX_SHOWN, check_lines
 from llama_tp.protocol.batch_job import open_job, sampled_digest, tokenizer_digest
@@ -19,7 +20,6 @@ from llama_tp.protocol.batch_work import Work
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.journal import Journal
 from llama_tp.protocol.order import ServedModel
-from llama_tp.spec.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 from tests.protocol.served import MODEL, FakeEngine
 

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.defaults import (
     MAX_BYTES,
     SamplingDefaults,
@@ -14,7 +15,6 @@ from llama_tp.protocol.defaults import (
 )
 from llama_tp.protocol.fields import check_body
 from llama_tp.protocol.order import prepare
-from llama_tp.spec.errors import UserError
 from tests.protocol.served import MODEL, USER
 
 # Llama 3.1 8B Instruct's own, and what else such a file may say

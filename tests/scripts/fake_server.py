@@ -5,12 +5,12 @@ import json
 import resource
 import sys
 
+from llama_tp.arch.errors import UserError
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
 from llama_tp.server.connections import ConnectionLimits
 from llama_tp.server.front import FrontOptions, run
 from llama_tp.server.supervisor import Policy
-from llama_tp.spec.errors import UserError
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.servers import DEMO
 

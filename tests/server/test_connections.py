@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.server.connections import LogLimit, backlog_of, most_connections
-from llama_tp.spec.errors import UserError
 from tests.servers import pretending
 
 COMPLETION = (

@@ -7,9 +7,9 @@ import struct
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.server import link
 from llama_tp.server.link import MAX_FRAME_BYTES, BrokenFrame, RankEnd, ServerEnd, decode, encode
-from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from llama_tp.arch.errors import UserError
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.server.desk import Desk, Failed, Unavailable
 from llama_tp.server.link import encode
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.supervisor import Policy, Supervisor
-from llama_tp.spec.errors import UserError
 from tests.ranks import PATIENCE_S, is_alive
 
 RANK = str(Path(__file__).parents[1] / "scripts" / "fake_rank.py")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.chat_format import TOOL_PROMPT, ChatFormat, call_text, with_tools
 from llama_tp.text.tool_calls import parse
 from tests.text.texts import SPECIAL

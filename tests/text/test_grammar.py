@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text import grammar
 from llama_tp.text.grammar import Grammars, json_object, json_schema, lark, regex, tool_call
 from llama_tp.text.tool_calls import parse

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.grammar import Form, json_object, json_schema, regex
 from llama_tp.text.grammar_pool import N_SLOW, Busy, GrammarPool, start_message, wait_for
 from llama_tp.text.token_table import Tokenizer

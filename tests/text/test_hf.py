@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.meta import SPECIALS, SPLIT
 from llama_tp.text.template import open_template

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text.grammar import json_schema, lark, regex
 from llama_tp.text.repetition import MAX_NODES, lark_size, regex_size
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 from llama_tp.text import meta as meta_module
 from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL, long_texts

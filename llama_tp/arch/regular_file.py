@@ -8,7 +8,7 @@ Nothing here may block or fill the memory, whatever somebody put into the folder
 import os
 import stat
 
-from llama_tp.spec.errors import UserError
+from llama_tp.arch.errors import UserError
 
 AGAIN = "download it again (`hf download ORG/NAME`, or `llama download` for Meta's own files)"
 _HEAD_BYTES = 512  # enough to tell a git-lfs pointer (about 130 bytes) and a web page from weights

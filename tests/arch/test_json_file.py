@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.json_file import MAX_JSON, Fields, key_name, read_json, short
-from llama_tp.spec.regular_file import list_folder, open_regular, read_file
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.json_file import MAX_JSON, Fields, key_name, read_json, short
+from llama_tp.arch.regular_file import list_folder, open_regular, read_file
 
 
 def sparse(path):

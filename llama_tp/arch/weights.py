@@ -10,7 +10,7 @@ on every rank.
 from dataclasses import dataclass
 from enum import Enum
 
-from llama_tp.spec.config import ModelConfig
+from llama_tp.arch.config import ModelConfig
 
 
 class Cut(Enum):

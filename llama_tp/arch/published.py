@@ -1,7 +1,7 @@
 """The published sizes of Llama 3, for plans and benchmarks without a checkpoint. Source: the
 models' params.json."""
 
-from llama_tp.spec.config import ModelConfig, RopeScaling
+from llama_tp.arch.config import ModelConfig, RopeScaling
 
 _LONG = {"rope_scaling": RopeScaling(8.0), "max_context": 131072, "vocab_size": 128256}
 _SMALL = {**_LONG, "rope_scaling": RopeScaling(32.0), "tied": True}

@@ -13,8 +13,8 @@ import json
 import math
 import reprlib
 
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.regular_file import AGAIN, read_file
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.regular_file import AGAIN, read_file
 
 # bytes; the largest known, tokenizer_config.json with 10^4 added tokens, has 2 MB
 MAX_JSON = 16 << 20

@@ -8,8 +8,8 @@ Sources: meta-llama/llama-models `models/llama3/args.py` (key names, FFN width r
 import os
 from dataclasses import dataclass, fields, replace
 
-from llama_tp.spec.errors import UserError, short
-from llama_tp.spec.json_file import REQUIRED, Fields, key_name, read_json
+from llama_tp.arch.errors import UserError, short
+from llama_tp.arch.json_file import REQUIRED, Fields, key_name, read_json
 
 MAX_TP = 256  # beyond any Llama's head count: bounds the search for possible degrees
 # K-chunks of a row-parallel product; tp 1, 2, 4 and 8 share one summation tree

@@ -3,9 +3,9 @@ weights is read."""
 
 from dataclasses import dataclass
 
-from llama_tp.spec.config import ModelConfig
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.weights import table
+from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.weights import table
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama_tp.spec.config import (
+from llama_tp.arch.config import (
     ModelConfig,
     RopeScaling,
     as_params,
@@ -19,9 +19,9 @@ from llama_tp.spec.config import (
     from_params,
     with_rope_factor,
 )
-from llama_tp.spec.errors import UserError
-from llama_tp.spec.memory import Budget, counted, kv_bytes_per_token, weight_bytes
-from llama_tp.spec.weights import table
+from llama_tp.arch.errors import UserError
+from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes
+from llama_tp.arch.weights import table
 
 # Meta's own params.json of each size; what the model card and the HF config say of them stands in
 # the tests.
