@@ -167,7 +167,7 @@ def main(
     if "RANK" in os.environ:
         from llama_tp.engine.build import EngineOptions, build
         from llama_tp.engine.service import serve
-        from llama_tp.parallel.ending import leave
+        from llama_tp.parallel.hard_exit import leave
         from llama_tp.server.link import RankEnd
 
         link, loaded = None, []
@@ -222,7 +222,7 @@ def main(
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.protocol.order import Limits
-    from llama_tp.server import front, supervisor
+    from llama_tp.server import api_server, supervisor
     from llama_tp.server.connections import ConnectionLimits
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
@@ -244,8 +244,8 @@ def main(
             ["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks]
         )
         print(f"server: on node {node} run, again whenever it ends: {line}", file=sys.stderr)
-    front.run(
-        front.FrontOptions(
+    api_server.run(
+        api_server.ServerOptions(
             command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
             name=served_model_name[0] if served_model_name else name_of(ckpt_dir),
             aliases=served_model_name[1:],

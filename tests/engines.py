@@ -203,7 +203,7 @@ def engine(
     """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and
     gloo. graphs: as on CUDA, decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
-    ranks = ranks if fast else replace(ranks, room=None, control_room=None)
+    ranks = ranks if fast else replace(ranks, communicator=None, control_communicator=None)
     kernels = kernels or (None if fast and not graphs else TorchKernels(deterministic))
     model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
     cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)

@@ -145,7 +145,7 @@ def serving(
 @contextlib.contextmanager
 def pretending(*plans: str, ready: bool = True, **options):
     """The real server in front of fake ranks with these plans (scripts/fake_rank.py), with
-    FrontOptions; up in a second."""
+    ServerOptions; up in a second."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [sys.executable, str(SCRIPTS / "fake_rank.py"), folder, *plans]
         words = [str(SCRIPTS / "fake_server.py"), json.dumps(options), *ranks]

@@ -17,8 +17,8 @@ import pytest
 
 import llama_tp.server.app
 from llama_tp.server.app import Served, build_app
-from llama_tp.server.desk import Desk
 from llama_tp.server.metrics import Metrics
+from llama_tp.server.request_manager import RequestManager
 from llama_tp.text.stream import TextStream
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.ranks import PATIENCE_S
@@ -68,8 +68,8 @@ class Link:
     """Answers at once, a token a step: sample j writes `texts[j]` and ends for `reason`; with
     "death" the ranks are gone for good before an end."""
 
-    def __init__(self, desk: Desk, texts: list[str], reason: str):
-        self.desk, self.texts, self.reason = desk, texts, reason
+    def __init__(self, manager: RequestManager, texts: list[str], reason: str):
+        self.manager, self.texts, self.reason = manager, texts, reason
 
     def send(self, message: dict) -> None:
         if message["do"] == "submit":
@@ -82,7 +82,7 @@ class Link:
                 None,
                 *(score(token, params["prompt_logprobs"]) for token in message["prompt"][1:]),
             ]
-            self.desk.hear({"is": "scores", "id": name, "scores": scores})
+            self.manager.hear({"is": "scores", "id": name, "scores": scores})
         rows = [
             (TOKENIZER.encode(self.texts[index]), TextStream(TOKENIZER))
             for index in range(params["n"])
@@ -110,7 +110,7 @@ class Link:
                             else None,
                         }
                     )
-            self.desk.hear(
+            self.manager.hear(
                 {
                     "is": "step",
                     "deltas": deltas,
@@ -121,7 +121,7 @@ class Link:
                 }
             )
         if self.reason == "death":
-            self.desk.give_up("tested")
+            self.manager.give_up("tested")
 
 
 def score(token: int, k: int) -> list:
@@ -151,10 +151,10 @@ def asked(
     monkeypatch.setattr(llama_tp.server.app, "version", lambda: "0")
 
     async def run():
-        desk = Desk(64, Metrics("demo"))
-        desk.attach(Link(desk, texts, reason), INFO)
+        manager = RequestManager(64, Metrics("demo"))
+        manager.attach(Link(manager, texts, reason), INFO)
         served = Served(
-            "demo", TOKENIZER, desk, clock=lambda: 1.5e9, new_id=lambda: "0", strict_name=True
+            "demo", TOKENIZER, manager, clock=lambda: 1.5e9, new_id=lambda: "0", strict_name=True
         )
         recorder = Recorder(build_app(served, **options))
         http = httpx2.AsyncClient(transport=recorder)

@@ -105,7 +105,7 @@ def measure(
     """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling
     card before."""
     ranks, model = engine.ranks, engine.runner.model
-    alone = isinstance(ranks.room, synthetic.StandIn)
+    alone = isinstance(ranks.communicator, synthetic.FakeCommunicator)
     limits, peak_before = limits_and_peak(engine, alone)
     if not engine.is_driver:
         engine.follow()

@@ -2,8 +2,8 @@
 one rank of more.
 
 A simulated rank holds its real share of every weight and does its real work, alone. What it would
-say to the others goes to `StandIn`, which answers at once and counts: so the time measured is that
-rank's computing, and a whole step is that time plus the collectives', which must come from
+say to the others goes to `FakeCommunicator`, which answers at once and counts: so the time measured
+is that rank's computing, and a whole step is that time plus the collectives', which must come from
 elsewhere. A prediction, never a measurement of tp ranks.
 """
 
@@ -23,8 +23,9 @@ from llama_tp.parallel.health import Watch
 from llama_tp.text.token_table import Tokenizer
 
 
-class StandIn:
-    """A Room whose other ranks hold the same as this one; counts each collective's bytes."""
+class FakeCommunicator:
+    """A SharedMemoryCommunicator whose other ranks hold the same as this one; counts each
+    collective's bytes."""
 
     in_tree_order = True
 
@@ -48,9 +49,12 @@ class StandIn:
 
 
 def simulated(tp: int, device: torch.device) -> Ranks:
-    """The driver of tp ranks that do not exist. Its room's `calls` tell what would have been
+    """The driver of tp ranks that do not exist. Its communicator's `calls` tell what would have
+    been
     sent."""
-    return Ranks(0, tp, device, room=StandIn(tp), control_room=StandIn(tp))
+    return Ranks(
+        0, tp, device, communicator=FakeCommunicator(tp), control_communicator=FakeCommunicator(tp)
+    )
 
 
 def engine_of(
@@ -98,7 +102,7 @@ def message_table(ranks: Ranks, n_steps: int) -> list[dict]:
     """What a simulated rank would have sent in each step, on average."""
     return [
         {"collective": kind, "bytes": n_bytes, "a step": f"{n / max(1, n_steps):.1f}"}
-        for (kind, n_bytes), n in sorted(ranks.room.calls.items())
+        for (kind, n_bytes), n in sorted(ranks.communicator.calls.items())
     ]
 
 

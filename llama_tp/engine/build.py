@@ -1,4 +1,5 @@
-"""From a checkpoint folder to an engine: the one place where all rooms meet, in the order that
+"""From a checkpoint folder to an engine: the one place where all communicators meet, in the order
+that
 fails early.
 
 Every rank runs this. What can be known without reading weights is checked first (layout, shapes,
@@ -119,7 +120,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     for note in [
         *source.notes,
         *changed,
-        *said_aloud(options, config, ranks, dtype, max_seq_len, kernels),
+        *startup_warnings(options, config, ranks, dtype, max_seq_len, kernels),
     ]:
         say(note, ranks, options.quiet)
 
@@ -317,7 +318,7 @@ def free_bytes(ranks: Ranks) -> int:
     return free // ranks.local_size
 
 
-def said_aloud(
+def startup_warnings(
     options: EngineOptions,
     config: ModelConfig,
     ranks: Ranks,
@@ -333,12 +334,23 @@ def said_aloud(
             "through gloo, both "
             "slower; to build them: python -m llama_tp.native.build"
         )
-    elif ranks.device.type == "cpu" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
+    elif (
+        ranks.device.type == "cpu"
+        and ranks.tp > 1
+        and ranks.n_nodes == 1
+        and ranks.communicator is None
+    ):
         notes.append(
-            "the ranks have no shared memory (LLAMA_TP_SHARED=0, or no room in /dev/shm): sums go "
+            "the ranks have no shared memory (LLAMA_TP_SHARED=0, or no communicator in /dev/shm): "
+            "sums go "
             "through gloo, slower"
         )
-    elif ranks.device.type == "cuda" and ranks.tp > 1 and ranks.n_nodes == 1 and ranks.room is None:
+    elif (
+        ranks.device.type == "cuda"
+        and ranks.tp > 1
+        and ranks.n_nodes == 1
+        and ranks.communicator is None
+    ):
         notes.append(
             "torch's symmetric memory is off, not to be had or not in agreement with NCCL: small "
             "sums go through NCCL"

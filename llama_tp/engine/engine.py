@@ -161,7 +161,7 @@ class Engine:
         for n_output, token in enumerate(sequence.output_ids, start=1):
             stream.push([token])
             if n_output == params.min_tokens:
-                stream.heed(params.stop)
+                stream.set_stop_strings(params.stop)
         return stream
 
     def abort(self, request_id: str) -> list[Delta]:
@@ -307,7 +307,7 @@ class Engine:
             self._masks.sampled(sequence, token)
         text = track.stream.push([token])
         if sequence.n_output == params.min_tokens:
-            track.stream.heed(params.stop)
+            track.stream.set_stop_strings(params.stop)
         if track.stream.stopped:
             self.scheduler.finish(sequence, "stop")
         logprobs = (self._logprobs[sequence],) if params.logprobs is not None else ()

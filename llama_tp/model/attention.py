@@ -27,7 +27,9 @@ import torch.nn.functional as F
 from llama_tp.model.kv_cache import on_device
 
 TILE = 256  # context slots summed by one matrix product; a multiple of every block size
-ROWS_FLOOR = 16  # rows of every product: 4 suffice as measured, 16 leaves room for other kernels
+ROWS_FLOOR = (
+    16  # rows of every product: 4 suffice as measured, 16 leaves communicator for other kernels
+)
 WIDTH = 8  # columns of values come in multiples of so many
 QUERY_CHUNK = 128  # prefill rows attended at once: keeps early rows from scoring a long chunk's end
 SCORES_LIMIT = 1 << 25  # fp32 scores held at once (128 MiB)

@@ -16,7 +16,7 @@ from llama_tp.model.matrix import DTYPES, NativeMatrix
 from llama_tp.model.rope import Turn
 from llama_tp.native.library import DOUBLE, LONG, POINTER, load
 from llama_tp.parallel.groups import Ranks
-from llama_tp.parallel.shared import Room
+from llama_tp.parallel.shared_memory import SharedMemoryCommunicator
 
 
 class LayerArgs(ctypes.Structure):
@@ -26,7 +26,7 @@ class LayerArgs(ctypes.Structure):
         *((name, POINTER) for name in ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")),
         *((name, LONG) for name in ("D", "H", "K", "E", "F", "n_chunks")),
         ("eps", DOUBLE),
-        ("room", POINTER),
+        ("communicator", POINTER),
         *((name, LONG) for name in ("tp", "rank", "wide")),
         ("timeout_s", DOUBLE),
     ]
@@ -78,9 +78,9 @@ class NativeLayers:
                 k.data_ptr(),
                 v.data_ptr(),
             ):
-                raise RuntimeError(self.ranks.room.late)
+                raise RuntimeError(self.ranks.communicator.late)
         if self.ranks.tp > 1:
-            self.ranks.tally.collectives += 2 * len(self._args)
+            self.ranks.counters.collectives += 2 * len(self._args)
         return delta
 
 
@@ -96,7 +96,7 @@ def can_run(layers: list[Layer], ranks: Ranks) -> bool:
             layer.feed_forward.w2,
         )
     ]
-    return (ranks.tp == 1 or isinstance(ranks.room, Room)) and all(
+    return (ranks.tp == 1 or isinstance(ranks.communicator, SharedMemoryCommunicator)) and all(
         isinstance(linear.matrix, NativeMatrix) for linear in linears
     )
 
@@ -107,7 +107,9 @@ def layer_args(layer: Layer, ranks: Ranks) -> LayerArgs:
         linear.matrix.weight.data_ptr()
         for linear in (attention.wqkv, attention.wo, ffn.w13, ffn.w2)
     )
-    room, tp, rank, timeout_s = ranks.room.place if ranks.tp > 1 else (None, 1, 0, 0.0)
+    communicator, tp, rank, timeout_s = (
+        ranks.communicator.place if ranks.tp > 1 else (None, 1, 0, 0.0)
+    )
     return LayerArgs(
         layer.attention_norm.weight.data_ptr(),
         wqkv,
@@ -122,7 +124,7 @@ def layer_args(layer: Layer, ranks: Ranks) -> LayerArgs:
         ffn.ffn,
         attention.wo.n_chunks,
         layer.ffn_norm.eps,
-        room,
+        communicator,
         tp,
         rank,
         attention.wo.deterministic,

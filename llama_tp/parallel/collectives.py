@@ -2,7 +2,9 @@
 `ranks`.
 
 The model group carries tensors on the device; the control group carries CPU integers and bytes; CPU
-ranks of one host have a room in shared memory that stands in for each (shared.py), GPUs of one node
+ranks of one host have a communicator in shared memory that stands in for each (shared_memory.py),
+GPUs of
+one node
 a buffer for small sums (one_shot.py). With one rank every function is a no-op that returns what the
 only rank would get. Nothing is pickled. Refuses to know what is sent.
 """
@@ -20,9 +22,9 @@ def all_reduce(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sums `x` over the ranks, in place. The order of the sum is the backend's: see `tree_sum` for
     a fixed one."""
     if ranks.tp > 1:
-        ranks.tally.collectives += 1
-        if ranks.room and ranks.room.sums(x):
-            return ranks.room.sum(x)
+        ranks.counters.collectives += 1
+        if ranks.communicator and ranks.communicator.sums(x):
+            return ranks.communicator.sum(x)
         dist.all_reduce(x, group=ranks.group)
     return x
 
@@ -32,9 +34,9 @@ def gather_stack(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     agree."""
     if ranks.tp == 1:
         return x.unsqueeze(0)
-    ranks.tally.collectives += 1
-    if ranks.room:
-        return ranks.room.gather(x.contiguous())
+    ranks.counters.collectives += 1
+    if ranks.communicator:
+        return ranks.communicator.gather(x.contiguous())
     out = x.new_empty((ranks.tp, *x.shape))
     # The list form works on gloo and nccl in every torch we support; all_gather_into_tensor is
     # deprecated from 2.13.
@@ -59,7 +61,7 @@ def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
 def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Sums every rank's partial sum `x` (keep it fp32) in `tree_add`'s order; the same bits on
     every rank. May write the sum to `x`."""
-    if ranks.room and ranks.room.in_tree_order and ranks.room.sums(x):
+    if ranks.communicator and ranks.communicator.in_tree_order and ranks.communicator.sums(x):
         return all_reduce(x, ranks)
     return tree_add(list(gather_stack(x, ranks).unbind()))
 
@@ -74,9 +76,9 @@ def gather_to_driver(x: torch.Tensor, ranks: Ranks) -> list[torch.Tensor] | None
 def broadcast(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """Overwrites `x` (contiguous, on the device) with the driver's, in place."""
     if ranks.tp > 1:
-        ranks.tally.collectives += 1
-        if ranks.room:
-            return ranks.room.broadcast(x)
+        ranks.counters.collectives += 1
+        if ranks.communicator:
+            return ranks.communicator.broadcast(x)
         dist.broadcast(x, src=0, group=ranks.group)
     return x
 
@@ -85,7 +87,7 @@ def barrier(ranks: Ranks) -> None:
     """Waits for every rank, on the control group: as long as it takes (health watches
     meanwhile)."""
     if ranks.tp > 1:
-        ranks.tally.collectives += 1
+        ranks.counters.collectives += 1
         dist.all_reduce(torch.zeros(1, dtype=torch.int64), group=ranks.control)
 
 
@@ -93,7 +95,7 @@ def gather_ints(value: int, ranks: Ranks) -> list[int]:
     """Every rank's `value` (int64), in rank order, on every rank; over the control group."""
     if ranks.tp == 1:
         return [value]
-    ranks.tally.collectives += 1
+    ranks.counters.collectives += 1
     values = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks.tp)]
     dist.all_gather(values, torch.tensor([value]), group=ranks.control)
     return [int(each) for each in values]
@@ -157,8 +159,8 @@ def broadcast_bytes(data: bytes | None, ranks: Ranks) -> bytes:
 
 
 def _control(x: torch.Tensor, ranks: Ranks) -> None:
-    ranks.tally.collectives += 1
-    if ranks.control_room:
-        ranks.control_room.broadcast(x)
+    ranks.counters.collectives += 1
+    if ranks.control_communicator:
+        ranks.control_communicator.broadcast(x)
     else:
         dist.broadcast(x, src=0, group=ranks.control)

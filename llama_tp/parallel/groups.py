@@ -26,7 +26,7 @@ from fairscale.nn.model_parallel import initialize as fairscale_groups
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel.one_shot import OneShot, open_one_shot
 from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call, unconnected
-from llama_tp.parallel.shared import Room, open_rooms
+from llama_tp.parallel.shared_memory import SharedMemoryCommunicator, open_communicators
 
 # Workers wait for the next step on the control group while a user thinks: that wait must never run
 # out by itself.
@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
-class Tally:
+class CollectiveCounters:
     """What this rank has done so far; health compares it between ranks to find the one that lags
     behind."""
 
@@ -60,9 +60,9 @@ class Ranks:
         n_nodes: how many nodes there are.
         master: host name or address of the driver, for sockets of our own.
         store: the key-value store of the launch, or None.
-        room, control_room: shared memory that does the work of `group` and `control`, where the
-            ranks have one; for sums over NVLink, `room` alone.
-        tally: counts that change; the only mutable part.
+        communicator, control_communicator: shared memory that does the work of `group` and
+            `control`, where the ranks have one; for sums over NVLink, `communicator` alone.
+        counters: counts that change; the only mutable part.
     """
 
     rank: int
@@ -75,9 +75,9 @@ class Ranks:
     n_nodes: int = 1
     master: str = "127.0.0.1"
     store: dist.Store | None = None
-    room: Room | OneShot | None = None
-    control_room: Room | None = None
-    tally: Tally = field(default_factory=Tally, compare=False)
+    communicator: SharedMemoryCommunicator | OneShot | None = None
+    control_communicator: SharedMemoryCommunicator | None = None
+    counters: CollectiveCounters = field(default_factory=CollectiveCounters, compare=False)
 
     @property
     def is_driver(self) -> bool:
@@ -142,12 +142,12 @@ def init_ranks(
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     except RuntimeError as error:  # a rank that has died, or a stranger at gloo's port
         raise unconnected(launch, error) from error
-    rooms = None
+    communicators = None
     if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
-        rooms = open_rooms(launch.rank, launch.world, timeout_s, store, control)
+        communicators = open_communicators(launch.rank, launch.world, timeout_s, store, control)
     group = fairscale_groups.get_model_parallel_group()
     if where.type == "cuda" and launch.n_nodes == 1 < launch.world:
-        rooms = (open_one_shot(group, control, launch.rank, launch.world, where), None)
+        communicators = (open_one_shot(group, control, launch.rank, launch.world, where), None)
     return Ranks(
         launch.rank,
         launch.world,
@@ -159,7 +159,7 @@ def init_ranks(
         launch.n_nodes,
         launch.master,
         store,
-        *(rooms or ()),
+        *(communicators or ()),
     )
 
 

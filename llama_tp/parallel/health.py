@@ -2,7 +2,7 @@
 which and why.
 
 A daemon thread in each rank holds a TCP connection of its own to the driver and sends a sign of
-life every second, as a line of JSON. The driver's thread judges (verdict), prints one error and
+life every second, as a line of JSON. The driver's thread judges (diagnosis), prints one error and
 tells everyone to leave; should the driver be the one that is gone, the lowest worker speaks. On
 this path there is no collective and no teardown, only `os._exit`: whatever hangs, hangs in those.
 Refuses to know what the work is; its users mark it with `busy`.
@@ -29,16 +29,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NoReturn
 
-from llama_tp.parallel.ending import kill_here, leave
+from llama_tp.parallel.diagnosis import Seen, Sign, describe, diagnose, is_echo, silent
 from llama_tp.parallel.groups import Ranks
-from llama_tp.parallel.line import Line, call, listen
-from llama_tp.parallel.verdict import Seen, Sign, describe, is_echo, silent, verdict
+from llama_tp.parallel.hard_exit import kill_here, leave
+from llama_tp.parallel.json_lines import JsonLinesConnection, call, listen
 
 BEAT_S = 1.0  # between two signs of life
-WINDOW_S = 1.0  # from the first symptom to the verdict: a cause may be heard after its effects
+WINDOW_S = 1.0  # from the first symptom to the diagnosis: a cause may be heard after its effects
 # a driver told to end by a signal still explains what it has just seen, then leaves
 SIGNALLED_S = 2.0
-# a failed rank waits this long for the driver's verdict before it speaks for itself
+# a failed rank waits this long for the driver's diagnosis before it speaks for itself
 FAIL_WAIT_S = 10.0
 MAX_STRANGERS = 64  # connections that have not said yet who they are; of more, the oldest is closed
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # torchrun passes on the one that it got
@@ -154,15 +154,15 @@ class Watch:
         ]
         self._me = self._table[ranks.rank]
         self._me.pid, self._me.host = os.getpid(), socket.gethostname()
-        self._lines: dict[int, Line] = {}  # by rank
-        self._strangers: list[Line] = []
+        self._lines: dict[int, JsonLinesConnection] = {}  # by rank
+        self._strangers: list[JsonLinesConnection] = []
         self._lowest = 1  # the worker that speaks if the driver cannot
         self._selector = selectors.DefaultSelector()
         self._bell, self._ear = socket.socketpair()
         self._bell.setblocking(False)
         self._selector.register(self._ear, selectors.EVENT_READ, self._on_bell)
-        key = f"llama_tp/watch/{ranks.tally.watches}"
-        ranks.tally.watches += 1
+        key = f"llama_tp/watch/{ranks.counters.watches}"
+        ranks.counters.watches += 1
         if ranks.is_driver:
             self._listener = listen(ranks.master, ranks.n_nodes)
             self._token = secrets.token_hex(16)
@@ -237,7 +237,7 @@ class Watch:
         self._me.sign = Sign(
             self._call,
             self._step,
-            self.ranks.tally.collectives,
+            self.ranks.counters.collectives,
             what,
             now - since if what else 0.0,
             limit_s,
@@ -272,7 +272,7 @@ class Watch:
         else:  # the driver judges this rank, as long as it is there
             alone = (driver.lost or driver.sign.left) and not self._signal
             table = [driver, self._me] if alone else [driver]
-        cause = verdict(table, now, self.step_timeout_s)
+        cause = diagnose(table, now, self.step_timeout_s)
         if cause is None:
             self._noticed_at = None
         elif self._noticed_at is None:
@@ -313,13 +313,13 @@ class Watch:
                 self._signal, self._signalled_at = number, time.monotonic()
 
     def _on_connect(self) -> None:
-        line = Line(self._listener.accept()[0])
+        line = JsonLinesConnection(self._listener.accept()[0])
         self._strangers.append(line)
         if len(self._strangers) > MAX_STRANGERS:
             self._hang_up(self._strangers[0])
         self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
 
-    def _on_line(self, line: Line) -> None:
+    def _on_line(self, line: JsonLinesConnection) -> None:
         messages = line.receive()
         if messages is None:
             self._hang_up(line)
@@ -333,13 +333,13 @@ class Watch:
                 self._hang_up(line)
                 return
 
-    def _hang_up(self, line: Line) -> None:
+    def _hang_up(self, line: JsonLinesConnection) -> None:
         if line in self._strangers:
             self._strangers.remove(line)
         self._selector.unregister(line.sock)
         line.sock.close()
 
-    def _greet(self, line: Line, message: object) -> bool:
+    def _greet(self, line: JsonLinesConnection, message: object) -> bool:
         """The first line of a worker: the launch's token, its rank, pid and host. Anybody else is
         cut off."""
         if not (

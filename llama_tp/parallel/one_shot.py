@@ -2,7 +2,9 @@
 goes round in several (10-20 us instead of 20-40 for a decode's sums; torch's symmetric memory,
 torch.distributed._symmetric_memory).
 
-`OneShot` takes a room's place in `Ranks` (shared.py): small sums its own way, all else through
+`OneShot` takes a communicator's place in `Ranks` (shared_memory.py): small sums its own way, all
+else
+through
 NCCL. `open_one_shot` compares it with NCCL before anyone relies on it. Never run on GPUs so far;
 the tests stand in for `memory` and `ops`.
 """

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel import private_folder
-from llama_tp.parallel.line import listen
+from llama_tp.parallel.json_lines import listen
 
 AGENT_TIMEOUT_S = 30
 # ranks that miss others speak one after the other: the first word ends the job, so there is one

@@ -1,8 +1,9 @@
-"""One order's answer, streamed or whole: deltas from the desk, through the protocol's presenter, to
+"""One order's answer, streamed or whole: deltas from the request manager, through the protocol's
+presenter, to
 the client.
 
-Whatever way it ends (read to the end, an error, a client that has gone), the desk is told, so that
-nothing goes on running that nobody will read.
+Whatever way it ends (read to the end, an error, a client that has gone), the request manager is
+told, so that nothing goes on running that nobody will read.
 """
 
 import asyncio
@@ -16,8 +17,8 @@ from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import error_body
 from llama_tp.protocol.order import Order, ServedModel
 from llama_tp.protocol.reply import Chunks, Fold
-from llama_tp.server.desk import Desk, Ticket
-from llama_tp.server.gate import bug, carried, log_bug
+from llama_tp.server.middleware import bug, carried, log_bug
+from llama_tp.server.request_manager import RequestManager, StreamHandle
 
 PING_S = 15.0  # of silence, after which a stream shows that it lives: proxies cut what is silent
 UNREAD_BYTES = 16 << 20  # of a stream's deltas that wait for a client who does not read
@@ -113,33 +114,39 @@ def dumps_in_pieces(content: object) -> str:
 
 
 async def answer(
-    order: Order, model: ServedModel, desk: Desk, request: Request, created: int, fingerprint: str
+    order: Order,
+    model: ServedModel,
+    manager: RequestManager,
+    request: Request,
+    created: int,
+    fingerprint: str,
 ) -> Response:
-    """Hands the order to the desk and answers, with `created` and `fingerprint` in the reply.
+    """Hands the order to the request manager and answers, with `created` and `fingerprint` in the
+    reply.
     Raises RequestError before anything is sent."""
     chunks = Chunks(order, model, created, fingerprint)
-    ticket = desk.take(list(order.requests), UNREAD_BYTES if order.stream else None)
+    handle = manager.take(list(order.requests), UNREAD_BYTES if order.stream else None)
     if order.stream:
         return EventStream(
-            _events(chunks, ticket, request.scope["request_id"]), lambda: desk.drop(ticket)
+            _events(chunks, handle, request.scope["request_id"]), lambda: manager.drop(handle)
         )
     reply = None
     try:
-        reply = await _unless_gone(_whole(chunks, ticket), request)
-        reply.at_end = lambda: desk.drop(ticket)  # until then it takes its memory
+        reply = await _unless_gone(_whole(chunks, handle), request)
+        reply.at_end = lambda: manager.drop(handle)  # until then it takes its memory
         return reply
     finally:
         if reply is None:
-            desk.drop(ticket)
+            manager.drop(handle)
 
 
-async def _events(chunks: Chunks, ticket: Ticket, request_id: str = "") -> AsyncIterator[str]:
+async def _events(chunks: Chunks, handle: StreamHandle, request_id: str = "") -> AsyncIterator[str]:
     """The stream as text. An error in its middle is an event of its own: it cannot be a status any
     more."""
     try:
         yield _framed(chunks.begin())
-        while not ticket.is_read:
-            news = asyncio.ensure_future(ticket.take())
+        while not handle.is_read:
+            news = asyncio.ensure_future(handle.take())
             try:
                 while not (await asyncio.wait([news], timeout=PING_S))[0]:
                     yield ": still waiting\n\n"
@@ -172,12 +179,12 @@ async def _grown(chunks: Chunks, deltas: list) -> list[list[dict]]:
     return carried(grow)()
 
 
-async def _whole(chunks: Chunks, ticket: Ticket) -> JsonReply:
+async def _whole(chunks: Chunks, handle: StreamHandle) -> JsonReply:
     fold = Fold(chunks.order)
     for chunk in chunks.begin():
         fold.add(chunk)
-    while not ticket.is_read:
-        for chunks_of_one in await _grown(chunks, await ticket.take()):
+    while not handle.is_read:
+        for chunks_of_one in await _grown(chunks, await handle.take()):
             for chunk in chunks_of_one:
                 fold.add(chunk)
     usage = chunks.usage()

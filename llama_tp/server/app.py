@@ -28,10 +28,10 @@ from llama_tp.protocol.forms import check_form, too_many_forms
 from llama_tp.protocol.order import Limits, Order, ServedModel, no_model, prepare
 from llama_tp.protocol.reading import read_json
 from llama_tp.server.answer import answer, json_reply, long_reply
-from llama_tp.server.desk import WHY_NOT, Desk
-from llama_tp.server.gate import Gate, bug, carried, reply_of
 from llama_tp.server.metrics import content_type
+from llama_tp.server.middleware import GuardMiddleware, bug, carried, reply_of
 from llama_tp.server.page import headers, page
+from llama_tp.server.request_manager import WHY_NOT, RequestManager
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
 from llama_tp.text.grammar import Form
 from llama_tp.text.grammar_pool import N_QUICK, N_SLOW, Busy, GrammarPool
@@ -56,7 +56,7 @@ class Served:
 
     name: str
     tokenizer: Tokenizer
-    desk: Desk
+    manager: RequestManager
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
     chat: object | None = None  # what encodes dialogs, as ServedModel's
@@ -124,7 +124,7 @@ class Served:
 
     def model(self) -> ServedModel:
         """Raises Unavailable unless the ranks are ready."""
-        info = self.desk.ready()
+        info = self.manager.ready()
         return ServedModel(
             self.name,
             self.tokenizer,
@@ -141,7 +141,7 @@ class Served:
         return (self.seed << 32) + self.n_prompts
 
     def fingerprint(self) -> str:
-        info = self.desk.info
+        info = self.manager.info
         mode = "deterministic" if info["deterministic"] else "fast"
         return f"llama_tp-{version()}-tp{info['tp']}-{info['device']}-{info['dtype']}-{mode}"
 
@@ -160,7 +160,8 @@ def build_app(
     with_page: bool = True,
     allow_origins: tuple[str, ...] = (),
 ) -> ASGIApp:
-    """The whole application behind its gate, and in front of it, where pages of other origins may
+    """The whole application behind its middleware, and in front of it, where pages of other origins
+    may
     ask, what tells browsers so."""
     # FastAPI's documentation pages load scripts from elsewhere; /openapi.json is all that tools
     # need
@@ -180,13 +181,13 @@ def build_app(
         app.get("/", include_in_schema=False)(
             lambda: Response(page(), media_type="text/html", headers=headers())
         )
-    gate = Gate(app, served.desk.metrics, keys, max_body_bytes)
+    middleware = GuardMiddleware(app, served.manager.metrics, keys, max_body_bytes)
     if not allow_origins:
-        return gate
+        return middleware
     # a browser asks first without the key that the request will have; keys are headers, so there
     # are no credentials to allow
     return CORSMiddleware(
-        gate,
+        middleware,
         allow_origins,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
@@ -209,7 +210,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
         if made.form_field:
             await served.try_form(made.form_field, made.requests[0].params.form)
         return await answer(
-            made, model, served.desk, request, int(served.clock()), served.fingerprint()
+            made, model, served.manager, request, int(served.clock()), served.fingerprint()
         )
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
@@ -277,23 +278,23 @@ def _add_tokens(app: FastAPI, served: Served) -> None:
 
 
 def _add_watching(app: FastAPI, served: Served) -> None:
-    desk = served.desk
+    manager = served.manager
 
     @app.get("/livez")
     async def livez() -> Response:
         """200 as long as this process does its work, also without ranks, which it starts again
         itself: to end it then would lose the requests that wait."""
-        if desk.dead:
+        if manager.dead:
             raise RequestError(WHY_NOT["dead"], "", "", code="dead", status=503)
         return json_reply({"status": "ok"})
 
     @app.get("/health")
     async def health() -> Response:
         """200 when requests are taken, else 503."""
-        if desk.state == "ready":
+        if manager.state == "ready":
             return json_reply({"status": "ok"})
-        error = RequestError(WHY_NOT[desk.state], "", "", code=desk.state, status=503)
-        error.retry_s = None if desk.dead else desk.restart_s
+        error = RequestError(WHY_NOT[manager.state], "", "", code=manager.state, status=503)
+        error.retry_s = None if manager.dead else manager.restart_s
         raise error
 
     app.head("/health", include_in_schema=False)(health)  # what some load balancers ask with
@@ -306,11 +307,11 @@ def _add_watching(app: FastAPI, served: Served) -> None:
     @app.get("/load")
     async def load() -> Response:
         """How busy it is."""
-        stats = desk.stats
+        stats = manager.stats
         return json_reply(
             {
-                "server_load": desk.n_samples,
-                "state": desk.state,
+                "server_load": manager.n_samples,
+                "state": manager.state,
                 "running": stats.get("n_running", 0),
                 "waiting": stats.get("n_waiting", 0),
                 "kv_use": stats.get("kv_use", 0.0),
@@ -322,7 +323,7 @@ def _add_watching(app: FastAPI, served: Served) -> None:
         """For Prometheus; in OpenMetrics where the Accept header asks for it."""
         accept = request.headers.get("accept", "")
         return Response(
-            desk.metrics.text(desk, accept),
+            manager.metrics.text(manager, accept),
             headers={"content-type": content_type(accept), "vary": "accept"},
         )
 
@@ -386,6 +387,6 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """The gate prints the traceback, which Starlette hands on after this."""
+    """The middleware prints the traceback, which Starlette hands on after this."""
     status, headers, body = reply_of(bug(request.scope["request_id"]))
     return Response(body, status, headers)

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import RequestError
-from llama_tp.server.gate import reply_of
+from llama_tp.server.middleware import reply_of
 
 USUAL_CONNECTIONS = 4096
 OWN_FILES = 128  # sockets and pipes of this process, and connections that are being refused
@@ -89,7 +89,8 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """HTTP/1.1 with one client, in bounds; what it cannot read, which never comes to the gate, is
+    """HTTP/1.1 with one client, in bounds; what it cannot read, which never comes to the
+    middleware, is
     told in OpenAI's shape."""
 
     def __init__(self, shared: Connections, **given):

@@ -142,46 +142,48 @@ class Metrics:
 
         return make
 
-    # ----------------------------------------------------------------------------- told by the desk
+    # ------------------------------------------------------------------ told by the request manager
 
-    def gained(self, flight, delta: dict, now: float) -> None:
-        """A delta for a flight (desk.Flight) that has not taken it in yet."""
+    def gained(self, inflight, delta: dict, now: float) -> None:
+        """A delta for a request (request_manager.InFlightRequest) that has not taken it in yet."""
         index, n_ids = delta["index"], len(delta["ids"])
         if n_ids:
-            if not flight.first_at:
-                flight.first_at = now
-                self.ttft.observe(now - flight.arrived)
-                self.prompt_tokens.inc(len(flight.request.prompt_ids))
-            elif flight.last_at[index]:
-                self.itl.observe(now - flight.last_at[index])
-            flight.last_at[index] = now
+            if not inflight.first_at:
+                inflight.first_at = now
+                self.ttft.observe(now - inflight.arrived)
+                self.prompt_tokens.inc(len(inflight.request.prompt_ids))
+            elif inflight.last_at[index]:
+                self.itl.observe(now - inflight.last_at[index])
+            inflight.last_at[index] = now
             self.generation_tokens.inc(n_ids)
         if delta["finish_reason"]:
             self.success.labels(**self._labels, finished_reason=delta["finish_reason"]).inc()
-            flight.n_longest = max(flight.n_longest, len(flight.outputs[index] or ()) + n_ids)
-            if flight.n_unfinished == 1:
-                self._ended(flight, n_ids, now)
+            inflight.n_longest = max(inflight.n_longest, len(inflight.outputs[index] or ()) + n_ids)
+            if inflight.n_unfinished == 1:
+                self._ended(inflight, n_ids, now)
 
-    def finished(self, flight, reason: str) -> None:
-        """A flight ends without having reached its end: "abort" or "error"."""
-        self.success.labels(**self._labels, finished_reason=reason).inc(flight.n_unfinished)
+    def finished(self, inflight, reason: str) -> None:
+        """A request in flight ends without having reached its end: "abort" or "error"."""
+        self.success.labels(**self._labels, finished_reason=reason).inc(inflight.n_unfinished)
 
-    def _ended(self, flight, n_last: int, now: float) -> None:
-        n_output, n = flight.n_output + n_last, flight.request.params.n
-        first_at = flight.first_at or now  # without a token: it ended instead of writing the first
-        self.e2e.observe(now - flight.arrived)
-        self.queue.observe(flight.begun_at - flight.arrived)
-        self.prefill.observe(first_at - flight.begun_at)
+    def _ended(self, inflight, n_last: int, now: float) -> None:
+        n_output, n = inflight.n_output + n_last, inflight.request.params.n
+        first_at = (
+            inflight.first_at or now
+        )  # without a token: it ended instead of writing the first
+        self.e2e.observe(now - inflight.arrived)
+        self.queue.observe(inflight.begun_at - inflight.arrived)
+        self.prefill.observe(first_at - inflight.begun_at)
         self.decode.observe(now - first_at)
-        self.inference.observe(now - flight.begun_at)
+        self.inference.observe(now - inflight.begun_at)
         if n_output > n:
-            self.tpot.observe((now - flight.first_at) / (n_output / n - 1))
-        self.prompt_size.observe(len(flight.request.prompt_ids))
+            self.tpot.observe((now - inflight.first_at) / (n_output / n - 1))
+        self.prompt_size.observe(len(inflight.request.prompt_ids))
         self.output_size.observe(n_output)
-        self.longest.observe(flight.n_longest)
+        self.longest.observe(inflight.n_longest)
         self.n.observe(n)
-        if flight.request.params.max_tokens is not None:
-            self.max_tokens.observe(flight.request.params.max_tokens)
+        if inflight.request.params.max_tokens is not None:
+            self.max_tokens.observe(inflight.request.params.max_tokens)
 
     def counted(self, before: dict, after: dict, n_new: int) -> None:
         """What the ranks have counted, last time ({} of new ranks) and now, when they have written
@@ -207,17 +209,17 @@ class Metrics:
 
     # ---------------------------------------------------------------------------- asked by the page
 
-    def text(self, desk, accept: str = "") -> bytes:
+    def text(self, manager, accept: str = "") -> bytes:
         """The page in the format that an Accept header asks for (`content_type`), with the gauges
-        set from the desk (desk.Desk)."""
-        n_waiting = desk.stats.get("n_waiting", 0) if desk.stats else desk.n_samples
-        self.running.set(desk.stats.get("n_running", 0))
+        set from the request manager (request manager.RequestManager)."""
+        n_waiting = manager.stats.get("n_waiting", 0) if manager.stats else manager.n_samples
+        self.running.set(manager.stats.get("n_running", 0))
         self.waiting.set(n_waiting)
         self.waiting_why.labels(**self._labels, reason="capacity").set(n_waiting)
-        self.kv_use.set(desk.stats.get("kv_use", 0.0))
-        self.last_step_age.set(time.monotonic() - desk.heard_at)
+        self.kv_use.set(manager.stats.get("kv_use", 0.0))
+        self.last_step_age.set(time.monotonic() - manager.heard_at)
         for state in STATES:
-            self.state.labels(**self._labels, state=state).set(state == desk.state)
+            self.state.labels(**self._labels, state=state).set(state == manager.state)
         # unless told so, it writes llama_tp_ in the place of llama_tp:
         if content_type(accept) == OPENMETRICS:
             return openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8)

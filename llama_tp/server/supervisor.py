@@ -7,7 +7,7 @@ all of it is silent in the middle of work, or does not come to an end with loadi
 stopped, or a single rank that hangs), does this module end it.
 
 A start that never gets ready is not repeated before the ranks have been ready once: the same flags
-would fail again. Knows no HTTP; what the messages say is the desk's business.
+would fail again. Knows no HTTP; what the messages say is the request manager's business.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel.private_folder import PrivateFolder, sweep
-from llama_tp.server.desk import Desk
 from llama_tp.server.link import BrokenFrame, ServerEnd
+from llama_tp.server.request_manager import RequestManager
 
 # the socket's path, in the environment of the ranks: marks all that we have started
 LINK = "LLAMA_TP_LINK"
@@ -55,7 +55,7 @@ class Supervisor:
 
     Args:
         command: what starts them.
-        desk: told of ranks that come and go, and of what they say.
+        request manager: told of ranks that come and go, and of what they say.
         policy: when to start them again.
         env: of the ranks, besides this process's.
     """
@@ -63,11 +63,11 @@ class Supervisor:
     def __init__(
         self,
         command: list[str],
-        desk: Desk,
+        manager: RequestManager,
         policy: Policy = Policy(),
         env: dict[str, str] | None = None,
     ):
-        self.command, self.desk, self.policy = command, desk, policy
+        self.command, self.manager, self.policy = command, manager, policy
         self.n_starts = 0
         self.ended_at: list[float] = []  # of the ends that count against max_restarts
         self._env = env or {}
@@ -112,12 +112,12 @@ class Supervisor:
             await self._until_end(ranks, load_by=started + self.policy.load_s)
         finally:
             self._hang_up()
-            self.desk.detach()
+            self.manager.detach()
             await asyncio.to_thread(ranks.end, f"{LINK}={self._path}")
         if self._stopping.is_set():
             return
         reason = ranks.reason()
-        if self.desk.info is None:
+        if self.manager.info is None:
             raise UserError(reason)
         now = time.monotonic()
         self.ended_at = [at for at in self.ended_at if now - at < self.policy.window_s] + [now]
@@ -134,10 +134,11 @@ class Supervisor:
         note(
             f"the ranks have ended after {now - started:.0f} s: {reason}; starting them again in "
             f"{wait_s:g} s "
-            f"({len(self.ended_at)} of {self.policy.max_restarts}), {self.desk.n_flights} requests "
+            f"({len(self.ended_at)} of {self.policy.max_restarts}), {self.manager.n_inflight} "
+            "requests "
             "go on then"
         )
-        self.desk.metrics.restarts.inc()
+        self.manager.metrics.restarts.inc()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), wait_s)
 
@@ -150,7 +151,7 @@ class Supervisor:
                 ranks.ask_to_end(STOPPING_S, signalled=not self._connected)
             elif self._left_at is not None:
                 ranks.ask_to_end(ENDING_S)  # it says why, and torchrun ends the others
-            elif self.desk.silent_s > self.policy.silence_s:
+            elif self.manager.silent_s > self.policy.silence_s:
                 ranks.errors.append(
                     f"the ranks have work, and have not been heard for {self.policy.silence_s:g} s"
                 )
@@ -181,17 +182,17 @@ class Supervisor:
             while (message := await link.take()) is not None and self._link is link:
                 if message["is"] == "ready":
                     self._loaded = True
-                    self.desk.attach(
+                    self.manager.attach(
                         link, {key: value for key, value in message.items() if key != "is"}
                     )
                 else:
-                    self.desk.hear(message)
+                    self.manager.hear(message)
         except BrokenFrame as error:
             note(f"rank 0 sent what cannot be read: {error}")
         finally:
             if self._link is link:
                 self._link, self._left_at = None, time.monotonic()
-                self.desk.detach()
+                self.manager.detach()
             link.close()
 
 

@@ -25,12 +25,12 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()):
         self.stopped: str | None = None
-        self.heed(stop)
+        self.set_stop_strings(stop)
         self._token_bytes = tokenizer.token_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
-    def heed(self, stop: str | Sequence[str]) -> None:
+    def set_stop_strings(self, stop: str | Sequence[str]) -> None:
         """Looks for these stop strings from now on, in text that is still held or yet to come."""
         self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
         if "" in self._stop:

@@ -3,7 +3,7 @@ FlashAttention's arguments.
 
 A CUDA graph itself needs a GPU; `tests/engines.py::Again` runs the captured body instead, under a
 guard that refuses what a graph cannot hold. That tokens stay the same at every tp is in
-tests/test_house.py.
+tests/test_invariance.py.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from llama_tp.arch.weights import table
 from llama_tp.engine import build, cuda_graph
-from llama_tp.engine.build import EngineOptions, pick_kernels, said_aloud
+from llama_tp.engine.build import EngineOptions, pick_kernels, startup_warnings
 from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
@@ -405,18 +405,18 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
     monkeypatch,
 ):
     """Blocks have one size on all ranks."""
-    ranks, options = Ranks(0, 4, torch.device("cuda"), room=object()), EngineOptions("")
+    ranks, options = Ranks(0, 4, torch.device("cuda"), communicator=object()), EngineOptions("")
     monkeypatch.setattr(build, "pick", lambda *args: FLASH)
     monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine, mine, 16, mine])
     kernels = pick_kernels(CONFIG, ranks, torch.bfloat16, False)
     assert type(kernels) is TorchKernels and kernels.block_size == 16
-    [said] = said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, kernels)
+    [said] = startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, kernels)
     assert (
         said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
     )
     monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine] * 4)
     assert pick_kernels(CONFIG, ranks, torch.bfloat16, False) is FLASH
-    assert not said_aloud(options, CONFIG, ranks, torch.bfloat16, 1024, FLASH)
+    assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, FLASH)
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -23,10 +23,10 @@ import torch.distributed as dist
 
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel.collectives import all_reduce, barrier
-from llama_tp.parallel.ending import kill_here
 from llama_tp.parallel.groups import close, init_ranks, single_rank
+from llama_tp.parallel.hard_exit import kill_here
 from llama_tp.parallel.health import MAX_STRANGERS, Watch
-from llama_tp.parallel.line import listen
+from llama_tp.parallel.json_lines import listen
 from tests.listeners import listeners
 from tests.ranks import free_pair, free_port, run, torchrun
 
@@ -310,7 +310,7 @@ def test_strangers_are_cut_off(job):
                 stranger.sendall(words)
                 assert stranger.recv(100) == b""
     silent = [socket.create_connection((host, port), timeout=5) for _ in range(MAX_STRANGERS + 20)]
-    # as many as may be: older ones make room for newer ones
+    # as many as may be: older ones make communicator for newer ones
     assert all(each.recv(100) == b"" for each in silent[:20])
     assert disturbed.codes() == [0, 0] and disturbed.stderr == "running\n"
 

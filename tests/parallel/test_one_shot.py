@@ -55,8 +55,8 @@ def opened(ranks, **faults):
 
 
 def sums_and_the_rest(ranks) -> bool:
-    room, stand = opened(ranks)
-    ranks, before = replace(ranks, room=room), stand.n_sums
+    communicator, stand = opened(ranks)
+    ranks, before = replace(ranks, communicator=communicator), stand.n_sums
     parts = [
         torch.randn(64, 16, generator=torch.Generator().manual_seed(rank))
         for rank in range(ranks.tp)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel import rendezvous
 from llama_tp.parallel.groups import listen_on_loopback
-from llama_tp.parallel.line import listen
+from llama_tp.parallel.json_lines import listen
 from llama_tp.parallel.private_folder import PrivateFolder
 from llama_tp.parallel.rendezvous import Launch, given_folder, open_store, roll_call, tcp_store
 from tests.listeners import listeners

@@ -8,8 +8,8 @@ import sys
 from llama_tp.arch.errors import UserError
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.order import Limits
+from llama_tp.server.api_server import ServerOptions, run
 from llama_tp.server.connections import ConnectionLimits
-from llama_tp.server.front import FrontOptions, run
 from llama_tp.server.supervisor import Policy
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.servers import DEMO
@@ -23,7 +23,7 @@ limits = Limits(**options.pop("limits", {}))
 connections = ConnectionLimits(**options.pop("connections", {}))
 try:
     run(
-        FrontOptions(
+        ServerOptions(
             command=sys.argv[2:],
             name="fake",
             tokenizer=open_tokenizer(None, str(DEMO)),

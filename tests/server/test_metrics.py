@@ -37,7 +37,7 @@ VLLMS = {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "
 
 
 class Idle:
-    """A desk at which nobody has been."""
+    """A request manager at which nobody has been."""
 
     stats, n_samples, heard_at, state = {}, 3, 0.0, "ready"
 

@@ -1,4 +1,5 @@
-"""Whatever is raised behind the gate, and wherever, a request is answered, once, and the server
+"""Whatever is raised behind the middleware, and wherever, a request is answered, once, and the
+server
 lives.
 
 A StopIteration out of a thread is refused by the future that should carry it; SystemExit and
@@ -10,14 +11,14 @@ import asyncio
 import json
 
 import pytest
+from tests.server.test_desk import STEP
 
 from llama_tp.protocol.reply import Chunks, Fold
 from llama_tp.server import answer
 from llama_tp.server.app import Served, build_app
-from llama_tp.server.desk import Desk
 from llama_tp.server.metrics import Metrics
+from llama_tp.server.request_manager import RequestManager
 from llama_tp.text.tokenizer import open_tokenizer
-from tests.server.test_desk import STEP
 from tests.servers import DEMO
 
 TOKENIZER = open_tokenizer(None, str(DEMO))
@@ -44,8 +45,8 @@ RAISED = [
 class Link:
     """A rank that ends every sample with its first token."""
 
-    def __init__(self, desk: Desk):
-        self.desk = desk
+    def __init__(self, manager: RequestManager):
+        self.manager = manager
 
     def send(self, message: dict) -> None:
         if message["do"] == "submit":
@@ -58,7 +59,7 @@ class Link:
                 "error": None,
                 "finish_reason": "length",
             }
-            asyncio.get_running_loop().call_soon(self.desk.hear, STEP | {"deltas": [delta]})
+            asyncio.get_running_loop().call_soon(self.manager.hear, STEP | {"deltas": [delta]})
 
 
 class Template:
@@ -105,9 +106,9 @@ def asked(path: str, chat=None, **body) -> tuple[int, bytes]:
     request finds all in order."""
 
     async def main():
-        desk = Desk(100, Metrics("m"))
-        desk.attach(
-            Link(desk),
+        manager = RequestManager(100, Metrics("m"))
+        manager.attach(
+            Link(manager),
             {
                 "max_rows": 4,
                 "max_model_len": 512,
@@ -118,9 +119,9 @@ def asked(path: str, chat=None, **body) -> tuple[int, bytes]:
                 "dtype": "float32",
             },
         )
-        app = build_app(Served("m", TOKENIZER, desk, chat=chat))
+        app = build_app(Served("m", TOKENIZER, manager, chat=chat))
         reply = await ask(app, path, **body)
-        assert desk.n_flights == 0 and desk._n_scores == 0
+        assert manager.n_inflight == 0 and manager._n_scores == 0
         assert asyncio.all_tasks() == {asyncio.current_task()}
         return reply
 

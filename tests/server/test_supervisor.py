@@ -10,9 +10,9 @@ import pytest
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.server.desk import Desk, Failed, Unavailable
 from llama_tp.server.link import encode
 from llama_tp.server.metrics import Metrics
+from llama_tp.server.request_manager import Failed, RequestManager, Unavailable
 from llama_tp.server.supervisor import Policy, Supervisor
 from tests.ranks import PATIENCE_S, is_alive
 
@@ -22,13 +22,14 @@ SOON = Policy(max_restarts=4, backoff_s=0.01, silence_s=1.5)
 
 @contextlib.asynccontextmanager
 async def kept(folder, *plans, policy=SOON):
-    """A desk and the supervisor's task, with fake ranks of these plans; nothing of them may be left
+    """A request manager and the supervisor's task, with fake ranks of these plans; nothing of them
+    may be left
     at the end."""
-    desk = Desk(100, Metrics("m"))
-    supervisor = Supervisor([sys.executable, RANK, str(folder), *plans], desk, policy)
+    manager = RequestManager(100, Metrics("m"))
+    supervisor = Supervisor([sys.executable, RANK, str(folder), *plans], manager, policy)
     task = asyncio.create_task(supervisor.run())
     try:
-        yield desk, supervisor, task
+        yield manager, supervisor, task
     finally:
         supervisor.stop()
         with contextlib.suppress(UserError):
@@ -55,15 +56,15 @@ def requests(n: int, **params) -> list[Request]:
     ]
 
 
-async def read(ticket) -> list[tuple]:
+async def read(handle) -> list[tuple]:
     """(ids, text, finish reason) of each sample of each request."""
     samples = {
-        (flight.request.id, i): [[], "", None]
-        for flight in ticket.flights
-        for i in range(flight.request.params.n)
+        (inflight.request.id, i): [[], "", None]
+        for inflight in handle.inflight
+        for i in range(inflight.request.params.n)
     }
-    while not ticket.is_read:
-        for delta in await ticket.take():
+    while not handle.is_read:
+        for delta in await handle.take():
             sample = samples[delta.request_id, delta.index]
             sample[0] += delta.ids
             sample[1] += delta.text
@@ -72,17 +73,17 @@ async def read(ticket) -> list[tuple]:
     return [tuple(sample) for sample in samples.values()]
 
 
-async def run_all(desk, wanted) -> list:
-    await until(lambda: desk.state == "ready")
-    tickets = [desk.take(wanted[i : i + 2]) for i in range(0, len(wanted), 2)]
-    return await asyncio.wait_for(asyncio.gather(*map(read, tickets)), PATIENCE_S)
+async def run_all(manager, wanted) -> list:
+    await until(lambda: manager.state == "ready")
+    handles = [manager.take(wanted[i : i + 2]) for i in range(0, len(wanted), 2)]
+    return await asyncio.wait_for(asyncio.gather(*map(read, handles)), PATIENCE_S)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> list:
     async def main():
-        async with kept(tmp_path_factory.mktemp("calm"), "live") as (desk, _, _):
-            return await run_all(desk, requests(20))
+        async with kept(tmp_path_factory.mktemp("calm"), "live") as (manager, _, _):
+            return await run_all(manager, requests(20))
 
     return asyncio.run(main())
 
@@ -93,19 +94,19 @@ def undisturbed(tmp_path_factory) -> list:
 )
 def test_what_was_in_flight_goes_on_as_if_nothing_had_happened(plans, tmp_path, undisturbed):
     async def main():
-        async with kept(tmp_path, *plans) as (desk, supervisor, _):
+        async with kept(tmp_path, *plans) as (manager, supervisor, _):
             states = set()
 
             async def watch():
                 while True:
-                    states.add(desk.state)
+                    states.add(manager.state)
                     await asyncio.sleep(0.002)
 
             watcher = asyncio.create_task(watch())
-            got = await run_all(desk, requests(20))
+            got = await run_all(manager, requests(20))
             watcher.cancel()
             assert supervisor.n_starts == len(plans)
-            assert states == {"loading", "ready", "restarting"} and desk.n_flights == 0
+            assert states == {"loading", "ready", "restarting"} and manager.n_inflight == 0
             return got
 
     assert asyncio.run(main()) == undisturbed
@@ -126,21 +127,21 @@ def test_a_start_that_fails_is_the_ranks_own_error_once(tmp_path, capfd):
 
 def test_a_rank_that_dies_at_every_start_ends_in_one_error(tmp_path):
     async def main():
-        async with kept(tmp_path, "die:3", "never") as (desk, supervisor, task):
-            await until(lambda: desk.state == "ready")
-            ticket = desk.take(requests(1))
+        async with kept(tmp_path, "die:3", "never") as (manager, supervisor, task):
+            await until(lambda: manager.state == "ready")
+            handle = manager.take(requests(1))
             with pytest.raises(
                 UserError,
                 match="the ranks ended 5 times within .*the last time: the weights are damaged",
             ):
                 await asyncio.wait_for(task, PATIENCE_S)
             assert supervisor.n_starts == 5
-            desk.give_up("they are gone")
+            manager.give_up("they are gone")
             with pytest.raises(Unavailable):
-                await read(ticket)
+                await read(handle)
             with pytest.raises(Unavailable):
-                desk.take(requests(1))
-            assert desk.state == "dead"
+                manager.take(requests(1))
+            assert manager.state == "dead"
 
     asyncio.run(main())
 
@@ -159,12 +160,12 @@ def test_a_request_that_kills_its_ranks_is_given_up_and_the_server_lives(tmp_pat
     """It dies in the first step of every life; the others would wait for ever behind it."""
 
     async def main():
-        async with kept(tmp_path, "die:2", "die:1", "die:1", "live") as (desk, _, _):
-            await until(lambda: desk.state == "ready")
-            ticket = desk.take(requests(1))
+        async with kept(tmp_path, "die:2", "die:1", "die:1", "live") as (manager, _, _):
+            await until(lambda: manager.state == "ready")
+            handle = manager.take(requests(1))
             with pytest.raises(Failed, match="ended 3 times while this request was running"):
-                await read(ticket)
-            assert (await run_all(desk, requests(1)))[0][0][2] == "stop"
+                await read(handle)
+            assert (await run_all(manager, requests(1)))[0][0][2] == "stop"
 
     asyncio.run(main())
 
@@ -173,9 +174,11 @@ def test_stopping_while_the_ranks_load_or_idle(tmp_path):
     async def main(*plans):
         folder = tmp_path / plans[0]
         folder.mkdir()
-        async with kept(folder, *plans) as (desk, _, _):
+        async with kept(folder, *plans) as (manager, _, _):
             await until(
-                lambda: list(folder.glob("child")) if plans == ("deaf",) else desk.state == "ready"
+                lambda: (
+                    list(folder.glob("child")) if plans == ("deaf",) else manager.state == "ready"
+                )
             )
 
     asyncio.run(main("live"))
@@ -184,10 +187,10 @@ def test_stopping_while_the_ranks_load_or_idle(tmp_path):
 
 def test_a_silence_without_work_is_no_hang(tmp_path):
     async def main():
-        async with kept(tmp_path, "slow", policy=Policy(silence_s=0.6)) as (desk, supervisor, _):
-            await until(lambda: desk.state == "ready")
+        async with kept(tmp_path, "slow", policy=Policy(silence_s=0.6)) as (manager, supervisor, _):
+            await until(lambda: manager.state == "ready")
             await asyncio.sleep(1)
-            assert len(await run_all(desk, requests(1, max_tokens=70))) == 1  # 1.4 s of steps
+            assert len(await run_all(manager, requests(1, max_tokens=70))) == 1  # 1.4 s of steps
             assert supervisor.n_starts == 1
 
     asyncio.run(main())
@@ -200,15 +203,15 @@ def test_clients_that_come_and_go_do_not_hide_a_hang(tmp_path):
     async def main():
         async with kept(
             tmp_path, "stop:1", "live", policy=Policy(backoff_s=0.01, silence_s=0.9)
-        ) as (desk, supervisor, _):
-            await until(lambda: desk.state == "ready")
+        ) as (manager, supervisor, _):
+            await until(lambda: manager.state == "ready")
             for i in range(30):
                 if supervisor.n_starts == 2:
                     break
-                if desk.state == "ready":
-                    ticket = desk.take([Request(f"r{i}", [1, 2], SamplingParams(seed=1))])
+                if manager.state == "ready":
+                    handle = manager.take([Request(f"r{i}", [1, 2], SamplingParams(seed=1))])
                     await asyncio.sleep(0.3)
-                    desk.drop(ticket)
+                    manager.drop(handle)
             assert supervisor.n_starts == 2
 
     asyncio.run(main())
@@ -218,8 +221,8 @@ def test_a_long_load_while_requests_wait_is_no_hang(tmp_path):
     async def main():
         async with kept(
             tmp_path, "die:3", "load:1.5", policy=Policy(backoff_s=0.01, silence_s=0.6)
-        ) as (desk, supervisor, _):
-            assert len(await run_all(desk, requests(1))) == 1
+        ) as (manager, supervisor, _):
+            assert len(await run_all(manager, requests(1))) == 1
             assert supervisor.n_starts == 2
 
     asyncio.run(main())
@@ -244,33 +247,33 @@ def test_what_ranks_that_were_hung_up_on_still_say_is_not_heard():
         close = staticmethod(lambda: None)
 
     async def main():
-        desk = Desk(100, Metrics("m"))
-        supervisor, reader = Supervisor([], desk), asyncio.StreamReader()
+        manager = RequestManager(100, Metrics("m"))
+        supervisor, reader = Supervisor([], manager), asyncio.StreamReader()
         conversation = asyncio.create_task(supervisor._on_connect(reader, Writer()))
         await asyncio.sleep(0)
         supervisor._hang_up()
         reader.feed_data(encode({"is": "ready", "max_rows": 8}))
         reader.feed_eof()
         await conversation
-        assert desk.state == "loading" and desk.info is None
+        assert manager.state == "loading" and manager.info is None
 
     asyncio.run(main())
 
 
 def test_an_abort_reaches_the_ranks(tmp_path):
     async def main():
-        async with kept(tmp_path, "live") as (desk, _, _):
-            await until(lambda: desk.state == "ready")
-            ticket = desk.take([Request("a", [1, 2], SamplingParams(seed=1, n=3))])
-            while ticket.flights[0].n_output < 6:
-                await ticket.take()
-            assert desk.stats["n_running"] == 3
-            desk.drop(ticket)
-            await until(lambda: desk.stats["n_running"] == 0)
-            assert desk.n_flights == 0
+        async with kept(tmp_path, "live") as (manager, _, _):
+            await until(lambda: manager.state == "ready")
+            handle = manager.take([Request("a", [1, 2], SamplingParams(seed=1, n=3))])
+            while handle.inflight[0].n_output < 6:
+                await handle.take()
+            assert manager.stats["n_running"] == 3
+            manager.drop(handle)
+            await until(lambda: manager.stats["n_running"] == 0)
+            assert manager.n_inflight == 0
             assert (
                 b'request_success_total{finished_reason="abort",model_name="m"} 3.0'
-                in desk.metrics.text(desk)
+                in manager.metrics.text(manager)
             )
 
     asyncio.run(main())

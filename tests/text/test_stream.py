@@ -120,8 +120,8 @@ def test_stop_strings_heeded_later(tiny):
     """As for min_tokens: what has gone out stays out, what comes is watched."""
     stream = TextStream(tiny)
     out = stream.push(tiny.encode("STOP ST"))
-    stream.heed(["STOP"])
+    stream.set_stop_strings(["STOP"])
     out += stream.push(tiny.encode("OP STO")) + stream.push(tiny.encode("P the")) + stream.finish()
     assert (out, stream.stopped) == ("STOP STOP ", "STOP")
     with pytest.raises(UserError, match="must not be empty"):
-        stream.heed("")
+        stream.set_stop_strings("")

@@ -18,8 +18,8 @@ SHORT = {
     "english": "This is a test sentence. We'll see what it's DON'T-ing, 12345678 times (or 3.14)!",
     "code": "def f(x: int) -> dict:\n\tif x <= 0:\n\t\treturn {}\r\n\r\n"
     "    # comment\n    return {'k': [x ** 2]}   \n\n\n",
-    "unicode": "Grüße, naïve café; Ελληνικά, Кириллица, עברית, العربية, हिन्दी, 日本語のテキスト, 한국어, ไทย "  # noqa: E501
-    "e\u0301",
+    "unicode": "Grüße, naïve café; Ελληνικά, Кириллица, עברית, العربية, हिन्दी, "
+    "日本語のテキスト, 한국어, ไทย e\u0301",
     "emoji": "😀👩‍👩‍👧‍👦🏳️‍🌈🇩🇪👍🏽 ☕️ mixed😀text",
     "odd": "\u00a0\u3000\u2028\u2029\u200b\ufeff\x00\x1c\x1f\x7f\x85 ſ K ŉ ① ² Ⅷ",
     "spaces": "  a   b \n c\t\t\td \r\n\r\n e    ",

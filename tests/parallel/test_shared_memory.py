@@ -34,7 +34,7 @@ def value(rank: int, n: int, dtype) -> torch.Tensor:
 
 
 def sums_are_the_tree(ranks) -> bool:
-    assert ranks.room is not None
+    assert ranks.communicator is not None
     for n in SIZES:
         for dtype in (torch.float32, torch.bfloat16):
             expected = tree_add([value(rank, n, dtype).float() for rank in range(ranks.tp)]).to(
@@ -45,7 +45,7 @@ def sums_are_the_tree(ranks) -> bool:
         assert torch.equal(tree_sum(value(ranks.rank, n, torch.float32), ranks), wide)
         # gloo's bits
         assert torch.equal(
-            tree_sum(value(ranks.rank, n, torch.float32), replace(ranks, room=None)), wide
+            tree_sum(value(ranks.rank, n, torch.float32), replace(ranks, communicator=None)), wide
         )
     return True
 
@@ -82,9 +82,11 @@ def test_a_long_mix_of_operations(tp):
 
 def late(ranks) -> str:
     """The driver sums alone, with little patience."""
-    impatient = replace(ranks, room=type(ranks.room).__new__(type(ranks.room)))
-    impatient.room.__dict__.update(ranks.room.__dict__)
-    impatient.room.place = (*ranks.room.place[:3], 0.5)
+    impatient = replace(
+        ranks, communicator=type(ranks.communicator).__new__(type(ranks.communicator))
+    )
+    impatient.communicator.__dict__.update(ranks.communicator.__dict__)
+    impatient.communicator.place = (*ranks.communicator.place[:3], 0.5)
     error = ""
     if ranks.is_driver:
         try:
@@ -97,7 +99,7 @@ def late(ranks) -> str:
 
 def test_a_rank_that_does_not_come_is_an_error_in_time():
     assert "within 0.5 s" in run(2, late)[0]
-    pool(2).stop()  # its room has lost count
+    pool(2).stop()  # its communicator has lost count
 
 
 SCRIPT = """
@@ -105,7 +107,7 @@ import os, torch
 from llama_tp.parallel.collectives import all_reduce
 from llama_tp.parallel.groups import close, init_ranks
 ranks = init_ranks("cpu")
-print(f"{ranks.room is not None} {all_reduce(torch.ones(3), ranks).tolist()}\\n", end="", flush=True)
+print(f"{ranks.communicator is not None} {all_reduce(torch.ones(3), ranks).tolist()}\\n", end="", flush=True)
 close(ranks)
 """  # noqa: E501
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llama_tp.server import gate
+from llama_tp.server import middleware
 from llama_tp.server.metrics import Metrics
 from tests.ranks import PATIENCE_S
 from tests.servers import pretending
@@ -66,7 +66,8 @@ def test_health_can_be_asked_for_with_head(server):
 
 
 def gated(pieces, app, headers=((b"content-length", b"999999"),), **options):
-    """What the gate sends for one request whose body is what the async iterator `pieces` gives;
+    """What the middleware sends for one request whose body is what the async iterator `pieces`
+    gives;
     `app` reads it first."""
     sent, source = [], None
 
@@ -86,7 +87,9 @@ def gated(pieces, app, headers=((b"content-length", b"999999"),), **options):
             "query_string": b"",
             "headers": list(headers),
         }
-        await asyncio.wait_for(gate.Gate(app, Metrics("x"), **options)(scope, receive, send), 10)
+        await asyncio.wait_for(
+            middleware.GuardMiddleware(app, Metrics("x"), **options)(scope, receive, send), 10
+        )
 
     asyncio.run(main())
     return sent[0]["status"], json.loads(sent[1]["body"])["error"]["code"]
@@ -100,7 +103,7 @@ async def reads_all(scope, receive, send):
 def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch):
     """A byte now and then is no silence."""
     for name, value in (("BODY_S", 0.3), ("BODY_RATE", 100), ("LINGER_S", 0.05)):
-        monkeypatch.setattr(gate, name, value)
+        monkeypatch.setattr(middleware, name, value)
 
     async def slow():
         while True:
@@ -115,9 +118,9 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch):
 def test_bodies_have_a_quota_together(monkeypatch):
     """There is room for three large ones; the fourth waits in vain, the fifth comes when they have
     been answered. Small ones need none."""
-    monkeypatch.setattr(gate, "LINGER_S", 0.05)
-    monkeypatch.setattr(gate, "BODIES", 3)
-    monkeypatch.setattr(gate, "ROOM_S", 0.2)
+    monkeypatch.setattr(middleware, "LINGER_S", 0.05)
+    monkeypatch.setattr(middleware, "BODIES", 3)
+    monkeypatch.setattr(middleware, "ROOM_S", 0.2)
     all_here, statuses = asyncio.Event(), []
 
     async def app(scope, receive, send):
@@ -131,7 +134,7 @@ def test_bodies_have_a_quota_together(monkeypatch):
         await send({"type": "http.response.body", "body": b"{}"})
 
     async def main():
-        door = gate.Gate(app, Metrics("x"), max_body_bytes=100_000)
+        door = middleware.GuardMiddleware(app, Metrics("x"), max_body_bytes=100_000)
 
         async def ask(n: int):
             async def receive():
@@ -176,8 +179,8 @@ def test_a_chunk_that_is_none_is_400_and_nothing_else(server):
 
 
 def test_a_body_that_stops_coming_is_given_up(monkeypatch):
-    monkeypatch.setattr(gate, "BODY_S", 0.05)
-    monkeypatch.setattr(gate, "LINGER_S", 0.05)
+    monkeypatch.setattr(middleware, "BODY_S", 0.05)
+    monkeypatch.setattr(middleware, "LINGER_S", 0.05)
     sent = []
 
     async def app(scope, receive, send):
@@ -198,7 +201,9 @@ def test_a_body_that_stops_coming_is_given_up(monkeypatch):
             "query_string": b"",
             "headers": [(b"content-length", b"9")],
         }
-        await asyncio.wait_for(gate.Gate(app, Metrics("x"))(scope, pieces.get, send), PATIENCE_S)
+        await asyncio.wait_for(
+            middleware.GuardMiddleware(app, Metrics("x"))(scope, pieces.get, send), PATIENCE_S
+        )
 
     asyncio.run(main())
     assert (

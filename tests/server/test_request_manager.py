@@ -9,8 +9,8 @@ import pytest
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.protocol.errors import RequestError
 from llama_tp.server import answer
-from llama_tp.server.desk import MAX_BARREN, Desk, Full, Unavailable
 from llama_tp.server.metrics import Metrics
+from llama_tp.server.request_manager import MAX_BARREN, Full, RequestManager, Unavailable
 
 STATS = {"prefix_hit_tokens": 0, "prefill_tokens": 0, "n_preemptions": 0, "n_steps": 0}
 
@@ -35,18 +35,18 @@ def test_only_requests_that_may_have_run_are_given_up_for_the_ends_of_the_ranks(
     """Behind the first four samples nothing has had a row: it cannot have killed the ranks."""
 
     async def main():
-        desk, info = Desk(100, Metrics("m")), {"max_rows": 4}
-        desk.attach(Link(), info)
-        tickets = [
-            desk.take([request("a", n=3)]),
-            desk.take([request("b", n=2)]),
-            desk.take([request("c")]),
+        manager, info = RequestManager(100, Metrics("m")), {"max_rows": 4}
+        manager.attach(Link(), info)
+        handles = [
+            manager.take([request("a", n=3)]),
+            manager.take([request("b", n=2)]),
+            manager.take([request("c")]),
         ]
         for _ in range(MAX_BARREN):
-            desk.detach()
+            manager.detach()
             link = Link()
-            desk.attach(link, info)
-        assert [ticket.flights[0].is_over for ticket in tickets] == [True, True, False]
+            manager.attach(link, info)
+        assert [handle.inflight[0].is_over for handle in handles] == [True, True, False]
         assert [message["id"] for message in link.sent] == ["c"]
 
     asyncio.run(main())
@@ -62,33 +62,33 @@ def test_only_a_word_of_the_ranks_ends_their_silence(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     async def main():
-        desk = Desk(100, Metrics("m"), stale_s=60)
-        desk.attach(Link(), {"max_rows": 4})
+        manager = RequestManager(100, Metrics("m"), stale_s=60)
+        manager.attach(Link(), {"max_rows": 4})
         now[0] += 1000
-        assert desk.silent_s == 0.0, "nothing was asked of them"
+        assert manager.silent_s == 0.0, "nothing was asked of them"
         for _ in range(30):
-            ticket = desk.take([request("a")])
+            handle = manager.take([request("a")])
             now[0] += 1
-            desk.drop(ticket)
-        assert desk.silent_s == 30.0 and desk.state == "ready", (
+            manager.drop(handle)
+        assert manager.silent_s == 30.0 and manager.state == "ready", (
             "the last one has gone: the abort of it is owed an answer, too"
         )
-        desk.hear(STEP)
+        manager.hear(STEP)
         now[0] += 1000
-        assert desk.silent_s == 0.0 and desk.state == "ready", (
+        assert manager.silent_s == 0.0 and manager.state == "ready", (
             "they have answered, and have no work"
         )
-        desk.take([request("b")])
+        manager.take([request("b")])
         now[0] += 59
-        desk.hear(STEP)
+        manager.hear(STEP)
         now[0] += 59
-        assert desk.silent_s == 59.0 and desk.state == "ready"
+        assert manager.silent_s == 59.0 and manager.state == "ready"
         now[0] += 2
-        assert desk.state == "stalled"
+        assert manager.state == "stalled"
         with pytest.raises(Unavailable, match="the ranks have not been heard"):
-            desk.take([request("c")])
-        desk.hear(STEP)
-        assert desk.state == "ready" and desk.silent_s == 0.0
+            manager.take([request("c")])
+        manager.hear(STEP)
+        assert manager.state == "ready" and manager.silent_s == 0.0
 
     asyncio.run(main())
 
@@ -116,24 +116,24 @@ def test_a_stream_that_nobody_reads_is_given_up_and_keeps_nothing(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     async def main():
-        desk, link = Desk(100, Metrics("m")), Link()
-        desk.attach(link, {"max_rows": 4})
-        unread, read = (desk.take([request(name)], max_unread_bytes=1 << 20) for name in "ab")
+        manager, link = RequestManager(100, Metrics("m")), Link()
+        manager.attach(link, {"max_rows": 4})
+        unread, read = (manager.take([request(name)], max_unread_bytes=1 << 20) for name in "ab")
         tracemalloc.start()
         n_read = 0
         for _ in range(2000):
             now[0] += 0.1
-            desk.hear(gained("a", 1))
-            desk.hear(gained("b", 1))
+            manager.hear(gained("a", 1))
+            manager.hear(gained("b", 1))
             n_read += len(await read.take())
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        assert n_read == 2000 and not read.flights[0].is_over
+        assert n_read == 2000 and not read.inflight[0].is_over
         assert held < 1 << 20
         assert (
-            unread.flights[0].is_over
+            unread.inflight[0].is_over
             and {"do": "abort", "id": "a"} in link.sent
-            and desk.n_flights == 1
+            and manager.n_inflight == 1
         )
         with pytest.raises(RequestError, match="the stream was not read"):
             while True:
@@ -149,16 +149,16 @@ def test_much_at_once_is_no_backlog(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now[0])
 
     async def main():
-        desk = Desk(100, Metrics("m"))
-        desk.attach(Link(), {"max_rows": 4})
-        ticket = desk.take([request("a")], max_unread_bytes=1 << 20)
+        manager = RequestManager(100, Metrics("m"))
+        manager.attach(Link(), {"max_rows": 4})
+        handle = manager.take([request("a")], max_unread_bytes=1 << 20)
         now[0] += 1000
         for _ in range(3):
-            desk.hear(gained("a", 1000))
-        assert len(await ticket.take()) < 3, "in pieces, so that they are not all written at once"
-        while ticket.n_unread_bytes:
-            await ticket.take()
-        assert not ticket.flights[0].is_over
+            manager.hear(gained("a", 1000))
+        assert len(await handle.take()) < 3, "in pieces, so that they are not all written at once"
+        while handle.n_unread_bytes:
+            await handle.take()
+        assert not handle.inflight[0].is_over
 
     asyncio.run(main())
 
@@ -168,14 +168,14 @@ def test_logprobs_are_admitted_by_their_number():
     been sent."""
 
     async def main():
-        desk = Desk(100, Metrics("m"), max_scores=1000)
-        desk.attach(Link(), {"max_rows": 4, "max_model_len": 102})
+        manager = RequestManager(100, Metrics("m"), max_scores=1000)
+        manager.attach(Link(), {"max_rows": 4, "max_model_len": 102})
         wish = dict(n=2, max_tokens=20, logprobs=4)
-        tickets = [desk.take([request(str(i), **wish)]) for i in range(5)]
+        handles = [manager.take([request(str(i), **wish)]) for i in range(5)]
         with pytest.raises(Full) as caught:
-            desk.take([request("5", max_tokens=1, logprobs=0)])
+            manager.take([request("5", max_tokens=1, logprobs=0)])
         assert caught.value.status == 429 and "1,000 of 1,000 logprobs" in str(caught.value)
-        desk.take([request("6")])
+        manager.take([request("6")])
         for error in (
             dict(logprobs=10),
             dict(n=2, max_tokens=500, logprobs=5),
@@ -183,14 +183,14 @@ def test_logprobs_are_admitted_by_their_number():
         ):
             ids = [1] * (2 if "logprobs" in error else 50)
             with pytest.raises(RequestError) as caught:
-                desk.take([Request("7", ids, SamplingParams(seed=1, **error))])
+                manager.take([Request("7", ids, SamplingParams(seed=1, **error))])
             assert caught.value.status == 400 and "more logprobs than the server holds" in str(
                 caught.value
             )
-        for ticket in tickets:
-            desk.drop(ticket)
-            desk.drop(ticket)
-        assert desk.take([request("8", **wish), request("9", max_tokens=399, logprobs=1)])
+        for handle in handles:
+            manager.drop(handle)
+            manager.drop(handle)
+        assert manager.take([request("8", **wish), request("9", max_tokens=399, logprobs=1)])
 
     asyncio.run(main())
 
@@ -199,11 +199,11 @@ def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
     """4 s in the queue, 2 s for the prompt in steps of one second, 3 s of writing."""
 
     async def main():
-        desk, clock = Desk(100, Metrics("m")), None
-        desk.attach(Link(), {"max_rows": 1})
+        manager, clock = RequestManager(100, Metrics("m")), None
+        manager.attach(Link(), {"max_rows": 1})
         monkeypatch.setattr("time.monotonic", lambda: next(clock))
         clock = itertools.repeat(100.0)
-        desk.take([request("a")])
+        manager.take([request("a")])
         for at, begun, reason in (
             (103, [], None),
             (105, ["a"], None),
@@ -212,7 +212,7 @@ def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
         ):
             clock = itertools.repeat(float(at))
             new = {"id": "a", "index": 0, "ids": [5], "text": "x", "logprobs": [], "error": None}
-            desk.hear(
+            manager.hear(
                 {
                     "is": "step",
                     "deltas": [new | {"finish_reason": reason if reason == "stop" else None}]
@@ -225,7 +225,7 @@ def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
                 }
             )
         monkeypatch.undo()
-        page = desk.metrics.text(desk).decode()
+        page = manager.metrics.text(manager).decode()
         for name, seconds in (("queue", 4), ("prefill", 2), ("decode", 3)):
             assert f'llama_tp:request_{name}_time_seconds_sum{{model_name="m"}} {seconds}.0' in page
 
@@ -234,9 +234,9 @@ def test_waiting_computing_the_prompt_and_writing_are_timed_apart(monkeypatch):
 
 def test_a_stream_whose_client_goes_leaves_no_task_behind():
     async def main():
-        desk = Desk(100, Metrics("m"))
-        desk.attach(Link(), {"max_rows": 4})
-        events = answer._events(NoChunks, desk.take([request("a")]))
+        manager = RequestManager(100, Metrics("m"))
+        manager.attach(Link(), {"max_rows": 4})
+        events = answer._events(NoChunks, manager.take([request("a")]))
         assert await anext(events) == ""
         reader = asyncio.ensure_future(anext(events))
         await asyncio.sleep(0)

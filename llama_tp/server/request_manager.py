@@ -1,4 +1,5 @@
-"""The front desk: takes requests, hands them to the ranks, hands out what comes back, and keeps the
+"""The request manager: takes requests, hands them to the ranks, hands out what comes back, and
+keeps the
 books meanwhile.
 
 The books are what makes the server outlive its ranks: for every request in flight they hold the ids
@@ -82,11 +83,11 @@ class Failed(RequestError):
         )
 
 
-class Flight:
+class InFlightRequest:
     """One request from the moment it is taken to its last delta, and what it has written so far."""
 
-    def __init__(self, request: Request, ticket: "Ticket"):
-        self.request, self.ticket = request, ticket
+    def __init__(self, request: Request, handle: "StreamHandle"):
+        self.request, self.handle = request, handle
         # None: has finished
         self.outputs: list[list[int] | None] = [[] for _ in range(request.params.n)]
         self.n_output = 0  # ids of all samples
@@ -111,7 +112,7 @@ class Flight:
         """Nothing more will come but this."""
         if not self.is_over:
             self.is_over = True
-            self.ticket.put(error)
+            self.handle.put(error)
 
     def message(self) -> dict:
         """What hands it to the ranks, from where it stands."""
@@ -147,7 +148,7 @@ class Flight:
             self.outputs[index] += ids
         self.n_output += len(ids)
         self.n_barren = 0
-        self.ticket.put(
+        self.handle.put(
             Delta(
                 self.request.id,
                 index,
@@ -161,11 +162,12 @@ class Flight:
         )
 
 
-class Ticket:
+class StreamHandle:
     """Requests that were taken together. `take` gives their deltas as they come.
 
     Args:
-        n_scores: logprobs that they may have, which count against the desk's `max_scores` until
+        n_scores: logprobs that they may have, which count against the request manager's
+            `max_scores` until
             they are dropped.
         max_unread_bytes: of deltas that nobody takes, before they are given up; None: no limit.
     """
@@ -173,7 +175,7 @@ class Ticket:
     def __init__(
         self, requests: list[Request], n_scores: int = 0, max_unread_bytes: int | None = None
     ):
-        self.flights = [Flight(request, self) for request in requests]
+        self.inflight = [InFlightRequest(request, self) for request in requests]
         self.n_scores, self._max_unread_bytes = n_scores, max_unread_bytes
         self.n_unread_bytes = 0
         self._unread_since = 0.0  # when something was put to nothing, or taken and something left
@@ -252,8 +254,8 @@ def _score(one: list) -> TokenLogprobs:
     return TokenLogprobs(one[0], one[1], tuple((token, value) for token, value in one[2]))
 
 
-class Desk:
-    """All flights, and the link to whichever ranks there are.
+class RequestManager:
+    """All inflight, and the link to whichever ranks there are.
 
     Args:
         max_queue: most samples that wait for a row, beside those that have one.
@@ -285,8 +287,8 @@ class Desk:
         # the first message that they have not answered; None: they owe nothing
         self._owed_since: float | None = None
         self._link: ServerEnd | None = None
-        self._flights: dict[str, Flight] = {}  # in order of arrival
-        self._n_scores = 0  # of all tickets that have not been dropped
+        self._inflight: dict[str, InFlightRequest] = {}  # in order of arrival
+        self._n_scores = 0  # of all stream handles that have not been dropped
         self._changed = asyncio.Event()
 
     @property
@@ -307,13 +309,13 @@ class Desk:
         return time.monotonic() - self._owed_since if self._link and self._owed_since else 0.0
 
     @property
-    def n_flights(self) -> int:
-        return len(self._flights)
+    def n_inflight(self) -> int:
+        return len(self._inflight)
 
     @property
     def n_samples(self) -> int:
         """Samples that are not finished."""
-        return sum(flight.n_unfinished for flight in self._flights.values())
+        return sum(inflight.n_unfinished for inflight in self._inflight.values())
 
     # --------------------------------------------------------------------------------- for requests
 
@@ -323,9 +325,9 @@ class Desk:
             raise Unavailable(WHY_NOT[self.state], None if self.dead else self.restart_s)
         return self.info
 
-    def take(self, requests: list[Request], max_unread_bytes: int | None = None) -> Ticket:
+    def take(self, requests: list[Request], max_unread_bytes: int | None = None) -> StreamHandle:
         """Takes all of them, or raises Unavailable, Full or another RequestError and takes none.
-        Every ticket must be dropped."""
+        Every stream handle must be dropped."""
         info = self.ready()
         most = info["max_rows"] + self.max_queue
         n_new = sum(request.params.n for request in requests)
@@ -338,16 +340,16 @@ class Desk:
         if self.n_samples + n_new > most:
             self.metrics.rejected("queue_full")
             raise Full(f"{self.n_samples} samples run or wait, and the limit is {most}")
-        ticket = Ticket(requests, self._admit_scores(requests, info), max_unread_bytes)
-        self._n_scores += ticket.n_scores
+        handle = StreamHandle(requests, self._admit_scores(requests, info), max_unread_bytes)
+        self._n_scores += handle.n_scores
         try:
-            for flight in ticket.flights:
-                self._send(flight.message())
-                self._flights[flight.request.id] = flight
+            for inflight in handle.inflight:
+                self._send(inflight.message())
+                self._inflight[inflight.request.id] = inflight
         except BaseException:
-            self.drop(ticket)
+            self.drop(handle)
             raise
-        return ticket
+        return handle
 
     def _admit_scores(self, requests: list[Request], info: dict) -> int:
         """How many logprobs they may have. Raises Full or RequestError."""
@@ -367,29 +369,29 @@ class Desk:
             )
         return n_new
 
-    def drop(self, ticket: Ticket) -> None:
+    def drop(self, handle: StreamHandle) -> None:
         """The reader has gone, or has read it all; what still runs is aborted. Safe to call
         twice."""
-        self._n_scores -= ticket.n_scores
-        ticket.n_scores = 0
-        for flight in ticket.flights:
-            if self._flights.pop(flight.request.id, None):
-                flight.is_over = True
-                self.metrics.finished(flight, "abort")
+        self._n_scores -= handle.n_scores
+        handle.n_scores = 0
+        for inflight in handle.inflight:
+            if self._inflight.pop(inflight.request.id, None):
+                inflight.is_over = True
+                self.metrics.finished(inflight, "abort")
                 if self._link:
-                    self._send({"do": "abort", "id": flight.request.id})
+                    self._send({"do": "abort", "id": inflight.request.id})
         self._changed.set()
 
     async def wait_until_empty(self) -> None:
-        """Returns when no flight is left."""
-        while self._flights:
+        """Returns when no request is in flight."""
+        while self._inflight:
             self._changed.clear()
             await self._changed.wait()
 
     def cut(self, error: Exception) -> None:
-        """Ends every flight with an error."""
-        for flight in list(self._flights.values()):
-            self._fail(flight, error)
+        """Ends every request in flight with an error."""
+        for inflight in list(self._inflight.values()):
+            self._fail(inflight, error)
 
     # -------------------------------------------------------------------------------- for the ranks
 
@@ -397,8 +399,8 @@ class Desk:
         """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
         self.info, self._link, self.stats, self._owed_since = info, link, {}, None
         self.heard_at = time.monotonic()
-        for flight in self._flights.values():
-            self._send(flight.message())
+        for inflight in self._inflight.values():
+            self._send(inflight.message())
 
     def detach(self) -> None:
         """The ranks are gone. Flights wait for the next ones, except those that may have run in
@@ -407,14 +409,14 @@ class Desk:
             return
         self._link, self.stats = None, {}
         n_ahead = 0  # samples: rows are given in the order of arrival
-        for flight in list(self._flights.values()):
+        for inflight in list(self._inflight.values()):
             if n_ahead >= self.info["max_rows"]:
                 break
-            n_ahead += flight.n_unfinished
-            flight.n_barren += 1
-            if flight.n_barren >= MAX_BARREN:
+            n_ahead += inflight.n_unfinished
+            inflight.n_barren += 1
+            if inflight.n_barren >= MAX_BARREN:
                 self._fail(
-                    flight,
+                    inflight,
                     Failed(f"the ranks ended {MAX_BARREN} times while this request was running"),
                 )
 
@@ -428,51 +430,51 @@ class Desk:
         """A message of the ranks."""
         self.heard_at = now = time.monotonic()
         self._take_in(message, now)
-        self._owed_since = now if self._flights else None
+        self._owed_since = now if self._inflight else None
 
     def _take_in(self, message: dict, now: float) -> None:
         if message["is"] == "scores":
-            if flight := self._flights.get(message["id"]):
-                flight.hear_scores(message["scores"])
+            if inflight := self._inflight.get(message["id"]):
+                inflight.hear_scores(message["scores"])
             return
         for request_id, (what, found, fix) in message["refused"].items():
-            if flight := self._flights.get(request_id):
-                self._fail(flight, UserError(what, found, fix))
+            if inflight := self._inflight.get(request_id):
+                self._fail(inflight, UserError(what, found, fix))
         for request_id in message["begun"]:
-            if flight := self._flights.get(request_id):
-                flight.begin(now - message["step_s"])
+            if inflight := self._inflight.get(request_id):
+                inflight.begin(now - message["step_s"])
         for delta in message["deltas"]:
-            flight = self._flights.get(delta["id"])
-            if flight and flight.outputs[delta["index"]] is not None:
+            inflight = self._inflight.get(delta["id"])
+            if inflight and inflight.outputs[delta["index"]] is not None:
                 # what its first step ended is not among the begun
-                flight.begin(now - message["step_s"])
-                self.metrics.gained(flight, delta, now)
-                flight.hear(delta)
-                if flight.is_over:
-                    self._flights.pop(flight.request.id)
+                inflight.begin(now - message["step_s"])
+                self.metrics.gained(inflight, delta, now)
+                inflight.hear(delta)
+                if inflight.is_over:
+                    self._inflight.pop(inflight.request.id)
                     self._changed.set()
-                elif flight.ticket.is_behind:
-                    self._give_up_on(flight.ticket)
+                elif inflight.handle.is_behind:
+                    self._give_up_on(inflight.handle)
         self.metrics.counted(
             self.stats, message["stats"], sum(len(delta["ids"]) for delta in message["deltas"])
         )
         self.stats = message["stats"]
 
-    def _give_up_on(self, ticket: Ticket) -> None:
+    def _give_up_on(self, handle: StreamHandle) -> None:
         """Nobody reads it: it ends, and what is unread goes."""
-        error = Behind(ticket.n_unread_bytes)
-        ticket.clear()
-        for flight in ticket.flights:
-            if self._flights.get(flight.request.id) is flight:
-                self._send({"do": "abort", "id": flight.request.id})
-                self._fail(flight, error)
+        error = Behind(handle.n_unread_bytes)
+        handle.clear()
+        for inflight in handle.inflight:
+            if self._inflight.get(inflight.request.id) is inflight:
+                self._send({"do": "abort", "id": inflight.request.id})
+                self._fail(inflight, error)
 
     def _send(self, message: dict) -> None:
         self._owed_since = self._owed_since or time.monotonic()
         self._link.send(message)
 
-    def _fail(self, flight: Flight, error: Exception) -> None:
-        self._flights.pop(flight.request.id, None)
-        self.metrics.finished(flight, "error")
-        flight.end(error)
+    def _fail(self, inflight: InFlightRequest, error: Exception) -> None:
+        self._inflight.pop(inflight.request.id, None)
+        self.metrics.finished(inflight, "error")
+        inflight.end(error)
         self._changed.set()

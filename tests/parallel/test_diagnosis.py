@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from llama_tp.arch.errors import UserError
-from llama_tp.parallel.verdict import Seen, Sign, describe, is_echo, silent, verdict
+from llama_tp.parallel.diagnosis import Seen, Sign, describe, diagnose, is_echo, silent
 
 NOW = 1000.0
 
@@ -16,7 +16,7 @@ def seen(rank, ago=0.5, lost=False, **sign):
 
 
 def text(*table, idle_limit_s=30.0):
-    cause = verdict(list(table), NOW, idle_limit_s)
+    cause = diagnose(list(table), NOW, idle_limit_s)
     return cause.text if cause else None
 
 

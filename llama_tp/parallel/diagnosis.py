@@ -91,7 +91,7 @@ class Cause:
     text: str
 
 
-def verdict(table: list[Seen], now: float, idle_limit_s: float) -> Cause | None:
+def diagnose(table: list[Seen], now: float, idle_limit_s: float) -> Cause | None:
     """The best explanation of what is wrong at this moment, or None if nothing is.
 
     Args:

@@ -1,4 +1,5 @@
-"""The gate in front of the routes: who may come in, with how much, under which id; and the answer
+"""The middleware in front of the routes: who may come in, with how much, under which id; and the
+answer
 when we fail.
 
 Plain ASGI around the whole application, so that nothing gets past it: not a route that somebody
@@ -98,7 +99,7 @@ def log_bug(request_id: str) -> None:
     LOG.error("server: request %s failed\n%s", request_id, traceback.format_exc())
 
 
-class Gate:
+class GuardMiddleware:
     """Args:
     app: the application behind.
     keys: API keys, any of which opens; none: no key is asked for.
@@ -189,13 +190,13 @@ class _Body:
     """What a client sends, in bounds of size, silence and slowness.
 
     Args:
-        gate: has the bounds, and the room that all bodies share.
+        middleware: has the bounds, and the room that all bodies share.
         headers: tell whether there is one, and whether the client sends it without asking first
             (Expect).
     """
 
-    def __init__(self, receive, gate: Gate, headers: dict[bytes, bytes]):
-        self._receive, self._gate = receive, gate
+    def __init__(self, receive, middleware: GuardMiddleware, headers: dict[bytes, bytes]):
+        self._receive, self._middleware = receive, middleware
         self._n_bytes, self._has_room, self._ended = 0, False, False
         self._begun = time.monotonic()
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
@@ -220,8 +221,8 @@ class _Body:
             ) from None
         self._ended = not message.get("more_body", False)
         self._n_bytes += len(message.get("body", b""))
-        if self._n_bytes > self._gate.max_body_bytes:
-            raise _too_long(self._gate.max_body_bytes)
+        if self._n_bytes > self._middleware.max_body_bytes:
+            raise _too_long(self._middleware.max_body_bytes)
         if self._n_bytes > SMALL_BYTES and not self._has_room:
             await self._take_room()
         return message
@@ -230,9 +231,9 @@ class _Body:
         """Waits for room: what its sender sends meanwhile stays in the network."""
         asked = time.monotonic()
         try:
-            await asyncio.wait_for(self._gate.room.acquire(), ROOM_S)
+            await asyncio.wait_for(self._middleware.room.acquire(), ROOM_S)
         except asyncio.TimeoutError:
-            self._gate.metrics.rejected("bodies")
+            self._middleware.metrics.rejected("bodies")
             raise _Crowded(
                 f"{BODIES} are being read, and none was done within {ROOM_S:g} s"
             ) from None
@@ -242,7 +243,7 @@ class _Body:
     def release(self) -> None:
         """Gives its room to another. Safe to call twice."""
         if self._has_room:
-            self._gate.room.release()
+            self._middleware.room.release()
         self._has_room = False
 
     async def read_out(self) -> None:

@@ -10,11 +10,11 @@ import ipaddress
 import json
 import socket
 
-LINE_BYTES = 1 << 18  # longest line: an error with its traceback, with room
+LINE_BYTES = 1 << 18  # longest line: an error with its traceback, with communicator
 SOCKET_S = 0.5  # longest wait for a peer that does not read
 
 
-class Line:
+class JsonLinesConnection:
     """One connection. What a peer does not read in time is dropped: it will be judged by its
     silence."""
 
@@ -60,6 +60,6 @@ def listen(master: str, n_nodes: int, port: int = 0) -> socket.socket:
     return socket.create_server(("", port))
 
 
-def call(host: str, port: int) -> Line:
+def call(host: str, port: int) -> JsonLinesConnection:
     """A worker's connection to the driver (rank 0), which listens already."""
-    return Line(socket.create_connection((host, port), timeout=30), rank=0)
+    return JsonLinesConnection(socket.create_connection((host, port), timeout=30), rank=0)

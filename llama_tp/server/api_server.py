@@ -30,8 +30,8 @@ from llama_tp.server.connections import (
     backlog_of,
     most_connections,
 )
-from llama_tp.server.desk import Desk, Unavailable
 from llama_tp.server.metrics import Metrics
+from llama_tp.server.request_manager import RequestManager, Unavailable
 from llama_tp.server.supervisor import Policy, Supervisor, note
 from llama_tp.text.token_table import Tokenizer
 
@@ -46,7 +46,7 @@ LAST_BYTES_S = 3  # for replies that are complete to reach their clients, at the
 
 
 @dataclass(frozen=True)
-class FrontOptions:
+class ServerOptions:
     """What a server needs to know.
 
     Args:
@@ -83,7 +83,7 @@ class FrontOptions:
     allow_origins: tuple[str, ...] = ()
 
 
-def run(options: FrontOptions) -> None:
+def run(options: ServerOptions) -> None:
     """Serves until a signal ends it. Raises UserError: the port is taken, or the ranks cannot be
     kept running."""
     # each client is an open file; 1,024, as often set, are few
@@ -142,9 +142,9 @@ class _Http(uvicorn.Server):
 
 
 async def _run(
-    options: FrontOptions, sock: socket.socket, connections: Connections, backlog: int
+    options: ServerOptions, sock: socket.socket, connections: Connections, backlog: int
 ) -> None:
-    desk = Desk(
+    manager = RequestManager(
         options.max_queue,
         Metrics(options.name, options.metrics_prefix),
         stale_s=STALE * options.policy.silence_s,
@@ -153,7 +153,7 @@ async def _run(
     served = Served(
         options.name,
         options.tokenizer,
-        desk,
+        manager,
         options.limits,
         options.seed,
         options.chat,
@@ -182,7 +182,7 @@ async def _run(
     )
     for name in ("asyncio", "uvicorn.error", "llama_tp.server"):
         logging.getLogger(name).addFilter(LogLimit())
-    supervisor = Supervisor(options.command, desk, options.policy)
+    supervisor = Supervisor(options.command, manager, options.policy)
     asked = asyncio.Queue()
     # nohup's
     for number in [
@@ -204,13 +204,13 @@ async def _run(
         asyncio.create_task(http.serve(sockets=[sock])),
     )
     watching = asyncio.create_task(connections.watch(http.server_state.connections))
-    ready, ending = asyncio.create_task(_say_ready(desk)), asyncio.create_task(asked.get())
+    ready, ending = asyncio.create_task(_say_ready(manager)), asyncio.create_task(asked.get())
     try:
         await asyncio.wait([ranks, ending, serving, watching], return_when=asyncio.FIRST_COMPLETED)
         if ending.done():
-            await _drain(options, desk, asked, ranks)
+            await _drain(options, manager, asked, ranks)
         else:
-            desk.give_up("the ranks have ended")
+            manager.give_up("the ranks have ended")
     finally:
         supervisor.stop()
         http.should_exit = True
@@ -224,32 +224,37 @@ async def _run(
             raise result
 
 
-async def _say_ready(desk: Desk) -> None:
-    while desk.info is None:
+async def _say_ready(manager: RequestManager) -> None:
+    while manager.info is None:
         await asyncio.sleep(0.05)
-    info = desk.info
+    info = manager.info
     note(
         f"ready: {info['tp']} rank(s), up to {info['max_rows']} samples at once and "
-        f"{desk.max_queue} waiting, context of "
+        f"{manager.max_queue} waiting, context of "
         f"{info['max_model_len']} tokens"
     )
 
 
 async def _drain(
-    options: FrontOptions, desk: Desk, asked: asyncio.Queue, ranks: asyncio.Task
+    options: ServerOptions, manager: RequestManager, asked: asyncio.Queue, ranks: asyncio.Task
 ) -> None:
     """Lets what is in flight finish: until the time is up, another signal comes or the ranks are
     gone for good."""
-    desk.draining = True
+    manager.draining = True
     note(
-        f"ending: {desk.n_flights} requests have {options.drain_s:g} s to finish; another signal "
+        f"ending: {manager.n_inflight} requests have {options.drain_s:g} s to finish; another "
+        "signal "
         "ends them now"
     )
-    waits = [asyncio.create_task(desk.wait_until_empty()), asyncio.create_task(asked.get()), ranks]
+    waits = [
+        asyncio.create_task(manager.wait_until_empty()),
+        asyncio.create_task(asked.get()),
+        ranks,
+    ]
     await asyncio.wait(waits, timeout=options.drain_s, return_when=asyncio.FIRST_COMPLETED)
     for each in waits[:2]:
         each.cancel()
-    if desk.n_flights:
-        note(f"{desk.n_flights} requests are cut short")
-        desk.cut(Unavailable("the server has been shut down", desk.restart_s))
+    if manager.n_inflight:
+        note(f"{manager.n_inflight} requests are cut short")
+        manager.cut(Unavailable("the server has been shut down", manager.restart_s))
     sys.stderr.flush()

@@ -2,9 +2,9 @@
 microseconds where gloo's sockets take 200 and, on cores that fall asleep between steps, some
 milliseconds (native/shared.cpp).
 
-`Room` is one channel: its operations must be called in the same order on all its ranks.
-`open_rooms` agrees with the other ranks whether there is one; where there is none, collectives use
-gloo.
+`SharedMemoryCommunicator` is one channel: its operations must be called in the same order on all
+its ranks. `open_communicators` agrees with the other ranks whether there is one; where there is
+none, collectives use gloo.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ FOLDER, PREFIX = "/dev/shm", "llama_tp-ranks-"
 FOREVER_S = 1e9
 
 
-class Room:
+class SharedMemoryCommunicator:
     """One channel between tp ranks in a mapped file. Errors: RuntimeError when the others do not
     come in time."""
 
@@ -78,10 +78,11 @@ class Room:
         return result
 
 
-def open_rooms(
+def open_communicators(
     rank: int, tp: int, timeout_s: float, store: dist.Store, control: dist.ProcessGroup
-) -> tuple[Room, Room] | None:
-    """Every rank of one host calls it once. -> (the room for tensors, the room for control
+) -> tuple[SharedMemoryCommunicator, SharedMemoryCommunicator] | None:
+    """Every rank of one host calls it once. -> (the communicator for tensors, the communicator for
+    control
     messages, whose waits do not run out), or None on all ranks if any of them cannot: not built, no
     /dev/shm, no space there."""
     memory = None
@@ -109,8 +110,8 @@ def open_rooms(
     if not all_have.item():
         return None
     return (
-        Room(library, memory, 0, rank, tp, timeout_s),
-        Room(library, memory, n_bytes // 2, rank, tp, FOREVER_S),
+        SharedMemoryCommunicator(library, memory, 0, rank, tp, timeout_s),
+        SharedMemoryCommunicator(library, memory, n_bytes // 2, rank, tp, FOREVER_S),
     )
 
 

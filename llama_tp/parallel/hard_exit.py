@@ -1,4 +1,4 @@
-"""How a process ends when its job has failed: last words, then out. Refuses to know why (verdict)
+"""How a process ends when its job has failed: last words, then out. Refuses to know why (diagnosis)
 and when (health)."""
 
 import contextlib
