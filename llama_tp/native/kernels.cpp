@@ -258,31 +258,65 @@ template <typename C> inline void write(const C* key, const C* value, C* keys, C
     }
 }
 
-// qkv: (T, H + 2K, E), whose queries and keys are turned in place; keys and values go to their slots in the cache.
+// One position's cos and sin (E / 2) -> c, s (E): each value twice, the sines with their signs.
+inline void spread(const float* cos, const float* sin, float* c, float* s, int64_t E) {
+    const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    for (int64_t e = 0; e < E; e += 16) {
+        const int64_t pairs = std::min<int64_t>(8, (E - e) / 2);
+        f32x16 once_c = load_some(cos + e / 2, pairs), once_s = load_some(sin + e / 2, pairs);
+        store(c + e, __builtin_shufflevector(once_c, once_c, EACH_TWICE));
+        store(s + e, __builtin_shufflevector(once_s, once_s, EACH_TWICE) * sign);
+    }
+}
+
+// A token's keys and values, (K, E) each -> its slot in the cache.
+template <typename C>
+inline void write_token(const C* key, const C* value, int64_t block, int64_t offset, C* k, C* v, int64_t K, int64_t S, int64_t E) {
+    for (int64_t h = 0; h < K; h++) {
+        const int64_t slot = offset % GROUP, group = ((block * K + h) * S + offset - slot) * E;
+        write(key + h * E, value + h * E, k + group, v + group, slot, E);
+    }
+}
+
+// qkv: (T, H + 2K, E), whose queries and keys are rotated in place; keys and values go to their slots in the cache.
 // cos, sin: (T, E / 2).
 template <typename C>
 void rotate_write(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
                   int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) {
-    const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
 #pragma omp parallel if (T > 1)
     {
         std::vector<float> c(E + 16), s(E + 16);
 #pragma omp for
         for (int64_t t = 0; t < T; t++) {
-            for (int64_t e = 0; e < E; e += 16) {
-                const int64_t at = t * E / 2 + e / 2, pairs = std::min<int64_t>(8, (E - e) / 2);
-                f32x16 once_c = load_some(cos + at, pairs), once_s = load_some(sin + at, pairs);
-                store(&c[e], __builtin_shufflevector(once_c, once_c, EACH_TWICE));
-                store(&s[e], __builtin_shufflevector(once_s, once_s, EACH_TWICE) * sign);
-            }
             C* row = qkv + t * (H + 2 * K) * E;
+            spread(cos + t * E / 2, sin + t * E / 2, c.data(), s.data(), E);
             for (int64_t h = 0; h < H + K; h++) rotate(row + h * E, c.data(), s.data(), E);
-            for (int64_t h = 0; h < K; h++) {
-                const int64_t slot = offsets[t] % GROUP, group = ((blocks[t] * K + h) * S + offsets[t] - slot) * E;
-                write(row + (H + h) * E, row + (H + K + h) * E, k + group, v + group, slot, E);
-            }
+            write_token(row + H * E, row + (H + K) * E, blocks[t], offsets[t], k, v, K, S, E);
         }
     }
+}
+
+// The same in two calls. x: (T, heads, E), rotated in place; its rows lie `stride` numbers apart.
+template <typename C>
+void rotate_rows(C* x, int64_t stride, const float* cos, const float* sin, int64_t T, int64_t heads, int64_t E) {
+#pragma omp parallel if (T > 1)
+    {
+        std::vector<float> c(E + 16), s(E + 16);
+#pragma omp for
+        for (int64_t t = 0; t < T; t++) {
+            spread(cos + t * E / 2, sin + t * E / 2, c.data(), s.data(), E);
+            for (int64_t h = 0; h < heads; h++) rotate(x + t * stride + h * E, c.data(), s.data(), E);
+        }
+    }
+}
+
+// key, value: (T, K, E), whose rows lie `key_stride` and `value_stride` numbers apart -> their slots in the cache.
+template <typename C>
+void write_rows(const C* key, int64_t key_stride, const C* value, int64_t value_stride, const int64_t* blocks,
+                const int64_t* offsets, C* k, C* v, int64_t T, int64_t K, int64_t S, int64_t E) {
+#pragma omp parallel for if (T > 1)
+    for (int64_t t = 0; t < T; t++)
+        write_token(key + t * key_stride, value + t * value_stride, blocks[t], offsets[t], k, v, K, S, E);
 }
 
 // (T, 2F), gates then ups -> (T, F): silu(gate) * up, the silu rounded to C as a tensor of its own would be.
@@ -372,6 +406,13 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
     extern "C" void rotate_write_##NAME(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, \
                                         C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
         rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
+    } \
+    extern "C" void rotate_##NAME(C* x, int64_t stride, const float* cos, const float* sin, int64_t T, int64_t heads, int64_t E) { \
+        rotate_rows(x, stride, cos, sin, T, heads, E); \
+    } \
+    extern "C" void write_kv_##NAME(const C* key, int64_t key_stride, const C* value, int64_t value_stride, const int64_t* blocks, \
+                                    const int64_t* offsets, C* k, C* v, int64_t T, int64_t K, int64_t S, int64_t E) { \
+        write_rows(key, key_stride, value, value_stride, blocks, offsets, k, v, T, K, S, E); \
     } \
     extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
 

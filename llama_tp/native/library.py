@@ -27,6 +27,8 @@ _FUNCTIONS = {
     ),
     "add_norm_": (None, [POINTER, POINTER, POINTER, FLOAT, POINTER, LONG, LONG]),
     "rotate_write_": (None, [POINTER] * 7 + [LONG] * 5),
+    "rotate_": (None, [POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG]),
+    "write_kv_": (None, [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, *[LONG] * 4]),
     "inputs_together_": (INT, []),
     "pack_": (None, [POINTER, LONG, LONG]),
     "product_": (None, [POINTER] * 4 + [LONG] * 4),
