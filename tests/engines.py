@@ -19,6 +19,7 @@ from llama_tp.engine.scheduler import Scheduler
 from llama_tp.model.kernels import TorchKernels
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import build
+from llama_tp.sampling.numerators import SoftmaxNumerators
 from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference
@@ -217,6 +218,7 @@ def engine(
         max_rows,
         min(tokenizer.n_vocab, config.vocab_size),
         record() if graphs else None,
+        None if fast and not graphs else SoftmaxNumerators(),
     )
     assert run.capture() is None
     out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "parallel": ["arch", "native"],
     "checkpoint": ["arch"],
     "model": ["arch", "native", "parallel"],
-    "engine": ["arch", "text", "native", "parallel", "checkpoint", "model"],
+    "sampling": ["arch", "native", "parallel"],
+    "engine": ["arch", "text", "native", "parallel", "checkpoint", "model", "sampling"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
     "server": [
         "arch",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
         "parallel",
         "checkpoint",
         "model",
+        "sampling",
         "engine",
         "protocol",
     ],
@@ -76,7 +78,7 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|server)\.\w+|"
+    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.__init__|(arch|text|native|protocol|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
 

@@ -22,6 +22,7 @@ from llama_tp.model.kv_cache import KVCache, Slots, on_device
 from llama_tp.model.layer import Batch
 from llama_tp.model.transformer import Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
+from llama_tp.sampling.numerators import SoftmaxNumerators, numerators_on
 
 SCORE_ROWS = 64  # prompt positions whose logits exist at once when prompt logprobs are asked for
 
@@ -52,6 +53,7 @@ class Runner:
         n_vocab: ids that may be sampled; the head's rows beyond have no text, or pad the shards.
         record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any
             other.
+        numerators: how draws sum over the vocabulary; None: the fastest way on this device.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Runner:
         max_rows: int,
         n_vocab: int,
         record: Record | None = None,
+        numerators: SoftmaxNumerators | None = None,
     ):
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
+        self.numerators = numerators or numerators_on(model.ranks.device)
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
         self.planning_s = 0.0  # of the last step: from ints to tensors
         # one more: padding's
@@ -246,16 +250,16 @@ class Runner:
         """The token at quantile u of softmax(logits / temperature): the ranks tell each other their
         shards' weights, exact integers, and the one whose shard holds it the token. mine: (R, V)
         fp32."""
-        kernels, temperature, u = self.model.kernels, unpacked(draws)[0].float(), unpacked(draws)[4]
+        temperature, u = unpacked(draws)[0].float(), unpacked(draws)[4]
         # (R, 1); NaN if any is
         best = gather_stack(mine.amax(-1, keepdim=True), self.ranks).amax(0)
-        chunks = kernels.weigh(mine, temperature, best)  # (R, C)
+        chunks = self.numerators.chunk_sums(mine, temperature, best)  # (R, C)
         sums = gather_stack(chunks.sum(-1, keepdim=True), self.ranks)  # (tp, R, 1)
         total, rank = sums.sum(0), self.ranks.rank
         target = torch.minimum((u * total.double()).long(), total - 1)  # (R, 1)
         rest = target - (sums.cumsum(0) - sums)[rank]
         here = (rest >= 0) & (rest < sums[rank])
-        tokens = place_in(mine, chunks, rest, temperature, best, kernels.weights) + first
+        tokens = place_in(mine, chunks, rest, temperature, best, self.numerators) + first
         tokens = gather_stack(torch.where(here, tokens, 0), self.ranks).sum(0)
         return torch.where(best.isfinite(), tokens, NOT_FINITE)[:, 0]
 
@@ -263,10 +267,10 @@ class Runner:
         """Each shard's best few and its whole mass, at each row's temperature, are all it takes to
         apply top_k, top_p and min_p, if these cut within the best few. Rank 0's result is
         everyone's: on unlike hosts exp may differ."""
-        kernels, temperature = self.model.kernels, unpacked(draws)[0].float()
+        temperature = unpacked(draws)[0].float()
         values, at = likeliest(mine, min(SHORTLIST, mine.shape[1]))  # (R, SHORTLIST) each, or fewer
         best = gather_stack(values[:, :1].contiguous(), self.ranks).amax(0)  # (R, 1); NaN if any is
-        mass = kernels.weigh(mine, temperature, best).sum(-1, keepdim=True)  # (R, 1)
+        mass = self.numerators.chunk_sums(mine, temperature, best).sum(-1, keepdim=True)  # (R, 1)
         values = (
             F.pad(values, (0, SHORTLIST - values.shape[1]), value=-torch.inf)
             .view(torch.int32)
@@ -275,7 +279,7 @@ class Runner:
         ids = F.pad(at + first, (0, SHORTLIST - at.shape[1]))
         # (tp, R, 2 SHORTLIST + 1)
         lists = gather_stack(torch.cat([values, ids, mass], dim=1), self.ranks)
-        return broadcast(pick(lists, best, draws, kernels.weights), self.ranks)
+        return broadcast(pick(lists, best, draws, self.numerators), self.ranks)
 
     def _choices(
         self, logits: torch.Tensor, masks: torch.Tensor | None

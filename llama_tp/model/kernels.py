@@ -20,11 +20,9 @@ from llama_tp.model.matrix import DTYPES, Matrix, NativeMatrix, TorchMatrix, can
 from llama_tp.model.rope import Turn, rotate
 from llama_tp.native.library import load
 
-WEIGHT_OF_BEST = 2.0**44  # times a vocabulary of 2**18 is within an int64
 AMPERE = (8, 0)  # FlashAttention needs a GPU of this generation or a later one
 # positions whose keys and values a captured step may gather in a layer: 256 MiB of an 8B model's
 GATHER_LIMIT = 1 << 16
-WEIGH_CHUNK = 1024  # tokens whose weights are summed; a draw looks at single ones in one such chunk
 
 
 def rounded(n: int) -> int:
@@ -108,26 +106,6 @@ class TorchKernels:
             q, *cache.layers[layer], plan
         )
 
-    def weights(
-        self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
-    ) -> torch.Tensor:
-        """exp((logit - best) / temperature) as integers, 2**44 for the best: their sums are exact
-        in any order, so that a draw from them does not depend on how the vocabulary is sharded.
-        logits: (R, n) fp32; others: (R, 1) fp32 -> (R, n) int64."""
-        return ((logits / temperature - best / temperature).exp() * WEIGHT_OF_BEST).long()
-
-    def weigh(
-        self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
-    ) -> torch.Tensor:
-        """Sums of the weights of every WEIGH_CHUNK tokens. (R, V) -> (R, ceil(V / WEIGH_CHUNK))
-        int64."""
-        weights = self.weights(logits, temperature, best)
-        return (
-            F.pad(weights, (0, -weights.shape[1] % WEIGH_CHUNK))
-            .unflatten(1, (-1, WEIGH_CHUNK))
-            .sum(-1)
-        )
-
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up. (T, 2F) -> (T, F)."""
         gate, up = gate_up.chunk(2, dim=-1)  # (T, F) each
@@ -192,7 +170,6 @@ class NativeKernels:
             getattr(library, f"{name}_{ending}")
             for name in ("attend", "add_norm", "rotate_write", "silu_mul")
         )
-        self._weights, self._weigh = library.weights, library.weigh
         self._together = getattr(library, f"inputs_together_{ending}")()
 
     def matrix(self, weight: torch.Tensor, n_chunks: int = 1, lookups: bool = False) -> Matrix:
@@ -262,35 +239,6 @@ class NativeKernels:
             K,
             S,
             E,
-        )
-        return out
-
-    def weights(
-        self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.empty(logits.shape, dtype=torch.int64)
-        self._weights(
-            logits.data_ptr(),
-            logits.stride(0),
-            temperature.data_ptr(),
-            best.data_ptr(),
-            out.data_ptr(),
-            *logits.shape,
-        )
-        return out
-
-    def weigh(
-        self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
-    ) -> torch.Tensor:
-        out = torch.empty((len(logits), -(-logits.shape[1] // WEIGH_CHUNK)), dtype=torch.int64)
-        self._weigh(
-            logits.data_ptr(),
-            logits.stride(0),
-            temperature.data_ptr(),
-            best.data_ptr(),
-            out.data_ptr(),
-            *logits.shape,
-            WEIGH_CHUNK,
         )
         return out
 

@@ -331,7 +331,7 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
 
 typedef int64_t i64x16 __attribute__((vector_size(128)));
 
-// exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (kernels.py says what for).
+// exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (sampling/numerators.py says what for).
 static inline i64x16 weights16(f32x16 x, float temperature, float best) {
     const f32x16 shifted = x / temperature - best / temperature;
     return __builtin_convertvector(exp16(shifted) * 17592186044416.0f, i64x16);
