@@ -16,9 +16,7 @@ from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.model.kernels import TorchKernels
-from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import build
+from llama_tp.model.build import from_weights, plain_backends
 from llama_tp.sampling.numerators import SoftmaxNumerators
 from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import open_tokenizer
@@ -197,7 +195,7 @@ def engine(
     runner=WholeLogits,
     fast=True,
     graphs=False,
-    kernels=None,
+    backends=None,
     tokenizer=None,
     record=Again,
 ) -> Recorder:
@@ -205,9 +203,10 @@ def engine(
     gloo. graphs: as on CUDA, decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, communicator=None, control_communicator=None)
-    kernels = kernels or (None if fast and not graphs else TorchKernels(deterministic))
-    model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
-    cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
+    if backends is None and (not fast or graphs):
+        backends = plain_backends(config, ranks, dtype, deterministic)
+    model = from_weights(config, ranks, dtype, 1024, weights, deterministic, backends)
+    cache = model.backends.attention.new_cache(config.n_layers, n_blocks, block_size)
     scheduler = Scheduler(
         BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024
     )

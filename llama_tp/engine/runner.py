@@ -14,13 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llama_tp.backends.base import ForwardBatch, Span
+from llama_tp.backends.kv_cache import KVCache, Slots, on_device
 from llama_tp.engine.cuda_graph import DecodeGraphs, Record
 from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, place_in, unpacked
 from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, WHOLE, Step, StepRow
-from llama_tp.model.attention import Span
-from llama_tp.model.kv_cache import KVCache, Slots, on_device
-from llama_tp.model.layer import Batch
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.llama import Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
 from llama_tp.sampling.numerators import SoftmaxNumerators, numerators_on
 
@@ -139,7 +138,7 @@ class Runner:
         if self.graphs:
             self.graphs.own(row)
 
-    def _batch(self, step: Step) -> tuple[Batch, list[int]]:
+    def _batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
         """The step as tensors, and where each row's tokens end in it."""
         S = self.cache.block_size
         ids: list[int] = []
@@ -159,7 +158,7 @@ class Runner:
                 positions.append(start)
                 blocks.append(table[start // S])
             ends.append(len(ids))
-        padding = max(self.model.rows_floor, self.model.kernels.rounded(len(ids))) - len(ids)
+        padding = self.model.padded_rows(len(ids)) - len(ids)
         ids, positions, blocks = (
             ids + [0] * padding,
             positions + [0] * padding,
@@ -170,10 +169,8 @@ class Runner:
             at, rows = self._tensor(decodes).T
             # a row that ended meanwhile may have "sampled" NOT_FINITE
             flat[0, at] = self.last[rows].clamp(min=0)
-        plan = self.model.kernels.plan(
-            spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids)
-        )
-        return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
+        plan = self.model.backends.attention.plan(spans, self.cache, len(ids))
+        return ForwardBatch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None
