@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
+from llama_tp.batch_job.job import Job, open_job, sampled_digest, tokenizer_digest
+from llama_tp.batch_job.work import Work
 from llama_tp.cli import check_numbers, run
-from llama_tp.protocol.batch_job import Job, open_job, sampled_digest, tokenizer_digest
-from llama_tp.protocol.batch_work import Work
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.protocol.order import ServedModel
 from llama_tp.text.tokenizer import check_vocab
