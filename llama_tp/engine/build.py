@@ -10,7 +10,6 @@ import os
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch.distributed import Store
@@ -18,6 +17,7 @@ from torch.distributed import Store
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.arch.options import DEFAULT_SEQ_LEN, STEP_TOKENS, EngineOptions
 from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.load import load
@@ -39,10 +39,6 @@ from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
-# of prompts in a step, by device: enough for the matrix rate
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-# unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
-DEFAULT_SEQ_LEN = 8192
 PACK_BEHIND = 2  # weights read and not yet packed: each is in memory once more than in the end
 MEMORY_SHARE = 0.9  # of what is free: the rest is for what no estimate sees
 DTYPES = {
@@ -53,29 +49,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a launch may choose; the names are the flags'. None means: chosen by what is there."""
-
-    ckpt_dir: str
-    tokenizer_path: str | None = None
-    max_seq_len: int | None = None
-    max_batch_size: int = 32
-    model_parallel_size: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    deterministic: bool | None = None
-    seed: int = 1
-    rope_factor: float | None = None
-    max_step_tokens: int | None = None
-    prefix_cache: bool = True
-    step_timeout: float = 300.0
-    load_timeout: float = 3600.0
-    quiet: bool = False
-    # or hf: looked for here, before the weights; dialogs are encoded elsewhere
-    chat_template: str = "meta"
 
 
 def build(options: EngineOptions, store: Store | None = None) -> Engine:

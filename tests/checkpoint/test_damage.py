@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.shard_map import ShardMap
+from llama_tp.batch_job.job import sampled_digest
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.protocol.batch_job import sampled_digest
 from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
 torch.set_num_threads(1)
