@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.arch.weights import table
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
@@ -181,6 +182,11 @@ def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
     return open_tokenizer(None, str(folder))
 
 
+def shard_of(config: ModelConfig, ranks) -> Shard:
+    """What this rank holds when all hold as much."""
+    return ShardMap.even(config, ranks.tp).shard(ranks.rank)
+
+
 def engine(
     ranks,
     config: ModelConfig,
@@ -204,7 +210,7 @@ def engine(
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, communicator=None, control_communicator=None)
     if backends is None and (not fast or graphs):
-        backends = plain_backends(config, ranks, dtype, deterministic)
+        backends = plain_backends(shard_of(config, ranks), ranks, dtype, deterministic)
     model = from_weights(config, ranks, dtype, 1024, weights, deterministic, backends)
     cache = model.backends.attention.new_cache(config.n_layers, n_blocks, block_size)
     scheduler = Scheduler(

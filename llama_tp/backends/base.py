@@ -15,15 +15,15 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard
 from llama_tp.backends.kv_cache import KVCache, Slots
 
 Plan = TypeVar("Plan")
 
 
 class LayerShape(NamedTuple):
-    """Sizes of a layer on one rank. n_chunks: K-chunks of a row-parallel product on this rank (1
-    unless deterministic)."""
+    """Sizes of a layer on one rank. wo_chunks, w2_chunks: K-chunks of the row-parallel products on
+    this rank (1 unless deterministic)."""
 
     dim: int
     n_heads: int
@@ -31,30 +31,32 @@ class LayerShape(NamedTuple):
     head_dim: int
     ffn_dim: int
     norm_eps: float
-    n_chunks: int
+    wo_chunks: int
+    w2_chunks: int
 
     @classmethod
-    def of(cls, config: ModelConfig, tp: int, deterministic: bool) -> "LayerShape":
-        """The shape that every one of tp ranks has."""
+    def of(cls, shard: Shard, deterministic: bool) -> "LayerShape":
+        """The shape of what `shard` holds."""
         return cls(
-            config.dim,
-            config.n_heads // tp,
-            config.local_kv_heads(tp),
-            config.head_dim,
-            config.local_ffn(tp),
-            config.norm_eps,
-            config.n_chunks(tp) // tp if deterministic else 1,
+            shard.config.dim,
+            len(shard.query_heads),
+            len(shard.kv_heads),
+            shard.config.head_dim,
+            shard.ffn.width,
+            shard.config.norm_eps,
+            len(shard.query_leaves) if deterministic else 1,
+            len(shard.ffn_leaves) if deterministic else 1,
         )
 
     @property
     def linears(self) -> dict[str, tuple[int, int, int]]:
         """(out, in, K-chunks) of each product of a layer."""
-        D, H, K, E, F, _, n_chunks = self
+        D, H, K, E, F, _, wo_chunks, w2_chunks = self
         return {
             "wqkv": ((H + 2 * K) * E, D, 1),
-            "wo": (D, H * E, n_chunks),
+            "wo": (D, H * E, wo_chunks),
             "w13": (2 * F, D, 1),
-            "w2": (D, F, n_chunks),
+            "w2": (D, F, w2_chunks),
         }
 
 

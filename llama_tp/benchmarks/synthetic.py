@@ -13,8 +13,10 @@ from dataclasses import replace
 import torch
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.options import STEP_TOKENS
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.arch.weights import table
-from llama_tp.engine.build import STEP_TOKENS, assemble, compiled
+from llama_tp.engine.build import assemble, compiled
 from llama_tp.engine.engine import Engine
 from llama_tp.model.build import choose_backends
 from llama_tp.model.destinations import Destinations
@@ -69,9 +71,10 @@ def engine_of(
 ) -> Engine:
     """This rank's engine with random weights, scaled so that activations keep their size through
     the layers."""
-    backends = choose_backends(config, ranks, dtype, deterministic)
-    backends = compiled(backends, config, ranks, dtype, deterministic)
-    model = Transformer(config, ranks, dtype, n_positions, deterministic, backends)
+    shard = ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    backends = choose_backends(shard, ranks, dtype, deterministic)
+    backends = compiled(backends, shard, ranks, dtype, deterministic)
+    model = Transformer(shard, ranks, dtype, n_positions, deterministic, backends)
     destinations = Destinations(model)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(
         ranks.device

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.arch.weights import table
 from llama_tp.backends.base import LayerShape, Peers
 from llama_tp.backends.select import Backends, select, select_compiled, select_plain
@@ -32,28 +33,28 @@ def peers_of(ranks: Ranks) -> Peers:
 
 
 def choose_backends(
-    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool
+    shard: Shard, ranks: Ranks, dtype: torch.dtype, deterministic: bool
 ) -> Backends:
     """The fastest backends that all ranks have. Every rank calls it."""
-    shape = LayerShape.of(config, ranks.tp, deterministic)
+    shape = LayerShape.of(shard, deterministic)
     plain = TorchElementwise(deterministic)
     return select(ranks.device, dtype, shape, deterministic, plain, peers_of(ranks))
 
 
 def compile_backends(
-    chosen: Backends, config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool
+    chosen: Backends, shard: Shard, ranks: Ranks, dtype: torch.dtype, deterministic: bool
 ) -> Backends:
     """`chosen` with what is worth compiling compiled: seconds, on CUDA alone. Every rank calls
     it."""
-    shape = LayerShape.of(config, ranks.tp, deterministic)
+    shape = LayerShape.of(shard, deterministic)
     return select_compiled(chosen, ranks.device, dtype, shape, deterministic, peers_of(ranks))
 
 
 def plain_backends(
-    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool = False
+    shard: Shard, ranks: Ranks, dtype: torch.dtype, deterministic: bool = False
 ) -> Backends:
     """Plain torch, whatever the machine has (tests)."""
-    shape = LayerShape.of(config, ranks.tp, deterministic)
+    shape = LayerShape.of(shard, deterministic)
     return select_plain(ranks.device, dtype, shape, TorchElementwise(deterministic))
 
 
@@ -73,11 +74,12 @@ def from_weights(
             would.
         backends: the fastest that there are unless given.
     """
-    backends = backends or choose_backends(config, ranks, dtype, deterministic)
-    model = Transformer(config, ranks, dtype, n_positions, deterministic, backends)
+    shard = ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    backends = backends or choose_backends(shard, ranks, dtype, deterministic)
+    model = Transformer(shard, ranks, dtype, n_positions, deterministic, backends)
     destinations = Destinations(model)
     for weight in table(config):
-        part, view = weight.part(config, ranks.rank, ranks.tp), destinations.view(weight)
+        part, view = weight.part(shard), destinations.view(weight)
         view.zero_()
         if part.dim is None:
             view.copy_(weights[weight.name])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_tp.arch.shard_map import Range
 from llama_tp.backends.base import EmbeddingLinear, Linear
 from llama_tp.backends.select import Backends
 from llama_tp.parallel.collectives import all_reduce, tree_sum
@@ -126,22 +127,24 @@ class VocabParallelEmbedding(ParallelLinear):
     """Rows of the vocabulary cut over the ranks: each looks up the ids it owns, the others give
     zeros, and the sum is exact at any degree. (T,) int64 -> (T, D).
 
-    tied: whether `linear` is the output head as well.
+    Args:
+        vocab: this rank's rows.
+        tied: whether `linear` is the output head as well.
     """
 
     linear: EmbeddingLinear
 
     def __init__(
         self,
-        local_vocab: int,
+        vocab: Range,
         dim: int,
         dtype: torch.dtype,
         ranks: Ranks,
         backends: Backends,
         tied: bool,
     ):
-        super().__init__(dim, local_vocab, dtype, backends)
-        self.first, self.n = ranks.rank * local_vocab, local_vocab
+        super().__init__(dim, vocab.width, dtype, backends)
+        self.first, self.n = vocab.start, vocab.width
         self.ranks, self.tied = ranks, tied
 
     def make_linear(self, weight: torch.Tensor) -> EmbeddingLinear:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard
 from llama_tp.backends.base import ForwardBatch, LayerRunner, LayerShape, LayerWeights
 from llama_tp.backends.kv_cache import KVCache
 from llama_tp.backends.select import Backends
@@ -122,7 +122,9 @@ class Attention:
         self.H, self.K, self.E = H, K, E
         self.backend, self.elementwise = backends.attention, backends.elementwise
         self.wqkv = ColumnParallelLinear(D, (H + 2 * K) * E, dtype, backends)
-        self.wo = RowParallelLinear(H * E, D, dtype, ranks, backends, shape.n_chunks, deterministic)
+        self.wo = RowParallelLinear(
+            H * E, D, dtype, ranks, backends, shape.wo_chunks, deterministic
+        )
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, rotary: Rotary, cache: KVCache, layer: int
@@ -150,7 +152,7 @@ class FeedForward:
         D, F_ = shape.dim, shape.ffn_dim
         self.F, self.elementwise = F_, backends.elementwise
         self.w13 = ColumnParallelLinear(D, 2 * F_, dtype, backends)
-        self.w2 = RowParallelLinear(F_, D, dtype, ranks, backends, shape.n_chunks, deterministic)
+        self.w2 = RowParallelLinear(F_, D, dtype, ranks, backends, shape.w2_chunks, deterministic)
 
     def __call__(self, x: torch.Tensor) -> Partials:
         gate_up = self.w13(x)  # (T, 2F)
@@ -195,8 +197,8 @@ class Transformer:
     """One rank's model. Its weights are on the meta device until destinations.py fills them.
 
     Args:
-        config: the whole model's sizes.
-        ranks: this rank's place.
+        shard: what this rank holds, and the whole model's sizes.
+        ranks: this rank and its peers.
         dtype: of weights and activations.
         n_positions: longest sequence, for the rotary table.
         deterministic: fixed summation order, bits that do not depend on the company, the chunking
@@ -210,18 +212,21 @@ class Transformer:
 
     def __init__(
         self,
-        config: ModelConfig,
+        shard: Shard,
         ranks: Ranks,
         dtype: torch.dtype,
         n_positions: int,
         deterministic: bool,
         backends: Backends,
     ):
+        config = shard.config
         self.config, self.ranks, self.dtype = config, ranks, dtype
         self.n_positions, self.deterministic, self.backends = n_positions, deterministic, backends
-        D, V = config.dim, config.local_vocab(ranks.tp)
-        shape = LayerShape.of(config, ranks.tp, deterministic)
-        self.tok_embeddings = VocabParallelEmbedding(V, D, dtype, ranks, backends, config.tied)
+        D, V = config.dim, shard.vocab.width
+        shape = LayerShape.of(shard, deterministic)
+        self.tok_embeddings = VocabParallelEmbedding(
+            shard.vocab, D, dtype, ranks, backends, config.tied
+        )
         self.layers = [
             Layer(shape, ranks, dtype, deterministic, backends) for _ in range(config.n_layers)
         ]

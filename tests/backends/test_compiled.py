@@ -12,7 +12,7 @@ from llama_tp.backends.select import Backends, with_compiled
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.model.build import peers_of, plain_backends
 from llama_tp.parallel.groups import single_rank
-from tests.engines import engine
+from tests.engines import engine, shard_of
 from tests.ranks import run
 from tests.shapes import SHRUNK
 
@@ -23,8 +23,8 @@ PROMPTS = [
 
 
 def compiled(ranks, dtype=torch.float32, **how) -> Backends:
-    shape = LayerShape.of(CONFIG, ranks.tp, False)
-    plain = plain_backends(CONFIG, ranks, dtype)
+    shard = shard_of(CONFIG, ranks)
+    shape, plain = LayerShape.of(shard, False), plain_backends(shard, ranks, dtype)
     return with_compiled(plain, ranks.device, dtype, shape, peers_of(ranks), **how)
 
 
@@ -41,7 +41,7 @@ def logits(one) -> dict:
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=str)
 def test_compiled_arithmetic_gives_what_plain_torch_gives_and_is_compiled_once(dtype, close):
     ranks = single_rank()
-    plain = logits(engine(ranks, CONFIG, dtype, backends=plain_backends(CONFIG, ranks, dtype)))
+    plain = logits(engine(ranks, CONFIG, dtype, fast=False))
     backends = compiled(ranks, dtype)
     assert backends.not_taken == () and backends.name == "torch + torch.compile"
     n_graphs = counters["stats"]["unique_graphs"]

@@ -22,7 +22,7 @@ TABLE = [[0, 9, 9], [1, 2, 9], [3, 4, 5]]  # 9: a block of zeros
 
 
 def shape(n_heads: int, head_dim: int) -> LayerShape:
-    return LayerShape(32, n_heads, K, head_dim, 8, 1e-5, 1)
+    return LayerShape(32, n_heads, K, head_dim, 8, 1e-5, 1, 1)
 
 
 def of_decodes(H: int, dtype=torch.bfloat16, n_padding: int = 0):

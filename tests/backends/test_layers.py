@@ -14,6 +14,7 @@ from llama_tp.model.build import choose_backends, from_weights, plain_backends
 from llama_tp.native.library import load
 from llama_tp.parallel.groups import single_rank
 from tests import reference
+from tests.engines import shard_of
 from tests.ranks import run
 from tests.shapes import SHRUNK
 
@@ -87,7 +88,7 @@ def test_the_same_bits(shape, dtype, deterministic, tp):
 
 def test_plain_backends_go_layer_by_layer():
     config, ranks = SHRUNK["1b"], single_rank()
-    backends = plain_backends(config, ranks, torch.float32)
+    backends = plain_backends(shard_of(config, ranks), ranks, torch.float32)
     weights = reference.random_weights(table(config))
     model = from_weights(config, ranks, torch.float32, 64, weights, backends=backends)
     assert model.run_layers == model.layer_by_layer
@@ -95,7 +96,7 @@ def test_plain_backends_go_layer_by_layer():
 
 def on_gloo(ranks) -> tuple[list[torch.Tensor], tuple[str, ...]]:
     ranks = replace(ranks, communicator=None)
-    backends = choose_backends(SHRUNK["1b"], ranks, torch.float32, True)
+    backends = choose_backends(shard_of(SHRUNK["1b"], ranks), ranks, torch.float32, True)
     return hidden(ranks, "1b", torch.float32, True, True), backends.not_taken
 
 

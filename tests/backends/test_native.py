@@ -47,7 +47,7 @@ def both(dtype):
 
 
 def attentions(heads: int, kv_heads: int, head_dim: int, dtype):
-    shape = LayerShape(32, heads, kv_heads, head_dim, 8, 1e-5, 1)
+    shape = LayerShape(32, heads, kv_heads, head_dim, 8, 1e-5, 1, 1)
     plain = TileAttention(shape, dtype, torch.device("cpu"))
     return plain, NativeAttention(load(), shape, dtype)
 

@@ -73,7 +73,7 @@ def test_limits_on_scores_change_no_bits(monkeypatch):
 
 
 def test_a_nan_left_behind_reaches_nobody():
-    attention = TileAttention(LayerShape(32, 4, 2, 16, 8, 1e-5, 1), torch.float32, CPU)
+    attention = TileAttention(LayerShape(32, 4, 2, 16, 8, 1e-5, 1, 1), torch.float32, CPU)
     cache = attention.new_cache(1, 4)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))

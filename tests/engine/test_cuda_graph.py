@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from llama_tp.arch.options import EngineOptions
 from llama_tp.arch.weights import table
 from llama_tp.backends import select
 from llama_tp.backends.attention.flash import FlashAttention
 from llama_tp.backends.base import LayerShape
 from llama_tp.engine import build, cuda_graph
-from llama_tp.engine.build import EngineOptions, startup_warnings
+from llama_tp.engine.build import startup_warnings
 from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
@@ -29,7 +30,7 @@ from llama_tp.model import build as model_build
 from llama_tp.model.build import choose_backends, plain_backends
 from llama_tp.parallel.groups import Ranks, single_rank
 from tests import reference
-from tests.engines import Again, Counting, engine
+from tests.engines import Again, Counting, engine, shard_of
 from tests.flash import Varlen
 from tests.ranks import run as in_ranks
 from tests.shapes import SHRUNK
@@ -356,9 +357,10 @@ def test_a_stop_leaves_nothing_in_flight():
 
 def with_flash(function, ranks, dtype):
     """Plain backends, but for attention by `function`."""
-    shape = LayerShape.of(WIDE, ranks.tp, False)
+    shard = shard_of(WIDE, ranks)
+    shape = LayerShape.of(shard, False)
     flash = FlashAttention(function, 1, False, shape, dtype, ranks.device)
-    return replace(plain_backends(WIDE, ranks, dtype), attention=flash)
+    return replace(plain_backends(shard, ranks, dtype), attention=flash)
 
 
 class Unguarded(Again):
@@ -417,14 +419,14 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
     flash = with_flash(Varlen("2.13"), ranks, torch.bfloat16).attention
     monkeypatch.setattr(select, "open_flash", lambda *args: flash)
     monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [2])
-    backends = choose_backends(CONFIG, ranks, torch.bfloat16, False)
+    backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
     assert backends.attention is not flash and backends.block_size == 16
     [said] = startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
     assert (
         said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
     )
     monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [])
-    backends = choose_backends(CONFIG, ranks, torch.bfloat16, False)
+    backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
     assert backends.attention is flash and backends.block_size == 256
     assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
 
@@ -436,7 +438,7 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
 def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(flash, dtype, graphs):
     """On the meta device, whose tensors have no values and do not mix with the host's."""
     ranks = single_rank("meta")
-    plain = plain_backends(WIDE, ranks, dtype)
+    plain = plain_backends(shard_of(WIDE, ranks), ranks, dtype)
     backends = with_flash(Varlen("2.13"), ranks, dtype) if flash else plain
     one = engine(
         ranks,

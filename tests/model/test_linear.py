@@ -7,6 +7,7 @@ import torch.distributed as dist
 from fairscale.nn import model_parallel
 from fairscale.nn.model_parallel import initialize
 
+from llama_tp.arch.shard_map import Axis
 from llama_tp.backends.base import LayerShape
 from llama_tp.backends.select import Backends, select, select_plain
 from llama_tp.model.build import peers_of
@@ -31,7 +32,7 @@ def filled(layer, part: torch.Tensor):
 
 
 def backends_of(ranks, dtype: torch.dtype, plain: bool) -> Backends:
-    shape = LayerShape(IN, 4, 4, IN // 4, IN, 1e-5, 8 // ranks.tp)
+    shape = LayerShape(IN, 4, 4, IN // 4, IN, 1e-5, 8 // ranks.tp, 8 // ranks.tp)
     given = ranks.device, dtype, shape
     if plain:
         return select_plain(*given, TorchElementwise())
@@ -100,9 +101,8 @@ def embedding(ranks, backends, tied) -> float:
     mine = whole.chunk(ranks.tp)[ranks.rank]
     theirs = model_parallel.VocabParallelEmbedding(VOCAB, IN)
     theirs.weight.data.copy_(mine)
-    ours = filled(
-        VocabParallelEmbedding(VOCAB // ranks.tp, IN, torch.float32, ranks, backends, tied), mine
-    )
+    rows = Axis(VOCAB, (1,) * ranks.tp).of(ranks.rank)
+    ours = filled(VocabParallelEmbedding(rows, IN, torch.float32, ranks, backends, tied), mine)
     with torch.no_grad():
         return difference(ours(ids), theirs(ids))
 

@@ -108,7 +108,7 @@ def layer_args(
         shape.n_kv_heads,
         shape.head_dim,
         shape.ffn_dim,
-        shape.n_chunks,
+        shape.wo_chunks,
         shape.norm_eps,
         communicator,
         tp,
