@@ -76,7 +76,8 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|server)\.\w+|"
+    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|native\.(?!calls\b)\w+|"
+    r"(arch|text|protocol|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
 
