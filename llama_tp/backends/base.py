@@ -17,6 +17,7 @@ import torch
 
 from llama_tp.arch.shard_map import Shard
 from llama_tp.backends.kv_cache import KVCache, Slots
+from llama_tp.native.calls import Place
 
 Plan = TypeVar("Plan")
 
@@ -229,12 +230,12 @@ class SharedSums(Protocol):
     products (parallel.shared_memory has one).
 
     Attributes:
-        place: address, tp, rank, timeout in seconds, as native/shared.cpp takes them.
+        place: this rank's, as native/shared.cpp takes it.
         late: what to say when the other ranks did not come.
     """
 
     @property
-    def place(self) -> tuple[int, int, int, float]: ...
+    def place(self) -> Place: ...
 
     @property
     def late(self) -> str: ...

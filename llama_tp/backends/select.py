@@ -36,7 +36,8 @@ from llama_tp.backends.elementwise.compiled import try_compiled
 from llama_tp.backends.elementwise.native import NativeElementwise
 from llama_tp.backends.layer.native import NativeLayers
 from llama_tp.backends.linear.dense import DenseLinears, can_pack
-from llama_tp.backends.linear.native import DTYPES, NativeLinears, inputs_together
+from llama_tp.backends.linear.native import NativeLinears
+from llama_tp.native.calls import DTYPES, Functions
 from llama_tp.native.library import load
 
 DENSE = DenseLinears()
@@ -125,16 +126,14 @@ def select(
     if dtype not in DTYPES:
         said = f"attention runs in plain torch, slower: the C++ parts do not compute in {dtype}"
         return replace(chosen, not_taken=(said.replace("torch.", ""),))
-    linears, elementwise = select_linears(device, dtype), NativeElementwise(library, dtype)
+    functions, linears = Functions(library, dtype), select_linears(device, dtype)
     why_not = no_native_layers(linears, shape, peers)
     said = f"layers run a function at a time, some 2 ms a token slower: {why_not}"
     return Backends(
-        NativeAttention(library, shape, dtype),
+        NativeAttention(functions, shape),
         linears,
-        elementwise,
-        None
-        if why_not
-        else partial(NativeLayers, library, shape, deterministic, peers, elementwise),
+        NativeElementwise(functions),
+        None if why_not else partial(NativeLayers, functions, shape, deterministic, peers),
         (said,) if why_not else (),
     )
 
@@ -149,8 +148,10 @@ def select_plain(
 def select_linears(device: torch.device, dtype: torch.dtype) -> tuple[LinearBackend, ...]:
     """The linears of this machine, best first."""
     library = load() if device.type == "cpu" and dtype in DTYPES else None
-    together = inputs_together(library, dtype) if library else 0
-    return (NativeLinears(library, together), DENSE) if library and together else (DENSE,)
+    functions = Functions(library, dtype) if library else None
+    if functions and functions.inputs_together:
+        return (NativeLinears(functions), DENSE)
+    return (DENSE,)  # on CPUs that multiply whole tiles (AMX) oneDNN does better
 
 
 def no_native_layers(

@@ -19,6 +19,7 @@ from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.memory import kv_bytes_per_token, weight_bytes
 from llama_tp.arch.shard_map import ShardMap
 from llama_tp.backends.select import select_linears
+from llama_tp.native.calls import read_all
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks
@@ -164,9 +165,7 @@ def read_rate(device: torch.device, probe: Probe) -> float:
     block = torch.empty(probe.n_bytes // 4, dtype=torch.int32, device=device).random_()
     library = load() if device.type == "cpu" else None
     if library:
-        return probe.n_bytes / statistics.median(
-            probe.times(lambda: library.read_all(block.data_ptr(), probe.n_bytes // 8))
-        )
+        return probe.n_bytes / statistics.median(probe.times(lambda: read_all(library, block)))
     parts = block.split(PART_BYTES // 4)
     return probe.n_bytes / statistics.median(probe.times(lambda: [part.max() for part in parts]))
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 from llama_tp.arch.summation import tree_add
 from llama_tp.backends.linear.dense import DenseLinear, DenseLinears
-from llama_tp.backends.linear.native import DTYPES, NativeLinear
+from llama_tp.backends.linear.native import NativeLinear
 from llama_tp.backends.select import select_linears
+from llama_tp.native.calls import DTYPES
 from llama_tp.native.library import load
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of the largest result

@@ -11,8 +11,8 @@ from llama_tp.backends.attention.tiles import TileAttention
 from llama_tp.backends.base import LayerShape, Span
 from llama_tp.backends.elementwise.native import NativeElementwise
 from llama_tp.backends.kv_cache import KVCache, Slots
-from llama_tp.backends.linear.native import DTYPES as ENDINGS
 from llama_tp.model.llama import TorchElementwise
+from llama_tp.native.calls import Functions
 from llama_tp.native.library import load
 
 pytestmark = pytest.mark.skipif(
@@ -43,13 +43,13 @@ def normal(*shape, dtype=torch.float32, seed=0):
 
 
 def both(dtype):
-    return TorchElementwise(), NativeElementwise(load(), dtype)
+    return TorchElementwise(), NativeElementwise(Functions(load(), dtype))
 
 
 def attentions(heads: int, kv_heads: int, head_dim: int, dtype):
     shape = LayerShape(32, heads, kv_heads, head_dim, 8, 1e-5, 1, 1)
     plain = TileAttention(shape, dtype, torch.device("cpu"))
-    return plain, NativeAttention(load(), shape, dtype)
+    return plain, NativeAttention(Functions(load(), dtype), shape)
 
 
 def cache_of(heads: int, kv_heads: int, head_dim: int, dtype, n_blocks=400) -> KVCache:
@@ -65,7 +65,7 @@ def as_native(cache: KVCache) -> KVCache:
     side (bf16: of a pair of dimensions where the machine multiplies pairs), and values in pairs of
     slots there."""
     L, N, K, _, E = cache.k.shape
-    P = load()[f"inputs_together_{ENDINGS[cache.k.dtype]}"]() or 2
+    P = Functions(load(), cache.k.dtype).inputs_together or 2
     regrouped = copy.copy(cache)
     regrouped.k = (
         cache.k.view(L, N, K, S // 16, 16, E // P, P)
@@ -170,7 +170,7 @@ def test_add_norm(T, D, dtype):
         (expected, expected_sum), (ours, our_sum) = results
         assert torch.equal(our_sum, expected_sum)
         torch.testing.assert_close(ours, expected, **CLOSE[dtype])
-    alone = NativeElementwise(load(), dtype).add_norm(x[-1:].clone(), delta[-1:], weight, 1e-5)
+    alone = both(dtype)[1].add_norm(x[-1:].clone(), delta[-1:], weight, 1e-5)
     assert torch.equal(alone, ours[-1:])
 
 
@@ -207,12 +207,15 @@ def test_silu_mul(F, dtype):
     torch.testing.assert_close(ours, expected, **CLOSE[dtype])
     # another rank's part of the FFN
     half = torch.cat([x[:, F // 2 : F], x[:, F + F // 2 :]], dim=1).contiguous()
-    assert torch.equal(NativeElementwise(load(), dtype).silu_mul(half), ours[:, F // 2 :])
+    assert torch.equal(both(dtype)[1].silu_mul(half), ours[:, F // 2 :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_goes_through_and_stays_in_its_row(dtype):
-    kernels, (_, attention) = NativeElementwise(load(), dtype), attentions(2, 1, 16, dtype)
+    kernels, (_, attention) = (
+        NativeElementwise(Functions(load(), dtype)),
+        attentions(2, 1, 16, dtype),
+    )
     nan = normal(2, 64, dtype=dtype)
     nan[1, 5] = float("nan")
     normed = kernels.add_norm(nan.clone(), None, normal(64, dtype=dtype), 1e-5)

@@ -1,14 +1,13 @@
 """Attention by the C++ kernels (native/kernels.cpp): CPU, fp32 and bf16."""
 
 from array import array
-from ctypes import CDLL
 from dataclasses import dataclass
 
 import torch
 
 from llama_tp.backends.base import LayerShape, Span
 from llama_tp.backends.kv_cache import KVCache, Slots
-from llama_tp.backends.linear.native import DTYPES
+from llama_tp.native.calls import GROUP, Functions
 
 
 @dataclass(frozen=True)
@@ -22,21 +21,19 @@ class NativePlan:
 
 class NativeAttention:
     """An Attention whose cache blocks are (K, S, E) numbers in the order of the C++ kernels: those
-    of every 16 slots of a head are regrouped (GROUP in kernels.cpp), so that block sizes are
-    multiples of 16. Rows of padding are zero."""
+    of every GROUP slots of a head are regrouped. Rows of padding are zero."""
 
     name = "C++"
-    block_size = 16
+    block_size = GROUP
 
-    def __init__(self, library: CDLL, shape: LayerShape, dtype: torch.dtype):
-        self.shape, self.dtype = shape, dtype
-        self._attend = getattr(library, f"attend_{DTYPES[dtype]}")
-        self._write = getattr(library, f"write_kv_{DTYPES[dtype]}")
+    def __init__(self, functions: Functions, shape: LayerShape):
+        self.functions, self.shape = functions, shape
 
     def new_cache(self, n_layers: int, n_blocks: int, block_size: int | None = None) -> KVCache:
         S = block_size or self.block_size
         block_shape = (self.shape.n_kv_heads, S, self.shape.head_dim)
-        return KVCache(n_layers, n_blocks, S, block_shape, self.dtype, torch.device("cpu"))
+        device = torch.device("cpu")
+        return KVCache(n_layers, n_blocks, S, block_shape, self.functions.dtype, device)
 
     def plan(self, spans: list[Span], cache: KVCache, n_tokens: int) -> NativePlan:
         heads, tables = array("q"), array("i")
@@ -46,10 +43,9 @@ class NativeAttention:
         return NativePlan(heads, tables, sum(span.n for span in spans) == n_tokens)
 
     def plan_decodes(self, table: torch.Tensor, positions: torch.Tensor) -> NativePlan:
-        rows = zip(positions.tolist(), table.tolist())
         spans, tables = array("q"), array("i", table.flatten().tolist())
-        for row, (position, blocks) in enumerate(rows):
-            spans.extend((row, position, 1, row * len(blocks)))
+        for row, position in enumerate(positions.tolist()):
+            spans.extend((row, position, 1, row * table.shape[1]))
         return NativePlan(spans, tables, True)
 
     def table_widths(self, n_rows: int, most: int) -> list[int]:
@@ -58,39 +54,9 @@ class NativeAttention:
     def write(
         self, cache: KVCache, layer: int, slots: Slots, k: torch.Tensor, v: torch.Tensor
     ) -> None:
-        k_cache, v_cache = cache.layers[layer]
-        _, K, S, E = k_cache.shape
-        self._write(
-            k.data_ptr(),
-            k.stride(0),
-            v.data_ptr(),
-            v.stride(0),
-            slots.blocks.data_ptr(),
-            slots.offsets.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            len(k),
-            K,
-            S,
-            E,
-        )
+        self.functions.write_kv(k, v, slots.blocks, slots.offsets, *cache.layers[layer])
 
     def attend(self, q: torch.Tensor, cache: KVCache, layer: int, plan: NativePlan) -> torch.Tensor:
-        k_cache, v_cache = cache.layers[layer]
-        _, K, S, E = k_cache.shape
-        out = (torch.empty if plan.complete else torch.zeros)(q.shape, dtype=q.dtype)
-        self._attend(
-            q.data_ptr(),
-            q.stride(0),
-            out.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            plan.spans.buffer_info()[0],
-            len(plan.spans) // 4,
-            plan.tables.buffer_info()[0],
-            q.shape[1],
-            K,
-            S,
-            E,
+        return self.functions.attend(
+            q, *cache.layers[layer], plan.spans, plan.tables, plan.complete
         )
-        return out

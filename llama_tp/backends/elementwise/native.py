@@ -1,11 +1,9 @@
 """The arithmetic between the products by the C++ kernels (native/kernels.cpp): CPU, fp32 and
 bf16."""
 
-from ctypes import CDLL
-
 import torch
 
-from llama_tp.backends.linear.native import DTYPES
+from llama_tp.native.calls import Functions
 
 
 class NativeElementwise:
@@ -13,32 +11,10 @@ class NativeElementwise:
 
     name = "C++"
 
-    def __init__(self, library: CDLL, dtype: torch.dtype):
-        self._add_norm, self._rotate, self._silu_mul = (
-            getattr(library, f"{name}_{DTYPES[dtype]}")
-            for name in ("add_norm", "rotate", "silu_mul")
-        )
-
-    def add_norm(
-        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
-    ) -> torch.Tensor:
-        out = torch.empty_like(x)
-        self._add_norm(
-            x.data_ptr(),
-            None if delta is None else delta.data_ptr(),
-            weight.data_ptr(),
-            eps,
-            out.data_ptr(),
-            *x.shape,
-        )
-        return out
+    def __init__(self, functions: Functions):
+        self.functions = functions
+        self.add_norm, self.silu_mul = functions.add_norm, functions.silu_mul
 
     def rotate(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        self._rotate(x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), *x.shape)
+        self.functions.rotate(x, cos, sin)
         return x
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        T, twice = gate_up.shape
-        out = gate_up.new_empty((T, twice // 2))
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), T, twice // 2)
-        return out

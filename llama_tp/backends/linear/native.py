@@ -5,13 +5,10 @@ that a row's bits are its own by construction. A product in K-chunks is a chain 
 fp32 as one binary tree, in the same pass.
 """
 
-from ctypes import CDLL
-
 import torch
 import torch.nn.functional as F
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of the C++ functions, as their names end
-BLOCK = 64  # outputs that are computed together (WIDTH in product.cpp)
+from llama_tp.native.calls import Functions, padded
 
 
 class NativeLinear:
@@ -19,77 +16,39 @@ class NativeLinear:
 
     min_rows = 1
 
-    def __init__(self, weight: torch.Tensor, n_chunks: int, library: CDLL):
-        self.n_out, self.n_in = weight.shape
-        self.n_chunks, self.dtype = n_chunks, weight.dtype
-        if self.n_out % BLOCK:
-            self.weight = F.pad(weight, (0, 0, 0, -self.n_out % BLOCK))
-        else:
-            self.weight = weight.contiguous()
-        ending = DTYPES[weight.dtype]
-        self._product = getattr(library, f"product_{ending}")
-        self._take_rows = getattr(library, f"take_rows_{ending}")
-        getattr(library, f"pack_{ending}")(self.weight.data_ptr(), *self.weight.shape)
+    def __init__(self, weight: torch.Tensor, n_chunks: int, functions: Functions):
+        self.n_out, self.n_chunks, self.functions = len(weight), n_chunks, functions
+        n_more = padded(self.n_out) - self.n_out
+        self.weight = F.pad(weight, (0, 0, 0, n_more)) if n_more else weight.contiguous()
+        functions.pack(self.weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((len(x), self.n_out), dtype=self.dtype)
-        self._times(x, None, out.data_ptr())
-        return out
+        return self.functions.product(x.contiguous(), self.weight, self.n_out, self.n_chunks)
 
     def partial_sums(self, x: torch.Tensor) -> torch.Tensor:
-        out = torch.empty((len(x), self.n_out), dtype=torch.float32)
-        self._times(x, out.data_ptr(), None)
-        return out
+        return self.functions.partial_sums(x.contiguous(), self.weight, self.n_out, self.n_chunks)
 
     def embedding(self, ids: torch.Tensor) -> torch.Tensor:
-        out, ids = torch.empty((len(ids), self.n_in), dtype=self.dtype), ids.contiguous()
-        if not self._take_rows(
-            self.weight.data_ptr(), ids.data_ptr(), out.data_ptr(), len(ids), self.n_out, self.n_in
-        ):
-            raise IndexError(f"a token id is not below {self.n_out}")
-        return out
-
-    def _times(self, x: torch.Tensor, sums: int | None, out: int | None) -> None:
-        """One of the addresses is given: of fp32 sums, or of the result in the dtype."""
-        x = x.contiguous()
-        self._product(
-            x.data_ptr(),
-            self.weight.data_ptr(),
-            sums,
-            out,
-            len(x),
-            self.n_in,
-            self.n_out,
-            self.n_chunks,
-        )
+        return self.functions.embedding(self.weight, ids.contiguous(), self.n_out)
 
 
 class NativeLinears:
-    """The LinearBackend of the C++ products.
-
-    Args:
-        together: inputs that are multiplied together; a K-chunk has a multiple of so many.
-    """
+    """The LinearBackend of the C++ products, on a machine where they are worth it
+    (functions.inputs_together is not 0)."""
 
     name = "C++"
 
-    def __init__(self, library: CDLL, together: int):
-        self.library, self.together = library, together
+    def __init__(self, functions: Functions):
+        self.functions = functions
 
     def takes(self, n_in: int, n_chunks: int) -> bool:
-        return n_in % (n_chunks * self.together) == 0
+        return n_in % (n_chunks * self.functions.inputs_together) == 0
 
     def linear(self, weight: torch.Tensor, n_chunks: int = 1) -> NativeLinear:
-        return NativeLinear(weight, n_chunks, self.library)
+        return NativeLinear(weight, n_chunks, self.functions)
 
     def embedding(self, weight: torch.Tensor) -> NativeLinear:
-        return NativeLinear(weight, 1, self.library)
+        return NativeLinear(weight, 1, self.functions)
 
     def padded_rows(self, n: int) -> int:
         return n
-
-
-def inputs_together(library: CDLL, dtype: torch.dtype) -> int:
-    """What `together` is on this machine; 0 where oneDNN does better: on CPUs that multiply whole
-    tiles (AMX)."""
-    return getattr(library, f"inputs_together_{DTYPES[dtype]}")()
