@@ -382,7 +382,7 @@ def load_into(
             bar.at(watch.all_done())
 
         packed: deque[Future] = deque()
-        for weight in load(source, shard, model.into, done):
+        for weight in load(source, shard, lambda weight, _: model.into(weight), done):
             if unless.done():
                 unless.result()
             packed.append(packer.submit(model.loaded, weight))
