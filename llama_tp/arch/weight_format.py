@@ -82,13 +82,12 @@ class FormatTensor:
 
 
 class WeightFormat(Protocol):
-    """A way to store weights.
+    """A way to store weights."""
 
-    Attributes:
-        name: for people, and for the backend that multiplies with it.
-    """
-
-    name: str
+    @property
+    def name(self) -> str:
+        """For people, and for the backend that multiplies with it."""
+        ...
 
     def tensors(self, weight: Weight) -> tuple[FormatTensor, ...]:
         """The tensors that stand for `weight`, in the order in which they are read."""
