@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "model": ["arch", "native", "parallel"],
     "engine": ["arch", "text", "native", "parallel", "checkpoint", "model"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
-    "batch_job": ["arch", "text", "protocol"],
+    "batch_job": ["arch", "text", "protocol", "engine.request", "engine.delta"],
     "server": [
         "arch",
         "text",

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def open_job(
     made_of: dict,
     skip_bad: bool,
     retry_failed: bool,
-    tell,
+    tell: Callable[[str], None],
 ) -> Job:
     """Locks the output, checks the input's lines unless that has been done, and counts what is
     done.
@@ -190,7 +190,7 @@ def _checked(
     made_of: dict,
     key: bytes,
     skip_bad: bool,
-    tell,
+    tell: Callable[[str], None],
 ) -> dict:
     started = time.monotonic()
     checked = check_lines(input, model, defaults, key)
