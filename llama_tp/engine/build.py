@@ -14,10 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch.distributed import Store
 
-from llama_tp.arch.config import DETERMINISTIC_CHUNKS, ModelConfig
+from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.arch.options import DEFAULT_SEQ_LEN, STEP_TOKENS, EngineOptions
+from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import Source, open_checkpoint
@@ -74,7 +75,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     started = time.perf_counter()
     _download(options.ckpt_dir, ranks)
     source = open_checkpoint(options.ckpt_dir, options.rope_factor)
-    source.config.check_tp(ranks.tp)
+    shard = ShardMap.even(source.config, ranks.tp).shard(ranks.rank)
     check_chat_template(options)
     same_everywhere(source.digest(), ranks)
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
@@ -83,7 +84,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
     kernels = pick_kernels(config, ranks, dtype, deterministic)
     n_blocks = plan_cache(
-        config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
+        shard, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
     )
     changed = (
         [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"]
@@ -100,7 +101,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
     with ThreadPoolExecutor(1) as aside:  # takes 0.6 s, most of it without the interpreter's lock
         tokenizer = aside.submit(_tokenizer, options, source)
-        load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
+        load_into(model, source, shard, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     if ranks.device.type == "cuda":
@@ -248,7 +249,7 @@ def pick_kernels(
 
 
 def plan_cache(
-    config: ModelConfig,
+    shard: Shard,
     ranks: Ranks,
     dtype: torch.dtype,
     max_seq_len: int,
@@ -260,9 +261,9 @@ def plan_cache(
     the tightest rank. Raises UserError with the sum if not even one sequence fits."""
     budget = Budget(
         free=int(free_bytes(ranks) * MEMORY_SHARE),
-        weights=weight_bytes(config, ranks.tp, dtype.itemsize),
-        workspace=workspace_bytes(config, ranks.tp, step_tokens, max_rows, max_seq_len),
-        kv_per_block=block_size * kv_bytes_per_token(config, ranks.tp, dtype.itemsize),
+        weights=weight_bytes(shard, dtype.itemsize),
+        workspace=workspace_bytes(shard, step_tokens, max_rows, max_seq_len),
+        kv_per_block=block_size * kv_bytes_per_token(shard, dtype.itemsize),
     )
     longest = -(-max_seq_len // block_size)
     return min(gather_ints(budget.n_blocks(longest * max_rows, longest, block_size), ranks))
@@ -337,7 +338,7 @@ def startup_warnings(
             f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the "
             "model was trained for"
         )
-    if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
+    if options.deterministic and not ShardMap.even(config, ranks.tp).fixes_sums:
         notes.append(
             f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other "
             "tp"
@@ -358,12 +359,18 @@ def startup_warnings(
 
 
 def load_into(
-    model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool, unless: Future
+    model: Transformer,
+    source: Source,
+    shard: Shard,
+    ranks: Ranks,
+    watch: Watch,
+    quiet: bool,
+    unless: Future,
 ) -> None:
     """Reads this rank's bytes into the model; the driver shows how far all ranks are together.
     While one weight is read, a thread packs the one before. Ends at the next weight if `unless` has
     failed, raising its error."""
-    total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
+    total = sum(source.rank_bytes(each) for each in shard.map.shards())
     # A thread begins with OpenMP's own number of threads, not with the one that was set.
     packer = ThreadPoolExecutor(
         1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
@@ -375,7 +382,7 @@ def load_into(
             bar.at(watch.all_done())
 
         packed: deque[Future] = deque()
-        for weight in load(source, ranks.rank, ranks.tp, model.into, done):
+        for weight in load(source, shard, model.into, done):
             if unless.done():
                 unless.result()
             packed.append(packer.submit(model.loaded, weight))
