@@ -1,8 +1,7 @@
-"""Command: JSON lines in, JSON lines out; kill it anywhere, run it again, and the finished file is
-the same.
+"""Command: answers a file of requests. A job that is killed and run again ends with the same file.
 
-Rank 0 reads and writes and decides before any model is loaded whether there is something to do; the
-others wait for that word, and then follow its steps.
+Rank 0 reads the input and writes the output. Before any model is loaded it decides whether lines
+are left; the other ranks wait for that decision in the launch's store, and then follow its steps.
 """
 
 import os
@@ -30,7 +29,7 @@ from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 LINE_EVERY_S = 10.0  # how often the state is printed where there is no terminal for a bar
-WORD = "llama_tp/batch"  # key in the launch's store
+GO_KEY = "llama_tp/batch"  # key in the launch's store
 PARAMETERS = (
     "temperature",
     "top_p",
@@ -159,7 +158,7 @@ def main(
         )
         source.close()
     if not something_to_do(job, store):
-        return closing_word(job, options.quiet)
+        return say_finished(job, options.quiet)
 
     engine = build(options, store)
     stop, finished = Stop(engine.is_driver), True
@@ -177,7 +176,7 @@ def main(
     engine.close()
     if job and stop.signal and not finished:
         launched = None if launch is None else (launch.n_nodes, launch.local_size)
-        command = same_command(flags, launched)
+        command = resume_command(flags, launched)
         print(
             f"batch: stopped by {stop.signal.name} after {job.target.n_lines} of {job.n_lines} "
             f"lines; to go on: {command}",
@@ -185,7 +184,7 @@ def main(
             flush=True,
         )
         sys.exit(128 + stop.signal)
-    closing_word(job, options.quiet)
+    say_finished(job, options.quiet)
 
 
 def check_files(input: str, output: str) -> None:
@@ -233,8 +232,8 @@ def served(
 def made_of(
     weights: str, model: ServedModel, defaults: SamplingDefaults, flags: dict[str, Any]
 ) -> dict[str, Any]:
-    """What must stay the same for a file to be gone on with: all that an answer depends on, and no
-    tp. `weights` is a digest of the checkpoint."""
+    """What answers depend on: a job goes on only if all of it is the same. tp is not part of it.
+    `weights` is a digest of the checkpoint."""
     template: dict[str, Any] = {}
     if isinstance(model.chat, ChatTemplate):
         template = {"chat template": model.chat.digest()}
@@ -250,7 +249,7 @@ def made_of(
 
 
 class Store(Protocol):
-    """What is used of the launch's store, which is torch's."""
+    """The part of torch's Store that is used here; this module does not import torch."""
 
     def set_timeout(self, timeout: timedelta, /) -> None: ...
 
@@ -260,13 +259,13 @@ class Store(Protocol):
 
 
 def something_to_do(job: Job | None, store: Store | None) -> bool:
-    """Whether there is any line left. Rank 0 has the job and knows; the others wait to hear it in
-    the launch's store, if need be for hours."""
+    """Whether any line is left. Rank 0 has the job and decides; the others wait for the decision in
+    the launch's store, for hours if need be."""
     if job is None:
         assert store is not None, "a worker has a store"
         store.set_timeout(STORE_WAIT)
         try:
-            return store.get(WORD) == b"go"
+            return store.get(GO_KEY) == b"go"
         except RuntimeError as error:  # torch's network errors are RuntimeErrors
             said = str(error).split("\n")[0][:200]
             raise UserError(
@@ -275,7 +274,7 @@ def something_to_do(job: Job | None, store: Store | None) -> bool:
     if job.is_done:
         job.finish()
     if store is not None:
-        store.set(WORD, "done" if job.is_done else "go")
+        store.set(GO_KEY, "done" if job.is_done else "go")
     return not job.is_done
 
 
@@ -288,9 +287,10 @@ def work(job: Job, engine: Engine, n_rows: int, stop: "Stop", quiet: bool) -> bo
 
 
 class Stop:
-    """What a signal asks for: the driver ends after its step, the workers when the driver says so.
+    """The signal that asked this job to stop, if one did. The driver then ends after its step, and
+    the workers when the driver tells them.
 
-    Made on every rank, after the engine: until then a signal ends a rank at once, and nothing has
+    Made on every rank after the engine. Until then a signal ends a rank at once, and nothing has
     been written.
     """
 
@@ -356,9 +356,9 @@ class Progress:
             self.bar.close()
 
 
-def closing_word(job: Job | None, quiet: bool) -> None:
-    """Rank 0: says that the file is whole. Raises UserError if any of its lines failed, whenever
-    that was."""
+def say_finished(job: Job | None, quiet: bool) -> None:
+    """Rank 0: says that the output is complete. Raises UserError if any of its lines failed, in
+    this run or an earlier one."""
     if job is None:
         return
     if job.n_failed:
@@ -371,9 +371,9 @@ def closing_word(job: Job | None, quiet: bool) -> None:
         print(f"batch: all {job.n_lines} lines are in {job.output}", file=sys.stderr, flush=True)
 
 
-def same_command(flags: dict[str, Any], launched: tuple[int, int] | None) -> str:
-    """The command that goes on from here, as one types it; `launched` are the machines, and the
-    ranks on each, if a launcher started them."""
+def resume_command(flags: dict[str, Any], launched: tuple[int, int] | None) -> str:
+    """The command line that continues the job. `launched`: the number of machines and of ranks on
+    each, if a launcher started them."""
     words = ["python", "-m", "llama_tp.batch"]
     if launched is not None:
         n_nodes, n_ranks = launched

@@ -159,7 +159,7 @@ def flags_of(main: Main) -> dict[str, Flag]:
     hints = typing.get_type_hints(main, include_extras=True)
     flags: dict[str, Flag] = {}
     for name, parameter in inspect.signature(main).parameters.items():
-        table, marks = _taken_apart(hints[name])
+        table, marks = _unwrapped(hints[name])
         if isinstance(table, type) and dataclasses.is_dataclass(table):
             without = [each for mark in marks if isinstance(mark, Without) for each in mark.names]
             found = [flag for flag in _options_of(table, name) if flag.name not in without]
@@ -178,7 +178,7 @@ def _options_of(table: type, parameter: str) -> list[Flag]:
     hints = typing.get_type_hints(table, include_extras=True)
     flags = []
     for field in dataclasses.fields(table):
-        if PYTHON_ONLY not in _taken_apart(hints[field.name])[1]:
+        if PYTHON_ONLY not in _unwrapped(hints[field.name])[1]:
             default = field.default
             if default is dataclasses.MISSING:
                 default = inspect.Parameter.empty
@@ -189,7 +189,7 @@ def _options_of(table: type, parameter: str) -> list[Flag]:
 
 def _flag(where: str, name: str, hint: object, default: object) -> Flag:
     """The flag that an annotation declares. TypeError for one that no flag can have."""
-    kind, marks = _taken_apart(hint)
+    kind, marks = _unwrapped(hint)
     found: dict[str, typing.Any] = {}
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
@@ -206,7 +206,7 @@ def _flag(where: str, name: str, hint: object, default: object) -> Flag:
     return Flag(name, kind, default=default, **found)
 
 
-def _taken_apart(hint: typing.Any) -> tuple[typing.Any, tuple[object, ...]]:
+def _unwrapped(hint: typing.Any) -> tuple[typing.Any, tuple[object, ...]]:
     """An annotation without `Annotated`, and the marks that stood in it."""
     # before 3.11, get_type_hints wraps one whose default is None in another Optional
     inner = [each for each in typing.get_args(hint) if each is not types.NoneType]

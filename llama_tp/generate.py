@@ -98,7 +98,7 @@ def main(
     if options.chat_template != "meta" and not chat:
         raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
     check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
-    with said_of_flags():
+    with naming_flags():
         params = SamplingParams(
             max_tokens=max_gen_len,
             min_tokens=min_tokens,
@@ -218,7 +218,7 @@ def biases_of(pairs: tuple[str, ...]) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def said_of_flags() -> Iterator[None]:
+def naming_flags() -> Iterator[None]:
     """A refusal by SamplingParams names this command's flags: --max_gen_len and not max_tokens."""
     names = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
     names |= {"max_tokens": "max_gen_len", "n": "n_samples"}

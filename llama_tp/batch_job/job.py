@@ -1,8 +1,8 @@
-"""What a batch job is: an input, an output, a model and parameters, under one key from which all
-ids and seeds follow.
+"""A batch job: an input, an output, a model and parameters. The digest of all of them is the job's
+key, from which all ids and seeds are derived.
 
-`open_job` finds out whether the output can be begun or gone on with, before a model is loaded.
-Knows no engine.
+`open_job` decides, before a model is loaded, whether the output can be begun or continued. Knows no
+engine.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""The lines of a batch job through an engine: many at once, so that its rows stay busy, and written
-in the input's order.
+"""Runs the lines of a batch job on an engine, many at once to keep its rows busy, and writes the
+answers in the input's order.
 
 The engine is handed in: the real one, or a test's.
 """
