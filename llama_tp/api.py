@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast, get_type_hints
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
@@ -65,7 +65,14 @@ def _called_with_the_fields_of(
                 )
             return function(options(*args, **kwargs))
 
-        vars(call)["__signature__"] = inspect.signature(EngineOptions)
+        # what help(Llama.build) shows: the fields, without the table's marks
+        signature, types = inspect.signature(EngineOptions), get_type_hints(EngineOptions)
+        vars(call)["__signature__"] = signature.replace(
+            parameters=[
+                each.replace(annotation=types[name]) for name, each in signature.parameters.items()
+            ],
+            return_annotation=inspect.signature(function).return_annotation,
+        )
         call.__doc__ = f"{inspect.getdoc(function)}\n\n{args_doc()}"
         return call
 
