@@ -7,14 +7,17 @@ Every rank runs the same script and makes the same calls; each gets the driver's
 
 import atexit
 import functools
+import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import ParamSpec, TypeVar
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.build import EngineOptions, build
+from llama_tp.arch.options import EngineOptions, args_doc, names
+from llama_tp.engine.build import build
 from llama_tp.engine.calls import Calls
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import SamplingParams
@@ -23,6 +26,8 @@ from llama_tp.text.chat_format import ChatFormat, Dialog
 from llama_tp.text.template import ChatTemplate
 
 Prompt = str | list[int]
+Fields = ParamSpec("Fields")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,29 @@ class Completion:
     error: str | None = None
 
 
+def _called_with_the_fields_of(
+    options: Callable[Fields, EngineOptions],
+) -> Callable[[Callable[[EngineOptions], T]], Callable[Fields, T]]:
+    """Lets a function of EngineOptions be called with their fields, by place or by name."""
+
+    def with_fields(function: Callable[[EngineOptions], T]) -> Callable[Fields, T]:
+        @functools.wraps(function)
+        def call(*args: Fields.args, **kwargs: Fields.kwargs) -> T:
+            if unknown := set(kwargs) - set(names()):
+                raise UserError(
+                    f"{function.__qualname__} has no argument {', '.join(sorted(unknown))}",
+                    "",
+                    f"use {', '.join(names())}",
+                )
+            return function(options(*args, **kwargs))
+
+        vars(call)["__signature__"] = inspect.signature(EngineOptions)
+        call.__doc__ = f"{inspect.getdoc(function)}\n\n{args_doc()}"
+        return call
+
+    return with_fields
+
+
 class Llama:
     """A loaded model. Build it with `Llama.build` on every rank."""
 
@@ -53,55 +81,23 @@ class Llama:
         self._calls = Calls(engine)
 
     @staticmethod
-    def build(
-        ckpt_dir: str,
-        tokenizer_path: str | None = None,
-        max_seq_len: int | None = None,
-        max_batch_size: int = 32,
-        model_parallel_size: int | None = None,
-        seed: int = 1,
-        **options,
-    ) -> "Llama":
+    @_called_with_the_fields_of(EngineOptions)
+    def build(options: EngineOptions) -> "Llama":
         """Loads this rank's shard. On workers stdout is quiet from here on, so that scripts print
         once.
 
-        Args:
-            ckpt_dir: folder in Meta's or HF's layout, or org/name on the hub.
-            tokenizer_path: if the tokenizer is not in ckpt_dir.
-            max_seq_len: longest sequence, prompt and output.
-            max_batch_size: most sequences computed at once; more prompts wait.
-            model_parallel_size: must be the number of ranks, if given.
-            seed: of requests without a seed of their own.
-            options: other fields of `EngineOptions` (device, dtype, deterministic, step_timeout,
-                ...); chat_template="hf" encodes dialogs by the folder's own template instead of as
-                Meta's code does.
+        The parameters are the engine options (arch/options.py), first the six of Meta's
+        `Llama.build`, in its order.
 
         Raises UserError on a single rank; under torchrun an error ends the whole job with one
         message.
         """
-        unknown = set(options) - set(EngineOptions.__dataclass_fields__)
-        if unknown:
-            raise UserError(
-                f"Llama.build has no argument {', '.join(sorted(unknown))}",
-                "",
-                f"use {', '.join(EngineOptions.__dataclass_fields__)}",
-            )
-        check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
-        engine = build(
-            EngineOptions(
-                ckpt_dir,
-                tokenizer_path,
-                max_seq_len,
-                max_batch_size,
-                model_parallel_size,
-                seed=seed,
-                **options,
-            )
-        )
+        check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+        engine = build(options)
         if not engine.is_driver:
             sys.stdout = open(os.devnull, "w")
         atexit.register(engine.close)
-        return Llama(engine, ckpt_dir, options.get("chat_template", "meta"))
+        return Llama(engine, options.ckpt_dir, options.chat_template)
 
     def close(self) -> None:
         """Leaves the job; also done when the script ends."""

@@ -5,22 +5,23 @@ Rank 0 reads and writes and decides before any model is loaded whether there is 
 others wait for that word, and then follow its steps.
 """
 
-import inspect
 import os
 import shlex
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Annotated
 
 from tqdm import tqdm
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
-from llama_tp.cli import check_numbers, run
-from llama_tp.protocol.batch_job import Job, open_job, sampled_digest, tokenizer_digest
-from llama_tp.protocol.batch_work import Work
+from llama_tp.arch.options import DEFAULT_SEQ_LEN, EngineOptions, Help
+from llama_tp.batch_job.job import Job, open_job, sampled_digest, tokenizer_digest
+from llama_tp.batch_job.work import Work
+from llama_tp.cli import check_can_be_written, flags_of, run
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.protocol.order import ServedModel
 from llama_tp.text.tokenizer import check_vocab
@@ -43,32 +44,33 @@ TEMPLATES_DATE = datetime(2024, 7, 26)
 STORE_WAIT = timedelta(days=365)
 
 
+@dataclass(frozen=True)
+class BatchOptions(EngineOptions):
+    """A batch is deterministic on every device, unless it is asked not to be."""
+
+    deterministic: Annotated[
+        bool,
+        Help(
+            "Model",
+            "the same answers however often the job is interrupted, and at tp 1, 2, 4 and 8; a CPU "
+            "keeps that to the bit, on CUDA other company in a batch can still change low bits; "
+            "without it answers may differ after an interruption",
+        ),
+    ] = True
+
+
 def main(
     *,
-    ckpt_dir: str,
+    options: BatchOptions,
     input: str,
     output: str,
-    tokenizer_path: str | None = None,
     skip_bad: bool = False,
     retry_failed: bool = False,
     temperature: float | None = None,
     top_p: float | None = None,
     max_gen_len: int | None = None,
     generation_config: str = "auto",
-    seed: int = 1,
     model_name: str | None = None,
-    max_seq_len: int | None = None,
-    max_batch_size: int = 32,
-    device: str | None = None,
-    dtype: str | None = None,
-    deterministic: bool = True,
-    rope_factor: float | None = None,
-    chat_template: Literal["meta", "hf"] = "meta",
-    prefix_cache: bool = True,
-    max_step_tokens: int | None = None,
-    step_timeout: float = 300.0,
-    load_timeout: float = 3600.0,
-    quiet: bool = False,
 ):
     """Answer a file of requests. The same command goes on where it was stopped, killed or out of
     disk.
@@ -92,16 +94,7 @@ def main(
             places
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
-            *.safetensors; or org/name on the Hugging Face hub
-        tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
         model_name: what the answers call the model; the name of ckpt_dir unless given
-        dtype: bfloat16, float16 or float32; as stored unless given
-        device: cpu or cuda; what is there unless given
-        deterministic: the same answers however often the job is interrupted, and at tp 1, 2, 4 and
-            8; a CPU keeps that to the bit, on CUDA other company in a batch can still change low
-            bits; without it answers may differ after an interruption
-        rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
         chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's
             folder brings; one that asks for the date is told 26 Jul 2024, what Llama's own
             templates say, so that a job is the same on any day
@@ -117,30 +110,16 @@ def main(
             temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens count); a path
             for another; none for neither
         seed: with the input and a line's custom_id, decides the line's draws
-
-    Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
-            unless given
-        max_batch_size: most sequences computed at once
-        max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
-        prefix_cache: reuse the cache of prompts that begin alike
-        step_timeout: seconds after which a step counts as hung and the job ends
-        load_timeout: the same for loading
-        quiet: print nothing but errors
     """
     flags = dict(locals())
+    flags |= vars(flags.pop("options"))
     if not os.path.isfile(input):
         raise UserError(
             f"--input {input} cannot be read",
             "there is no such file",
             "name a file (it is read twice, so no pipe)",
         )
-    if not os.path.isdir(os.path.dirname(output) or "."):
-        raise UserError(
-            f"--output {output} cannot be written",
-            "there is no such folder",
-            "make it, or correct the name",
-        )
+    check_can_be_written("output", output)
     if os.path.exists(output) and not os.path.isfile(output):
         raise UserError(
             f"--output {output} cannot be written",
@@ -157,35 +136,32 @@ def main(
             "name another",
         )
     given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
-    check_numbers(
-        max_seq_len=(max_seq_len, 1, 10**9),
-        max_batch_size=(max_batch_size, 1, 10**5),
-        max_step_tokens=(max_step_tokens, 1, 10**9),
-        step_timeout=(step_timeout, 1, 10**6),
-        load_timeout=(load_timeout, 1, 10**6),
-    )
-    check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+    check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.checkpoint.source import open_checkpoint
-    from llama_tp.engine.build import DEFAULT_SEQ_LEN, EngineOptions, build
+    from llama_tp.engine.build import build
     from llama_tp.engine.session import report
     from llama_tp.parallel.rendezvous import open_store, read_launch
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
 
     launch, job = read_launch(os.environ), None
-    store = None if launch is None or launch.world == 1 else open_store(launch, load_timeout)
+    store = None
+    if launch is not None and launch.world > 1:
+        store = open_store(launch, options.load_timeout)
     if launch is None or launch.rank == 0:
-        source = open_checkpoint(fetch(ckpt_dir), rope_factor)
-        tokenizer = open_tokenizer(tokenizer_path, source.folder)
-        folder = fetch(ckpt_dir, cached_only=True)
-        chat = open_template(folder, tokenizer, TEMPLATES_DATE) if chat_template == "hf" else None
-        model = served(source, tokenizer, chat, flags, max_seq_len or DEFAULT_SEQ_LEN)
+        source = open_checkpoint(fetch(options.ckpt_dir), options.rope_factor)
+        tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
+        folder = fetch(options.ckpt_dir, cached_only=True)
+        chat = None
+        if options.chat_template == "hf":
+            chat = open_template(folder, tokenizer, TEMPLATES_DATE)
+        model = served(source, tokenizer, chat, options, model_name)
         defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
 
         def tell(line: str) -> None:
-            if not quiet:
+            if not options.quiet:
                 print(f"batch: {line}", file=sys.stderr, flush=True)
 
         if defaults.file:
@@ -202,22 +178,17 @@ def main(
         )
         source.close()
     if not something_to_do(job, store):
-        return job and closing_word(job, job.n_failed, quiet)
+        return job and closing_word(job, job.n_failed, options.quiet)
 
-    engine = build(
-        EngineOptions(
-            **{name: flags[name] for name in EngineOptions.__dataclass_fields__ if name in flags}
-        ),
-        store,
-    )
+    engine = build(options, store)
     stop, finished = Stop(engine.is_driver), True
     try:
         if engine.is_driver:
-            finished = work(job, engine, max_batch_size, stop, quiet)
+            finished = work(job, engine, options.max_batch_size, stop, options.quiet)
             engine.dismiss()
         else:
             engine.follow()
-        report(engine, quiet)
+        report(engine, options.quiet)
     except UserError as error:
         engine.watch.fail(error)
     engine.close()
@@ -230,18 +201,17 @@ def main(
             flush=True,
         )
         sys.exit(128 + stop.signal)
-    return job and closing_word(job, job.n_failed, quiet)
+    return job and closing_word(job, job.n_failed, options.quiet)
 
 
-def served(source, tokenizer, chat, flags: dict, max_seq_len: int) -> ServedModel:
+def served(source, tokenizer, chat, options: EngineOptions, model_name: str | None) -> ServedModel:
     """What the input's lines are held against: `source` is an opened checkpoint, `chat` its
     template if that is used."""
     check_vocab(tokenizer, source.config.vocab_size)
-    name = flags["model_name"] or os.path.basename(os.path.abspath(flags["ckpt_dir"]))
+    name = model_name or os.path.basename(os.path.abspath(options.ckpt_dir))
+    max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, source.config.max_context)
     n_vocab = min(tokenizer.n_vocab, source.config.vocab_size)
-    return ServedModel(
-        name, tokenizer, min(max_seq_len, source.config.max_context), n_vocab, chat=chat
-    )
+    return ServedModel(name, tokenizer, max_seq_len, n_vocab, chat=chat)
 
 
 def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict) -> dict:
@@ -372,13 +342,13 @@ def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
 
 def same_command(flags: dict, launch) -> str:
     """The command that goes on from here, as one types it."""
-    defaults = {name: each.default for name, each in inspect.signature(main).parameters.items()}
     words = ["python", "-m", "llama_tp.batch"]
     if launch is not None:
         nodes = ["--nnodes", str(launch.n_nodes), "..."] if launch.n_nodes > 1 else []
         words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(launch.local_size), "batch"]
-    for name, value in flags.items():
-        if value != defaults[name]:
+    for name, flag in flags_of(main).items():
+        value = flags[name]
+        if value != flag.default:
             words += (
                 [f"--{name}" if value else f"--no_{name}"]
                 if isinstance(value, bool)

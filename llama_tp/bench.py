@@ -5,20 +5,43 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
+from llama_tp.arch.options import EngineOptions, Help, Without
 from llama_tp.arch.published import PUBLISHED
 from llama_tp.benchmarks.table import markdown
-from llama_tp.cli import run
+from llama_tp.cli import check_can_be_written, run
+
+# Options that a benchmark decides itself, or that a model with random weights has no use for.
+DECIDED = (
+    "tokenizer_path",
+    "max_seq_len",
+    "seed",
+    "rope_factor",
+    "chat_template",
+    "max_step_tokens",
+    "prefix_cache",
+    "step_timeout",
+    "load_timeout",
+    "quiet",
+)
+
+
+@dataclass(frozen=True)
+class BenchOptions(EngineOptions):
+    """A benchmark needs no checkpoint: --model gives random weights."""
+
+    ckpt_dir: Annotated[str, Help("Model", "a checkpoint in either layout")] = ""
 
 
 def main(
     what: Literal["latency", "throughput", "startup", "serve"],
     *,
-    ckpt_dir: str | None = None,
+    options: Annotated[BenchOptions, Without(DECIDED)],
     model: str | None = None,
     n_layers: int | None = None,
     tp: int | None = None,
@@ -30,10 +53,6 @@ def main(
     n_runs: int = 3,
     n_requests: int = 32,
     spread: float = 0.5,
-    max_batch_size: int = 32,
-    device: str | None = None,
-    dtype: str | None = None,
-    deterministic: bool | None = None,
     save: str | None = None,
     plot: str | None = None,
     beside: tuple[str, ...] = (),
@@ -63,13 +82,10 @@ def main(
             startup, or serve: a load on any OpenAI-compatible server
 
     Model:
-        ckpt_dir: a checkpoint in either layout
         model: or random weights in a published size: 1B, 3B, 8B, 70B or 405B; for serve, the model
             to ask the server for, its first unless given
         n_layers: keep so many of that model's layers
         dtype: bfloat16, float16 or float32; as stored, or bfloat16, unless given
-        device: cpu or cuda; what is there unless given
-        deterministic: as generate's
 
     Load:
         batch_size: sequences at once, for latency; 1, 4 and 16 unless given
@@ -107,10 +123,10 @@ def main(
     """
     check_files(save, plot, beside)
     if what == "serve":
-        if not url or ckpt_dir:
+        if not url or options.ckpt_dir:
             raise UserError(
                 "serve measures a server that runs",
-                f"found {'--ckpt_dir' if ckpt_dir else 'no --url'}",
+                f"found {'--ckpt_dir' if options.ckpt_dir else 'no --url'}",
                 "start one with python -m llama_tp.serve and give --url http://127.0.0.1:8000",
             )
         from llama_tp.benchmarks import serve, served
@@ -143,7 +159,7 @@ def main(
         raise UserError(
             "--url is for serve", f"this is {what}", f"python -m llama_tp.bench serve --url {url}"
         )
-    if (ckpt_dir is None) == (model is None):
+    if bool(options.ckpt_dir) == bool(model):
         found = "both --ckpt_dir and --model" if model else "neither --ckpt_dir nor --model"
         raise UserError(
             "there must be one model to measure",
@@ -165,10 +181,10 @@ def main(
         )
     if plot and what != "latency":
         raise UserError("--plot draws latency", f"this is {what}", "leave it out")
-    if what == "startup" and not ckpt_dir:
+    if what == "startup" and not options.ckpt_dir:
         raise UserError("startup is loading a checkpoint", "found --model", "give --ckpt_dir")
-    if ckpt_dir:
-        check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+    if options.ckpt_dir:
+        check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
 
     from llama_tp.benchmarks import plot as plots
     from llama_tp.benchmarks import session
@@ -181,17 +197,15 @@ def main(
         n_runs,
         n_requests,
         spread,
-        max_batch_size,
+        options.max_batch_size,
     )
-    engine, ages_s = session.open_engine(
-        load, ckpt_dir, model, n_layers, tp, device, dtype, deterministic
-    )
+    engine, ages_s = session.open_engine(load, options, model, n_layers, tp)
     try:
         result, tables = session.measure(
             engine,
             ages_s,
             load,
-            ckpt_dir or model,
+            options.ckpt_dir or model,
             allreduce_us,
             show=lambda text: print(text, flush=True),
         )
@@ -209,12 +223,8 @@ def check_files(save: str | None, plot: str | None, beside: tuple[str, ...]) -> 
     """Raises UserError, before anything is measured, for files that cannot be what they have to be
     afterwards."""
     for name, path in (("save", save), ("plot", plot)):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(
-                f"--{name} {path} cannot be written",
-                "there is no such folder",
-                "make it, or correct the name",
-            )
+        if path:
+            check_can_be_written(name, path)
     if plot and not plot.endswith((".png", ".svg")):
         raise UserError("--plot draws a .png or .svg", f"found {plot!r}", "name one")
     if plot and not importlib.util.find_spec("matplotlib"):

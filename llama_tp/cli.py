@@ -3,11 +3,19 @@ one clear line.
 
 A command is a module whose top is light (no torch) with one function
 
-    def main(*, ckpt_dir: str, prompt: str = "", temperature: float = 0.6):
+    def main(
+        *,
+        options: EngineOptions,
+        prompt: str = "",
+        n_samples: Annotated[int, Range(1, 100)] = 1,
+    ):
         '''One line that says what it does.
 
-        Sampling:
-            temperature: 0 is greedy; higher is more varied.
+        Model:
+
+        Prompts:
+            prompt: the text to continue.
+            n_samples: how many times.
         '''
 
     if __name__ == "__main__":
@@ -16,13 +24,17 @@ A command is a module whose top is light (no torch) with one function
 whose annotations are the types of its flags, and whose docstring is its --help: a line `name:
 text`, indented under a title, documents --name. Known types: str, int, float, bool, Literal of
 texts, each also `| None`, and list[...] or tuple[..., ...] for a flag with several values (--flag A
-B, or --flag A --flag B). A parameter in front of the `*` is a word without a flag (`bench
-latency`); it is spelt --name too.
+B, or --flag A --flag B); `Annotated` with a Range bounds a number. A parameter in front of the `*`
+is a word without a flag (`bench latency`); it is spelt --name too.
+
+A parameter whose type is a table of options (arch/options.py) gives the command a flag for each of
+its fields, but for those that `Without` names. The table's help stands under the title that it
+names, here Model; where the command means something else, a line of its docstring says so.
 
 Why not fire alone: it runs `main` first and complains about a misspelt flag afterwards, on every
 rank, after the load; it turns `--prompt 123` into an int, and `--prompt -` into nothing. So the
 words are read here, and fire is left to call `main` with the values found. This module knows no
-command by name, and nothing of torch or the engine.
+command and no option by name, and nothing of torch or the engine.
 """
 
 import dataclasses
@@ -41,6 +53,7 @@ import typing
 import fire
 
 from llama_tp.arch.errors import UserError, mark_told
+from llama_tp.arch.options import PYTHON_ONLY, Help, Range, Without
 
 # torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the
 # driver has failed too, it gets to say why, and torchrun ends the worker before the time is up. If
@@ -50,6 +63,7 @@ DRIVER_SPEAKS_FIRST_S = 3.0
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad flags, a UserError out of main, Ctrl-C
 
 SWITCH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_FLAG_LINE = re.compile(r" {4}(\w+): +(.*)")
 # Kind -> (its name in --help, what a value must be, as an error says it).
 KINDS = {
     str: ("TEXT", "a text"),
@@ -61,7 +75,7 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-    """One flag of a command, as `main` declares it."""
+    """One flag of a command, as `main` or a table of options declares it."""
 
     name: str
     kind: type  # str, int, float or bool
@@ -70,6 +84,10 @@ class Flag:
     optional: bool = False  # None is a value
     bare: bool = False  # may stand without its name
     default: object = inspect.Parameter.empty
+    help: Help | None = None  # the table's; None: main's docstring has it
+    range: Range | None = None  # of a number
+    parameter: str = ""  # of main, which gets the value, or the table that the option is in
+    table: type | None = None
 
     @property
     def required(self) -> bool:
@@ -112,15 +130,17 @@ def run(main, argv: list[str] | None = None) -> None:
         if _is_driver():
             print(help_text(main, flags))
         sys.exit(0)
-    # fire sees only the names: each value is handed over as it was read here, never guessed from
-    # its text again.
-    fire.decorators.SetParseFns(
-        **{name: lambda _, value=value: value for name, value in values.items()}
-    )(main)
     try:
+        check_ranges(flags, values)
+        given = arguments(flags, values)
+        # fire sees only the names: each value is handed over as it was read here, never guessed
+        # from its text again.
+        fire.decorators.SetParseFns(
+            **{name: lambda _, value=value: value for name, value in given.items()}
+        )(main)
         fire.Fire(
             main,
-            command=[f"--{name}=" for name in values],
+            command=[f"--{name}=" for name in given],
             name=_command(),
             serialize=lambda _: None,
         )
@@ -131,26 +151,92 @@ def run(main, argv: list[str] | None = None) -> None:
 
 
 def flags_of(main) -> dict[str, Flag]:
-    """The flags that `main` declares, by name. TypeError for an annotation that no flag can have
-    (our bug)."""
-    hints = typing.get_type_hints(main)
-    flags = {}
+    """The flags that `main` declares, by name, those of its table in the table's order. TypeError
+    for an annotation that no flag can have, and for a name that is there twice (our bugs)."""
+    hints = typing.get_type_hints(main, include_extras=True)
+    flags: dict[str, Flag] = {}
     for name, parameter in inspect.signature(main).parameters.items():
-        kind, found = hints[name], {}
-        if typing.get_origin(kind) in (typing.Union, types.UnionType):
-            kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
-            kind, found["optional"] = kinds[0], True
-        if typing.get_origin(kind) in (list, tuple):
-            kind, found["repeats"] = typing.get_args(kind)[0], True
-        if typing.get_origin(kind) is typing.Literal:
-            kind, found["choices"] = str, typing.get_args(kind)
-        if kind not in KINDS:
-            raise TypeError(
-                f"{main.__module__}.main: no flag can have the type {hints[name]} of {name}"
-            )
-        found["bare"] = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        flags[name] = Flag(name, kind, default=parameter.default, **found)
+        table, marks = _taken_apart(hints[name])
+        if dataclasses.is_dataclass(table):
+            without = [each for mark in marks if isinstance(mark, Without) for each in mark.names]
+            found = [flag for flag in _options_of(table, name) if flag.name not in without]
+        else:
+            bare = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            flag = _flag(f"{main.__module__}.main", name, hints[name], parameter.default)
+            found = [dataclasses.replace(flag, bare=bare, parameter=name)]
+        if twice := [flag.name for flag in found if flag.name in flags]:
+            raise TypeError(f"{main.__module__}.main: the flag {twice[0]} is there twice")
+        flags |= {flag.name: flag for flag in found}
     return flags
+
+
+def _options_of(table: type, parameter: str) -> list[Flag]:
+    """The flags of a table of options, which main gets as `parameter`."""
+    hints = typing.get_type_hints(table, include_extras=True)
+    flags = []
+    for field in dataclasses.fields(table):
+        if PYTHON_ONLY not in _taken_apart(hints[field.name])[1]:
+            default = field.default
+            if default is dataclasses.MISSING:
+                default = inspect.Parameter.empty
+            flag = _flag(table.__qualname__, field.name, hints[field.name], default)
+            flags.append(dataclasses.replace(flag, parameter=parameter, table=table))
+    return flags
+
+
+def _flag(where: str, name: str, hint: object, default: object) -> Flag:
+    """The flag that an annotation declares. TypeError for one that no flag can have."""
+    kind, marks = _taken_apart(hint)
+    found: dict[str, typing.Any] = {}
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        kind, found["optional"] = kinds[0], True
+    if typing.get_origin(kind) in (list, tuple):
+        kind, found["repeats"] = typing.get_args(kind)[0], True
+    if typing.get_origin(kind) is typing.Literal:
+        kind, found["choices"] = str, typing.get_args(kind)
+    if kind not in KINDS:
+        raise TypeError(f"{where}: no flag can have the type {hint} of {name}")
+    for mark in marks:
+        if isinstance(mark, (Help, Range)):
+            found["help" if isinstance(mark, Help) else "range"] = mark
+    return Flag(name, kind, default=default, **found)
+
+
+def _taken_apart(hint: typing.Any) -> tuple[typing.Any, tuple]:
+    """An annotation without `Annotated`, and the marks that stood in it."""
+    # before 3.11, get_type_hints wraps one whose default is None in another Optional
+    inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
+    if len(inner) == 1 and typing.get_origin(inner[0]) is typing.Annotated:
+        hint = inner[0]
+    if typing.get_origin(hint) is typing.Annotated:
+        return hint.__origin__, hint.__metadata__
+    return hint, ()
+
+
+def arguments(flags: dict[str, Flag], values: dict[str, object]) -> dict[str, object]:
+    """The values as `main` takes them: those of options together in their table."""
+    tables = {flag.parameter: flag.table for flag in flags.values() if flag.table is not None}
+    own = {name: value for name, value in values.items() if flags[name].table is None}
+    return own | {
+        parameter: table(
+            **{name: value for name, value in values.items() if flags[name].parameter == parameter}
+        )
+        for parameter, table in tables.items()
+    }
+
+
+def check_ranges(flags: dict[str, Flag], values: dict[str, object]) -> None:
+    """Raises UserError for a number outside its flag's range; None is not given, and inside."""
+    for name, value in values.items():
+        within = flags[name].range
+        for each in value if isinstance(value, tuple) else (value,):
+            if within and each is not None and not within.least <= each <= within.most:
+                raise UserError(
+                    f"--{name} is out of range",
+                    f"found {each}",
+                    f"give a number from {within.least} to {within.most}",
+                )
 
 
 def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
@@ -266,26 +352,28 @@ def _likely_flags(word: str) -> tuple[str, ...]:
     return ("url",) if word.startswith(("http://", "https://")) else ()
 
 
-def check_numbers(**ranges: tuple[float | None, float, float]) -> None:
-    """Raises UserError for the value of a flag outside its range (value, least, most); None is not
-    given, and inside."""
-    for name, (value, least, most) in ranges.items():
-        if value is not None and not least <= value <= most:
-            raise UserError(
-                f"--{name} is out of range",
-                f"found {value}",
-                f"give a number from {least} to {most}",
-            )
+def check_can_be_written(flag: str, path: str) -> None:
+    """Raises UserError for a file that --flag names in a folder that is not there."""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise UserError(
+            f"--{flag} {path} cannot be written",
+            "there is no such folder",
+            "make it, or correct the name",
+        )
 
 
 def help_text(main, flags: dict[str, Flag]) -> str:
     """`main`'s docstring, with each line that documents a flag turned into `--flag TYPE  text
-    (default)`."""
+    (default)`, and the options of its table under their titles."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
+    documented = inspect.cleandoc(main.__doc__ or "").splitlines()
+    own = {m[1] for m in map(_FLAG_LINE.match, documented) if m}
+    for title, lines in _table_lines(flags, own).items():
+        documented = _put_under(title, lines, documented)
     lines, entries = [], {}  # entries: flag name -> [index of its line, its text]
     entry = None
-    for line in inspect.cleandoc(main.__doc__ or "").splitlines():
-        match = re.match(r" {4}(\w+): +(.*)", line)
+    for line in documented:
+        match = _FLAG_LINE.match(line)
         if match and match[1] in flags:
             entry = entries[match[1]] = [len(lines), match[2]]
             lines.append("")
@@ -294,16 +382,29 @@ def help_text(main, flags: dict[str, Flag]) -> str:
         else:
             entry = None
             lines.append(line)
-    undocumented = [name for name in flags if name not in entries]
-    if undocumented:
-        lines += ["", "Other flags:"]
-        for name in undocumented:
-            entries[name] = [len(lines), ""]
-            lines.append("")
     for name, (index, text) in entries.items():
         lines[index] = _help_entry(flags[name], text, width)
     words = [" " + name.upper() for name, flag in flags.items() if flag.bare]
     return "\n".join([f"{_command()}{''.join(words)} [flags]", "", *lines])
+
+
+def _table_lines(flags: dict[str, Flag], documented: set[str]) -> dict[str, list[str]]:
+    """Title -> lines of a docstring for the flags that main's own has none for."""
+    lines: dict[str, list[str]] = {}
+    for name, flag in flags.items():
+        if name not in documented:
+            title, text = (flag.help.title, flag.help.text) if flag.help else ("Other flags", "")
+            lines.setdefault(title, []).append(f"    {name}: {text}")
+    return lines
+
+
+def _put_under(title: str, new: list[str], lines: list[str]) -> list[str]:
+    """The lines of a docstring with new ones first under a title, which is added if it is not
+    there."""
+    if f"{title}:" not in lines:
+        return [*lines, "", f"{title}:", *new]
+    place = lines.index(f"{title}:") + 1
+    return [*lines[:place], *new, *lines[place:]]
 
 
 def _help_entry(flag: Flag, text: str, width: int) -> str:

@@ -10,25 +10,21 @@ import json
 import os
 import re
 import sys
-from typing import Literal
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
-from llama_tp.cli import check_numbers, run
+from llama_tp.arch.options import EngineOptions
+from llama_tp.cli import run
 from llama_tp.engine.request import SamplingParams
 
 
 def main(
     *,
-    ckpt_dir: str,
-    tokenizer_path: str | None = None,
+    options: EngineOptions,
     prompt: str | None = None,
     prompts_file: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    chat_template: Literal["meta", "hf"] = "meta",
-    max_seq_len: int | None = None,
-    max_batch_size: int = 32,
     max_gen_len: int | None = None,
     min_tokens: int = 0,
     temperature: float = 0.6,
@@ -39,7 +35,6 @@ def main(
     presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
     logit_bias: tuple[str, ...] = (),
-    seed: int = 1,
     n_samples: int = 1,
     stop: tuple[str, ...] = (),
     stop_ids: tuple[int, ...] = (),
@@ -47,15 +42,6 @@ def main(
     echo: bool = False,
     logprobs: int | None = None,
     json: bool = False,
-    quiet: bool = False,
-    device: str | None = None,
-    dtype: str | None = None,
-    deterministic: bool | None = None,
-    rope_factor: float | None = None,
-    prefix_cache: bool = True,
-    max_step_tokens: int | None = None,
-    step_timeout: float = 300.0,
-    load_timeout: float = 3600.0,
 ):
     """Write text with a Llama 3 checkpoint, on one rank or, started by llama_tp.launch, on several.
 
@@ -65,14 +51,6 @@ def main(
             --ckpt_dir Meta-Llama-3-70B-Instruct/original --chat --prompt "Why is the sky blue?"
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
-            *.safetensors; or org/name on the Hugging Face hub
-        tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
-        dtype: bfloat16, float16 or float32; as stored unless given
-        device: cpu or cuda; what is there unless given
-        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU,
-            where it costs little
-        rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
 
     Prompts:
         prompt: the text to continue, or the user's message with --chat; - reads it from stdin
@@ -107,13 +85,6 @@ def main(
         quiet: print nothing but text and errors
 
     Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
-            unless given
-        max_batch_size: most sequences computed at once; more prompts wait
-        max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
-        prefix_cache: reuse the cache of prompts that begin alike
-        step_timeout: seconds after which a step counts as hung and the job ends
-        load_timeout: the same for loading
     """
     texts = prompts_of(prompt, prompts_file)
     if logprobs is not None and not json:
@@ -122,16 +93,9 @@ def main(
         )
     if system is not None and not chat:
         raise UserError("--system is a message of a chat", "--chat is not set", "add --chat")
-    if chat_template != "meta" and not chat:
+    if options.chat_template != "meta" and not chat:
         raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
-    check_numbers(
-        max_seq_len=(max_seq_len, 1, 10**9),
-        max_batch_size=(max_batch_size, 1, 10**5),
-        max_step_tokens=(max_step_tokens, 1, 10**9),
-        step_timeout=(step_timeout, 1, 10**6),
-        load_timeout=(load_timeout, 1, 10**6),
-    )
-    check_launch(ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+    check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
     with said_of_flags():
         params = SamplingParams(
             max_tokens=max_gen_len,
@@ -152,40 +116,24 @@ def main(
             prompt_logprobs=logprobs if echo else None,
         )
 
-    from llama_tp.engine.build import EngineOptions, build
+    from llama_tp.engine.build import build
     from llama_tp.engine.session import chat_encoder, generate, report
 
-    engine = build(
-        EngineOptions(
-            ckpt_dir,
-            tokenizer_path,
-            max_seq_len,
-            max_batch_size,
-            device=device,
-            dtype=dtype,
-            deterministic=deterministic,
-            seed=seed,
-            rope_factor=rope_factor,
-            max_step_tokens=max_step_tokens,
-            prefix_cache=prefix_cache,
-            step_timeout=step_timeout,
-            load_timeout=load_timeout,
-            quiet=quiet,
-            chat_template=chat_template,
-        )
-    )
+    engine = build(options)
     errors = []
     try:
         if engine.is_driver:
             present = JsonLines(echo) if json else Text(echo)
-            encoder = chat_encoder(engine, ckpt_dir, chat_template) if chat else None
+            encoder = None
+            if chat:
+                encoder = chat_encoder(engine, options.ckpt_dir, options.chat_template)
             for sample in generate(engine, texts, params, encoder, system):
                 present(sample)
                 errors += [sample.error] if sample.error else []
             engine.dismiss()
         else:
             engine.follow()
-        report(engine, quiet)
+        report(engine, options.quiet)
     except BrokenPipeError:
         engine.watch.fail(
             UserError(

@@ -9,64 +9,43 @@ import os
 import re
 import shlex
 import sys
-from typing import Literal
+from typing import Annotated, Literal
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
-from llama_tp.cli import check_numbers, run
+from llama_tp.arch.options import EngineOptions, Range
+from llama_tp.cli import run
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 
-RANK_FLAGS = (
-    "ckpt_dir",
-    "tokenizer_path",
-    "max_seq_len",
-    "max_batch_size",
-    "device",
-    "dtype",
-    "deterministic",
-    "seed",
-    "rope_factor",
-    "max_step_tokens",
-    "prefix_cache",
-    "step_timeout",
-    "load_timeout",
-    "quiet",
-)
 # a key on the command line can be read by every user of the machine
 KEY_VARIABLE = "LLAMA_TP_API_KEY"
 
 
 def main(
     *,
-    ckpt_dir: str,
-    nproc_per_node: int = 1,
+    options: EngineOptions,
+    nproc_per_node: Annotated[int, Range(1, 4096)] = 1,
     host: str = "127.0.0.1",
-    port: int = 8000,
+    port: Annotated[int, Range(0, 65535)] = 8000,
     served_model_name: tuple[str, ...] = (),
     strict_model_name: bool = False,
     api_key: tuple[str, ...] = (),
     allow_origins: tuple[str, ...] = (),
     page: bool = True,
     metrics_prefix: Literal["llama_tp", "vllm"] = "llama_tp",
-    max_queue: int = 1024,
-    max_queue_logprobs: int = 16777216,
-    max_connections: int | None = None,
-    keep_alive_timeout: float = 5.0,
-    max_body_bytes: int = 8388608,
-    max_n: int = 128,
-    max_prompts: int = 1024,
-    max_stop: int = 16,
-    drain_timeout: float = 20.0,
-    max_restarts: int = 5,
-    nnodes: int = 1,
+    max_queue: Annotated[int, Range(0, 10**6)] = 1024,
+    max_queue_logprobs: Annotated[int, Range(0, 10**9)] = 16777216,
+    max_connections: Annotated[int | None, Range(1, 10**6)] = None,
+    keep_alive_timeout: Annotated[float, Range(0, 10**6)] = 5.0,
+    max_body_bytes: Annotated[int, Range(1, 1 << 27)] = 8388608,
+    max_n: Annotated[int, Range(1, 128)] = 128,
+    max_prompts: Annotated[int, Range(1, 10**5)] = 1024,
+    max_stop: Annotated[int, Range(0, 1000)] = 16,
+    drain_timeout: Annotated[float, Range(0, 10**6)] = 20.0,
+    max_restarts: Annotated[int, Range(0, 1000)] = 5,
+    nnodes: Annotated[int, Range(1, 4096)] = 1,
     master_addr: str | None = None,
     master_port: int = 29500,
-    tokenizer_path: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    deterministic: bool | None = None,
-    rope_factor: float | None = None,
-    chat_template: Literal["meta", "hf"] = "meta",
     generation_config: str = "auto",
     temperature: float | None = None,
     top_p: float | None = None,
@@ -74,14 +53,6 @@ def main(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     max_gen_len: int | None = None,
-    seed: int = 1,
-    max_seq_len: int | None = None,
-    max_batch_size: int = 32,
-    max_step_tokens: int | None = None,
-    prefix_cache: bool = True,
-    step_timeout: float = 300.0,
-    load_timeout: float = 3600.0,
-    quiet: bool = False,
 ):
     """Serve a Llama 3 checkpoint to OpenAI's clients, and to a browser at /.
 
@@ -127,20 +98,8 @@ def main(
         master_addr: this node's address, for the others
         master_port: a free port at that address; the one after it must be free too
         max_restarts: how often, in ten minutes, the ranks are started again
-        step_timeout: seconds after which a step counts as hung and the ranks are started again
-        load_timeout: the same for loading
 
     Model:
-        ckpt_dir: folder with Meta's params.json and consolidated.NN.pth, or HF's config.json and
-            *.safetensors; or org/name on the Hugging Face hub
-        tokenizer_path: tokenizer.model or tokenizer.json, if it is not in ckpt_dir
-        dtype: bfloat16, float16 or float32; as stored unless given
-        device: cpu or cuda; what is there unless given
-        deterministic: the same bits at tp 1, 2, 4 and 8 and in any batch; on by default on CPU,
-            where it costs little
-        rope_factor: factor of Llama 3.1's RoPE scaling, where the checkpoint does not say it
-        chat_template: meta for the Llama 3 chat format, hf for the template that the checkpoint's
-            folder brings
 
     Sampling, for requests that do not say it themselves:
         generation_config: auto for the generation_config.json of ckpt_dir, if there is one (its
@@ -156,16 +115,10 @@ def main(
         seed: with a request's number since the start, decides its draws
 
     Resources:
-        max_seq_len: longest sequence, prompt and output; 8192 or what the model was trained for,
-            unless given
-        max_batch_size: most samples computed at once
-        max_step_tokens: most tokens of prompts in a step; 512 on CPU, 8192 on CUDA
-        prefix_cache: reuse the cache of prompts that begin alike
         quiet: print no progress of loading
     """
-    flags = {name: value for name, value in locals().items() if name in RANK_FLAGS}
     if "RANK" in os.environ:
-        from llama_tp.engine.build import EngineOptions, build
+        from llama_tp.engine.build import build
         from llama_tp.engine.service import serve
         from llama_tp.parallel.hard_exit import leave
         from llama_tp.server.link import RankEnd
@@ -175,7 +128,7 @@ def main(
             # a server that goes while we load is not waited for; later the loop sees it, and ends
             # in good order
             link = RankEnd(link_path(), lambda: loaded or leave(1, "the HTTP server has gone"))
-        engine = build(EngineOptions(**flags))
+        engine = build(options)
         loaded.append(True)
         if engine.is_driver:
             serve(engine, link)
@@ -184,23 +137,6 @@ def main(
             engine.follow()
         engine.close()
         return
-    check_numbers(
-        port=(port, 0, 65535),
-        nproc_per_node=(nproc_per_node, 1, 4096),
-        nnodes=(nnodes, 1, 4096),
-        max_queue=(max_queue, 0, 10**6),
-        max_queue_logprobs=(max_queue_logprobs, 0, 10**9),
-        max_batch_size=(max_batch_size, 1, 10**5),
-        max_body_bytes=(max_body_bytes, 1, 1 << 27),
-        max_n=(max_n, 1, 128),
-        max_prompts=(max_prompts, 1, 10**5),
-        max_stop=(max_stop, 0, 1000),
-        max_restarts=(max_restarts, 0, 1000),
-        drain_timeout=(drain_timeout, 0, 10**6),
-        keep_alive_timeout=(keep_alive_timeout, 0, 10**6),
-        max_connections=(1 if max_connections is None else max_connections, 1, 10**6),
-        step_timeout=(step_timeout, 1, 10**6),
-    )
     keys = (*api_key, *filter(None, [os.environ.pop(KEY_VARIABLE, "")]))
     if not all(key and key.isascii() and key.isprintable() for key in keys):
         raise UserError(
@@ -218,7 +154,7 @@ def main(
     )
     check_origins(allow_origins)
     check_names(served_model_name)
-    check_launch(ckpt_dir, nnodes * nproc_per_node)
+    check_launch(options.ckpt_dir, nnodes * nproc_per_node)
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.protocol.order import Limits
@@ -227,18 +163,18 @@ def main(
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer
 
-    folder = fetch(ckpt_dir)
+    folder = fetch(options.ckpt_dir)
     if not os.path.isdir(folder):
         raise UserError(
             f"--ckpt_dir {folder} is no folder",
             "it is a file" if os.path.exists(folder) else "there is none",
             "point it at the checkpoint's folder, or write org/name of a model on the hub",
         )
-    tokenizer = open_tokenizer(tokenizer_path, folder)
-    chat = open_template(folder, tokenizer) if chat_template == "hf" else None
+    tokenizer = open_tokenizer(options.tokenizer_path, folder)
+    chat = open_template(folder, tokenizer) if options.chat_template == "hf" else None
     defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
     launch = launch_flags(nproc_per_node, nnodes, master_addr, master_port)
-    ranks = ["-m", "llama_tp.serve", *words_of(flags)]
+    ranks = ["-m", "llama_tp.serve", *words_of(options)]
     for node in range(1, nnodes):
         line = shlex.join(
             ["python", "-m", "llama_tp.launch", *launch, "--node_rank", str(node), *ranks]
@@ -247,7 +183,7 @@ def main(
     api_server.run(
         api_server.ServerOptions(
             command=[sys.executable, "-m", "llama_tp.launch", *launch, *ranks],
-            name=served_model_name[0] if served_model_name else name_of(ckpt_dir),
+            name=served_model_name[0] if served_model_name else name_of(options.ckpt_dir),
             aliases=served_model_name[1:],
             strict_name=strict_model_name,
             tokenizer=tokenizer,
@@ -264,10 +200,12 @@ def main(
             connections=ConnectionLimits(max_connections, keep_alive_s=keep_alive_timeout),
             limits=Limits(max_n, max_prompts, max(2048, max_n), max_stop),
             drain_s=drain_timeout,
-            seed=seed,
+            seed=options.seed,
             with_page=page,
             policy=supervisor.Policy(
-                max_restarts, silence_s=step_timeout + 30, load_s=load_timeout + 30
+                max_restarts,
+                silence_s=options.step_timeout + 30,
+                load_s=options.load_timeout + 30,
             ),
         )
     )
@@ -330,9 +268,14 @@ def launch_flags(
     ]
 
 
-def words_of(flags: dict[str, object]) -> list[str]:
-    """The flags as the ranks are given them; what is None is left to its default."""
-    return [f"--{name}={value}" for name, value in flags.items() if value is not None]
+def words_of(options: EngineOptions) -> list[str]:
+    """The options as the ranks are given them. None is left to its default, and the chat template
+    to the server, which encodes dialogs itself."""
+    return [
+        f"--{name}={value}"
+        for name, value in vars(options).items()
+        if value is not None and name != "chat_template"
+    ]
 
 
 def name_of(ckpt_dir: str) -> str:

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "model": ["arch", "native", "parallel"],
     "engine": ["arch", "text", "native", "parallel", "checkpoint", "model"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
+    "batch_job": ["arch", "text", "protocol"],
     "server": [
         "arch",
         "text",
@@ -76,7 +77,7 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|server)\.\w+|"
+    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|batch_job|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
 

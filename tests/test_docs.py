@@ -69,7 +69,9 @@ def test_flags_that_are_named_exist(path):
     }
     if path.parent.name == "checkpoints":
         known |= set(
-            re.findall(r'add_argument\("--(\w+)"', (ROOT / "checkpoints/train_demo.py").read_text())
+            re.findall(
+                r'add_argument\(\s*"--(\w+)"', (ROOT / "checkpoints/train_demo.py").read_text()
+            )
         )
     named = {
         word.replace("-", "_")

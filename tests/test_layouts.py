@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama_tp.arch.config import ModelConfig, RopeScaling
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.arch.weights import table
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.save import save_meta
@@ -34,20 +35,19 @@ def serve_folder(ranks, folder: str):
     whole = {}
     for weight in table(source.config):  # rank 0 of 1 gives the whole weights ...
         whole[weight.name] = torch.empty(weight.shape)
-    for _ in load(source, 0, 1, lambda weight: whole[weight.name]):
+    alone = ShardMap.even(source.config, 1).shard(0)
+    for _ in load(source, alone, lambda weight: whole[weight.name]):
         pass
     model_parts = {}
     source = open_checkpoint(folder)
+    shard = ShardMap.even(source.config, ranks.tp).shard(ranks.rank)
     for weight in load(
         source,
-        ranks.rank,
-        ranks.tp,
-        lambda w: model_parts.setdefault(
-            w.name, torch.empty(w.local_shape(source.config, ranks.tp))
-        ),
+        shard,
+        lambda w: model_parts.setdefault(w.name, torch.empty(w.local_shape(shard))),
     ):
         # ... of which this rank's part is a slice
-        part = weight.part(source.config, ranks.rank, ranks.tp)
+        part = weight.part(shard)
         mine = model_parts[weight.name]
         sliced = (
             whole[weight.name]

@@ -3,8 +3,8 @@ weights is read."""
 
 from dataclasses import dataclass
 
-from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
+from llama_tp.arch.shard_map import Shard
 from llama_tp.arch.weights import table
 
 GIB = 1 << 30
@@ -22,34 +22,32 @@ def counted(n: int) -> str:
     )
 
 
-def weight_bytes(config: ModelConfig, tp: int, itemsize: int) -> int:
-    """Resident weights of one rank, padding included (all ranks hold the same)."""
+def weight_bytes(shard: Shard, itemsize: int) -> int:
+    """Resident weights of one rank, padding included."""
     total = 0
-    for weight in table(config):
+    for weight in table(shard.config):
         size = itemsize
-        for n in weight.local_shape(config, tp):
+        for n in weight.local_shape(shard):
             size *= n
         total += size
     return total
 
 
-def kv_bytes_per_token(config: ModelConfig, tp: int, itemsize: int) -> int:
+def kv_bytes_per_token(shard: Shard, itemsize: int) -> int:
     """Keys and values of one position on one rank."""
-    return 2 * config.n_layers * config.local_kv_heads(tp) * config.head_dim * itemsize
+    config = shard.config
+    return 2 * config.n_layers * shard.kv_heads.width * config.head_dim * itemsize
 
 
-def workspace_bytes(
-    config: ModelConfig, tp: int, step_tokens: int, max_rows: int, max_seq_len: int
-) -> int:
+def workspace_bytes(shard: Shard, step_tokens: int, max_rows: int, max_seq_len: int) -> int:
     """Rotary tables, activations of the widest layer, logits and attention scores; fp32 sizes,
     measured generous."""
+    config, kv_columns = shard.config, shard.kv_heads.width * shard.config.head_dim
     rope = max_seq_len * config.head_dim * 4
-    heads = config.n_heads // tp + 2 * config.local_kv_heads(tp)
-    activations = (
-        step_tokens * 4 * (4 * config.dim + 4 * config.local_ffn(tp) + 4 * heads * config.head_dim)
-    )
+    qkv_columns = shard.query_heads.width * config.head_dim + 2 * kv_columns
+    activations = step_tokens * 4 * (4 * config.dim + 4 * shard.ffn.width + 4 * qkv_columns)
     logits = max(max_rows, 64) * 4 * 3 * config.vocab_size
-    attention = 3 * (128 << 20) + 4 * 2 * config.local_kv_heads(tp) * config.head_dim * max_seq_len
+    attention = 3 * (128 << 20) + 4 * 2 * kv_columns * max_seq_len
     return rope + activations + logits + attention
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard
 
 
 class Cut(Enum):
@@ -48,32 +49,22 @@ class Weight:
     kind: str  # "heads", "kv_heads", "ffn", "vocab", "norm": which count divides it
     rotary_heads: int = 0
 
-    def part(self, config: ModelConfig, rank: int, tp: int) -> Part:
-        """What `rank` of `tp` holds. With more ranks than KV heads, rank r holds KV head r *
-        n_kv_heads // tp."""
+    def part(self, shard: Shard) -> Part:
+        """What a rank holds of it."""
         if self.cut is Cut.WHOLE:
             return Part(None, 0, self.shape[0], self.shape[0])
-        total = self.shape[self.cut.value]
-        if self.kind == "kv_heads" and tp > config.n_kv_heads:
-            head = rank * config.n_kv_heads // tp
-            return Part(
-                self.cut.value,
-                head * config.head_dim,
-                (head + 1) * config.head_dim,
-                config.head_dim,
-            )
-        width = {
-            "heads": total // tp,
-            "kv_heads": total // tp,
-            "ffn": config.local_ffn(tp),
-            "vocab": config.local_vocab(tp),
-        }[self.kind]
-        start = min(rank * width, total)
-        return Part(self.cut.value, start, min(start + width, total), width)
+        width = shard.config.head_dim
+        held = {
+            "heads": lambda: shard.query_heads.times(width),
+            "kv_heads": lambda: shard.kv_heads.times(width),
+            "ffn": lambda: shard.ffn,
+            "vocab": lambda: shard.vocab,
+        }[self.kind]()
+        return Part(self.cut.value, held.start, held.stop, held.width)
 
-    def local_shape(self, config: ModelConfig, tp: int) -> tuple[int, ...]:
-        """Shape on each rank, padding included: the same for all ranks."""
-        part = self.part(config, 0, tp)
+    def local_shape(self, shard: Shard) -> tuple[int, ...]:
+        """Shape on that rank, padding included."""
+        part = self.part(shard)
         return tuple(part.width if i == part.dim else n for i, n in enumerate(self.shape))
 
 

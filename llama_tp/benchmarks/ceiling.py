@@ -17,6 +17,7 @@ import torch
 
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.memory import kv_bytes_per_token, weight_bytes
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.model.kernels import pick
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import barrier, gather_ints
@@ -143,14 +144,14 @@ def ceiling(
     probe = probe_of(ranks.device)
     bandwidth = worst(read_rate(ranks.device, probe))
     rate = worst(matrix_rate(ranks.device, dtype, probe))
-    item = dtype.itemsize
-    embedding = config.local_vocab(ranks.tp) * config.dim * item
-    weights = weight_bytes(config, ranks.tp, item) - (0 if config.tied else embedding)
+    item, shard = dtype.itemsize, ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    embedding = shard.vocab.width * config.dim * item
+    weights = weight_bytes(shard, item) - (0 if config.tied else embedding)
     return Ceiling(
         bandwidth,
         rate,
         weights,
-        kv_bytes_per_token(config, ranks.tp, item),
+        kv_bytes_per_token(shard, item),
         2 * weights // item,
         2 * embedding // item,
         ranks.tp,

@@ -3,17 +3,17 @@
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import GIB, counted
+from llama_tp.arch.options import EngineOptions
 from llama_tp.arch.published import PUBLISHED
 from llama_tp.benchmarks import latency, startup, synthetic, throughput
 from llama_tp.benchmarks.ceiling import Ceiling, ceiling
-from llama_tp.engine.build import DTYPES, EngineOptions, build, pick_mode
+from llama_tp.engine.build import build, pick_dtype, pick_mode
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.session import peak_bytes
 from llama_tp.parallel.collectives import gather_ints
@@ -45,50 +45,37 @@ class Load:
 
 
 def open_engine(
-    load: Load,
-    ckpt_dir: str | None,
-    model: str | None,
-    n_layers: int | None,
-    tp: int | None,
-    device: str | None,
-    dtype: str | None,
-    deterministic: bool | None,
+    load: Load, options: EngineOptions, model: str | None, n_layers: int | None, tp: int | None
 ) -> tuple[Engine, tuple[float, float]]:
     """A checkpoint's engine, or one with random weights; and the process's age before and after
     building it."""
     begun_s = startup.process_age_s()
-    if ckpt_dir:
+    if model is None:
         engine = build(
-            EngineOptions(
-                ckpt_dir,
+            replace(
+                options,
                 max_seq_len=load.n_positions,
                 max_batch_size=load.rows,
-                device=device,
-                dtype=dtype,
-                deterministic=deterministic,
                 prefix_cache=False,
             )
         )
     else:
-        if dtype not in (None, *DTYPES):
-            raise UserError(
-                "--dtype is not one that llama_tp computes in",
-                f"found {dtype!r}",
-                f"use one of {', '.join(DTYPES)}",
-            )
         config = synthetic.shrunk(PUBLISHED[model], n_layers)
-        ranks = synthetic.simulated(tp, pick_device(device, 0)) if tp else init_ranks(device)
+        if tp:
+            ranks = synthetic.simulated(tp, pick_device(options.device, 0))
+        else:
+            ranks = init_ranks(options.device)
+        dtype = pick_dtype(options.dtype, torch.bfloat16, ranks.device)
         config.check_tp(ranks.tp)
-        number = DTYPES[dtype or "bfloat16"]
         # a simulated rank has nobody to watch
         watch = Watch(single_rank(ranks.device) if tp else ranks)
         engine = synthetic.engine_of(
             config,
             ranks,
-            number,
+            dtype,
             load.n_positions,
             load.rows,
-            pick_mode(deterministic, ranks.device, number),
+            pick_mode(options.deterministic, ranks.device, dtype),
             watch,
         )
     return engine, (begun_s, startup.process_age_s())

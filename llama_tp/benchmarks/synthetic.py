@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.options import STEP_TOKENS
 from llama_tp.arch.weights import table
-from llama_tp.engine.build import STEP_TOKENS, assemble
+from llama_tp.engine.build import assemble
 from llama_tp.engine.engine import Engine
 from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.transformer import Transformer

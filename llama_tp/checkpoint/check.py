@@ -10,7 +10,7 @@ from llama_tp.arch.errors import UserError
 from llama_tp.arch.json_file import key_name
 from llama_tp.arch.regular_file import AGAIN
 from llama_tp.arch.weights import HARMLESS_HF_SUFFIX, HARMLESS_META, Cut, Weight, table
-from llama_tp.checkpoint.stored import Shard, Stored
+from llama_tp.checkpoint.stored import ShardFile, Stored
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -20,7 +20,7 @@ def key_of(weight: Weight, layout: str) -> str:
     return weight.hf_name if layout == "hf" else weight.name
 
 
-def check(config: ModelConfig, layout: str, shards: tuple[Shard, ...]) -> None:
+def check(config: ModelConfig, layout: str, shards: tuple[ShardFile, ...]) -> None:
     """Raises UserError, with the first five cases and their count, unless every shard holds each
     weight of the table in a shape that fits its cut and in bf16, fp16 or fp32, and nothing else
     (old rotary tables are forgiven)."""
@@ -95,7 +95,7 @@ def _harmless(key: str, layout: str) -> bool:
 
 
 def _allowed_shapes(
-    weight: Weight, shards: tuple[Shard, ...], first: Stored | None
+    weight: Weight, shards: tuple[ShardFile, ...], first: Stored | None
 ) -> list[tuple[int, ...]]:
     """Shapes that one of the shards may give a weight. Only the embedding's cut is in doubt (Llama
     3 cuts its rows, Llama 1 and 2 its columns); the first shard's settles it for all."""

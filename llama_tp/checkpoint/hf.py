@@ -19,7 +19,7 @@ from llama_tp.arch.json_file import key_name, read_json, unique_keys
 from llama_tp.arch.regular_file import AGAIN, list_folder, open_regular
 from llama_tp.arch.weights import table
 from llama_tp.checkpoint.files import Files
-from llama_tp.checkpoint.stored import Shard, Stored, contiguous
+from llama_tp.checkpoint.stored import ShardFile, Stored, contiguous
 
 INDEX_NAME = "model.safetensors.index.json"
 # For each weight of the model; 125 bytes and one tensor is what it needs. Quantised files have up
@@ -56,8 +56,9 @@ def has_safetensors(folder: str) -> bool:
     )
 
 
-def open_hf(folder: str, files: Files) -> tuple[ModelConfig, tuple[Shard, ...]]:
-    """The config as config.json has it, and one Shard with the tensors of all files. Reads headers
+def open_hf(folder: str, files: Files) -> tuple[ModelConfig, tuple[ShardFile, ...]]:
+    """The config as config.json has it, and one ShardFile with the tensors of all files. Reads
+    headers
     only.
 
     Raises UserError for missing or doubtful files; whether the tensors are those of the config is
@@ -96,7 +97,9 @@ def open_hf(folder: str, files: Files) -> tuple[ModelConfig, tuple[Shard, ...]]:
                 os.path.join(folder, name),
                 AGAIN,
             )
-    return config, (Shard(os.path.join(folder, names[0]) if len(names) == 1 else folder, tensors),)
+    return config, (
+        ShardFile(os.path.join(folder, names[0]) if len(names) == 1 else folder, tensors),
+    )
 
 
 def _weight_map(index: str) -> dict[str, str]:

@@ -1,22 +1,21 @@
 """One rank's tensors out of an opened checkpoint: which part of each weight, and zeros where it is
 padded.
 
-Rank and degree are plain integers: any rank's load can be run, and tested, in one process without a
-group.
+The shard is plain data: any rank's load can be run, and tested, in one process without a group.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
+from llama_tp.arch.shard_map import Shard
 from llama_tp.arch.weights import Weight, table
 from llama_tp.checkpoint.source import Source
 
 
 def load(
     source: Source,
-    rank: int,
-    tp: int,
+    shard: Shard,
     into: Callable[[Weight], torch.Tensor],
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Weight]:
@@ -24,27 +23,18 @@ def load(
 
     Args:
         source: the opened checkpoint.
-        rank, tp: which part of how many; UserError before anything is read if the head counts do
-          not allow tp.
+        shard: what this rank holds, of the same config.
         into: gives a weight's destination: the local, padded shape (`weight.local_shape`), any
             float dtype, any device and strides.
-        progress: called with stored bytes as they are done; they add up to `source.rank_bytes(rank,
-            tp)`.
+        progress: called with stored bytes as they are done; they add up to
+            `source.rank_bytes(shard)`.
 
     Raises UserError when a file is cut short or changes meanwhile.
     """
-    source.config.check_tp(tp)
-    if not 0 <= rank < tp:
-        raise ValueError(f"rank {rank} of {tp} ranks")
-    return _load(source, rank, tp, into, progress)
-
-
-def _load(source, rank, tp, into, progress) -> Iterator[Weight]:
-    config = source.config
     try:
-        for weight in table(config):
-            part, out = weight.part(config, rank, tp), into(weight).detach()
-            shape = weight.local_shape(config, tp)
+        for weight in table(source.config):
+            part, out = weight.part(shard), into(weight).detach()
+            shape = weight.local_shape(shard)
             if tuple(out.shape) != shape:
                 raise ValueError(
                     f"{weight.name}: the destination is {tuple(out.shape)}, not {shape}"

@@ -20,7 +20,7 @@ from llama_tp.arch.regular_file import AGAIN, list_folder, open_regular
 from llama_tp.arch.weights import table
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.state_dict import BadPickle, View, read_pickle
-from llama_tp.checkpoint.stored import Shard, Stored, contiguous
+from llama_tp.checkpoint.stored import ShardFile, Stored, contiguous
 
 SHARD_NAME = re.compile(r"consolidated\.(\d\d)\.pth")
 _SAFE = (
@@ -40,7 +40,7 @@ def shard_names(folder: str) -> list[str]:
     return [name for name in list_folder(folder) if SHARD_NAME.fullmatch(name)]
 
 
-def open_meta(folder: str, files: Files) -> tuple[ModelConfig, tuple[Shard, ...]]:
+def open_meta(folder: str, files: Files) -> tuple[ModelConfig, tuple[ShardFile, ...]]:
     """The config as params.json has it, and every shard's tensors. Reads headers only.
 
     Raises UserError for missing or doubtful files; whether the tensors are those of the config is
@@ -62,7 +62,7 @@ def open_meta(folder: str, files: Files) -> tuple[ModelConfig, tuple[Shard, ...]
     return from_params(raw, _vocabulary(raw, shards), where), shards
 
 
-def _vocabulary(raw: dict, shards: tuple[Shard, ...]) -> int | None:
+def _vocabulary(raw: dict, shards: tuple[ShardFile, ...]) -> int | None:
     """Rows of the whole embedding, from the shards: Llama 3 cuts its rows, Llama 1 and 2 its
     columns."""
     nested = raw.get("model")
@@ -73,7 +73,7 @@ def _vocabulary(raw: dict, shards: tuple[Shard, ...]) -> int | None:
     return stored.shape[0] * len(shards) if stored.shape[1] == dim else stored.shape[0]
 
 
-def _open_shard(path: str, files: Files, n_weights: int) -> Shard:
+def _open_shard(path: str, files: Files, n_weights: int) -> ShardFile:
     """A shard's tensors. What is read of it is bounded by what a model of `n_weights` weights can
     need, several times over."""
     with _Frugal(io.FileIO(open_regular(path))) as file:
@@ -98,7 +98,7 @@ def _open_shard(path: str, files: Files, n_weights: int) -> Shard:
         raise UserError(
             f"{path} must hold a dict of tensors", f"found a {type(found).__name__}", _SAFE
         )
-    return Shard(
+    return ShardFile(
         path, {str(name): _stored(path, name, value, records) for name, value in found.items()}
     )
 

@@ -19,13 +19,14 @@ import torch
 from llama_tp.arch.config import META_FOLDERS, ModelConfig, folded, with_rope_factor
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.regular_file import AGAIN, list_folder
+from llama_tp.arch.shard_map import Shard
 from llama_tp.arch.weights import Cut, Part, Weight, table
 from llama_tp.checkpoint.check import check, key_of
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import has_safetensors, open_hf
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.checkpoint.meta import open_meta, shard_names
-from llama_tp.checkpoint.stored import BoxReader, Shard, Stored
+from llama_tp.checkpoint.stored import BoxReader, ShardFile, Stored
 
 _MOST_KV_HEADS = 8  # of any Llama 3; more in a file may be copies
 # widths that only Llama 3.1 and later have: their RoPE is always scaled
@@ -56,7 +57,12 @@ class Source:
     """
 
     def __init__(
-        self, folder: str, layout: str, config: ModelConfig, shards: tuple[Shard, ...], files: Files
+        self,
+        folder: str,
+        layout: str,
+        config: ModelConfig,
+        shards: tuple[ShardFile, ...],
+        files: Files,
     ):
         self.folder, self.layout, self.n_shards = folder, layout, len(shards)
         self._shards, self._files, self._reader = shards, files, BoxReader(files)
@@ -177,11 +183,11 @@ class Source:
                 progress,
             )
 
-    def rank_bytes(self, rank: int, tp: int) -> int:
-        """Stored bytes that `rank` of `tp` reads: what `progress` adds up to."""
+    def rank_bytes(self, shard: Shard) -> int:
+        """Stored bytes that a rank reads: what `progress` adds up to."""
         total = 0
         for weight in table(self.config):
-            (top, bottom), (left, right) = _box(weight, weight.part(self.config, rank, tp))
+            (top, bottom), (left, right) = _box(weight, weight.part(shard))
             total += (bottom - top) * (right - left) * self.pieces(weight)[0].stored.dtype.itemsize
         return total
 

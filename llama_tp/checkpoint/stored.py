@@ -57,7 +57,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """All tensors of one model-parallel shard by their names in the file, and what to call the
     shard in a message."""
 

@@ -10,14 +10,15 @@ import os
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch.distributed import Store
 
-from llama_tp.arch.config import DETERMINISTIC_CHUNKS, ModelConfig
+from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
+from llama_tp.arch.options import DEFAULT_SEQ_LEN, STEP_TOKENS, EngineOptions
+from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import Source, open_checkpoint
@@ -38,10 +39,6 @@ from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.text.template import find_template
 from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
 
-# of prompts in a step, by device: enough for the matrix rate
-STEP_TOKENS = {"cpu": 512, "cuda": 8192}
-# unless asked: a 131,072-token cache is seldom wanted by who does not ask for it
-DEFAULT_SEQ_LEN = 8192
 PACK_BEHIND = 2  # weights read and not yet packed: each is in memory once more than in the end
 MEMORY_SHARE = 0.9  # of what is free: the rest is for what no estimate sees
 DTYPES = {
@@ -52,29 +49,6 @@ DTYPES = {
     "fp16": torch.float16,
     "fp32": torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a launch may choose; the names are the flags'. None means: chosen by what is there."""
-
-    ckpt_dir: str
-    tokenizer_path: str | None = None
-    max_seq_len: int | None = None
-    max_batch_size: int = 32
-    model_parallel_size: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    deterministic: bool | None = None
-    seed: int = 1
-    rope_factor: float | None = None
-    max_step_tokens: int | None = None
-    prefix_cache: bool = True
-    step_timeout: float = 300.0
-    load_timeout: float = 3600.0
-    quiet: bool = False
-    # or hf: looked for here, before the weights; dialogs are encoded elsewhere
-    chat_template: str = "meta"
 
 
 def build(options: EngineOptions, store: Store | None = None) -> Engine:
@@ -101,7 +75,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     started = time.perf_counter()
     _download(options.ckpt_dir, ranks)
     source = open_checkpoint(options.ckpt_dir, options.rope_factor)
-    source.config.check_tp(ranks.tp)
+    shard = ShardMap.even(source.config, ranks.tp).shard(ranks.rank)
     check_chat_template(options)
     same_everywhere(source.digest(), ranks)
     config, dtype = source.config, pick_dtype(options.dtype, source.dtype, ranks.device)
@@ -110,7 +84,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
     kernels = pick_kernels(config, ranks, dtype, deterministic)
     n_blocks = plan_cache(
-        config, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
+        shard, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
     )
     changed = (
         [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"]
@@ -127,7 +101,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
     with ThreadPoolExecutor(1) as aside:  # takes 0.6 s, most of it without the interpreter's lock
         tokenizer = aside.submit(_tokenizer, options, source)
-        load_into(model, source, ranks, watch, options.quiet, unless=tokenizer)
+        load_into(model, source, shard, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
     cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
     if ranks.device.type == "cuda":
@@ -275,7 +249,7 @@ def pick_kernels(
 
 
 def plan_cache(
-    config: ModelConfig,
+    shard: Shard,
     ranks: Ranks,
     dtype: torch.dtype,
     max_seq_len: int,
@@ -287,9 +261,9 @@ def plan_cache(
     the tightest rank. Raises UserError with the sum if not even one sequence fits."""
     budget = Budget(
         free=int(free_bytes(ranks) * MEMORY_SHARE),
-        weights=weight_bytes(config, ranks.tp, dtype.itemsize),
-        workspace=workspace_bytes(config, ranks.tp, step_tokens, max_rows, max_seq_len),
-        kv_per_block=block_size * kv_bytes_per_token(config, ranks.tp, dtype.itemsize),
+        weights=weight_bytes(shard, dtype.itemsize),
+        workspace=workspace_bytes(shard, step_tokens, max_rows, max_seq_len),
+        kv_per_block=block_size * kv_bytes_per_token(shard, dtype.itemsize),
     )
     longest = -(-max_seq_len // block_size)
     return min(gather_ints(budget.n_blocks(longest * max_rows, longest, block_size), ranks))
@@ -364,7 +338,7 @@ def startup_warnings(
             f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the "
             "model was trained for"
         )
-    if options.deterministic and config.n_chunks(ranks.tp) != DETERMINISTIC_CHUNKS:
+    if options.deterministic and not ShardMap.even(config, ranks.tp).fixes_sums:
         notes.append(
             f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other "
             "tp"
@@ -385,12 +359,18 @@ def startup_warnings(
 
 
 def load_into(
-    model: Transformer, source: Source, ranks: Ranks, watch: Watch, quiet: bool, unless: Future
+    model: Transformer,
+    source: Source,
+    shard: Shard,
+    ranks: Ranks,
+    watch: Watch,
+    quiet: bool,
+    unless: Future,
 ) -> None:
     """Reads this rank's bytes into the model; the driver shows how far all ranks are together.
     While one weight is read, a thread packs the one before. Ends at the next weight if `unless` has
     failed, raising its error."""
-    total = sum(source.rank_bytes(rank, ranks.tp) for rank in range(ranks.tp))
+    total = sum(source.rank_bytes(each) for each in shard.map.shards())
     # A thread begins with OpenMP's own number of threads, not with the one that was set.
     packer = ThreadPoolExecutor(
         1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
@@ -402,7 +382,7 @@ def load_into(
             bar.at(watch.all_done())
 
         packed: deque[Future] = deque()
-        for weight in load(source, ranks.rank, ranks.tp, model.into, done):
+        for weight in load(source, shard, model.into, done):
             if unless.done():
                 unless.result()
             packed.append(packer.submit(model.loaded, weight))

@@ -61,9 +61,11 @@ class _Followed:
 
 
 class Masks:
-    """Args:
-    pool: where workers come from.
-    max_workers: as many requests with forms run at once; others wait, and keep their order.
+    """The running requests with a form, and the masks of their samples.
+
+    Args:
+        pool: where workers come from.
+        max_workers: as many requests with forms run at once; others wait, and keep their order.
     """
 
     def __init__(self, pool: GrammarPool, max_workers: int):

@@ -9,6 +9,7 @@ import torch
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import GIB, weight_bytes
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.engine.engine import Engine
@@ -168,7 +169,8 @@ def report(engine: Engine, quiet: bool = False) -> None:
         quiet,
     )
     if stats.decode_s:
-        weights = weight_bytes(config, ranks.tp, engine.runner.model.dtype.itemsize) * ranks.tp
+        shard_map, itemsize = ShardMap.even(config, ranks.tp), engine.runner.model.dtype.itemsize
+        weights = sum(weight_bytes(shard, itemsize) for shard in shard_map.shards())
         say(
             f"decode: {stats.decode_tokens} tokens, {stats.decode_tokens / stats.decode_s:.1f} "
             "tok/s, weights read at "

@@ -5,7 +5,6 @@ Python takes 12 us for each of a layer's nine functions once a token's weights h
 the caches: 1.7 ms a token of the 1B, which takes 28 to 60.
 """
 
-import ctypes
 from ctypes import addressof
 
 import torch
@@ -14,35 +13,10 @@ from llama_tp.model.kv_cache import KVCache
 from llama_tp.model.layer import Batch, Layer
 from llama_tp.model.matrix import DTYPES, NativeMatrix
 from llama_tp.model.rope import Turn
-from llama_tp.native.library import DOUBLE, LONG, POINTER, load
+from llama_tp.native.library import load
+from llama_tp.native.structs import LayerArgs, StepArgs
 from llama_tp.parallel.groups import Ranks
 from llama_tp.parallel.shared_memory import SharedMemoryCommunicator
-
-
-class LayerArgs(ctypes.Structure):
-    """What stays from step to step, as layer.cpp has it."""
-
-    _fields_ = [
-        *((name, POINTER) for name in ("attention_norm", "wqkv", "wo", "ffn_norm", "w13", "w2")),
-        *((name, LONG) for name in ("D", "H", "K", "E", "F", "n_chunks")),
-        ("eps", DOUBLE),
-        ("communicator", POINTER),
-        *((name, LONG) for name in ("tp", "rank", "wide")),
-        ("timeout_s", DOUBLE),
-    ]
-
-
-class StepArgs(ctypes.Structure):
-    """What stays from layer to layer."""
-
-    _fields_ = [
-        ("T", LONG),
-        ("S", LONG),
-        *((name, POINTER) for name in ("cos", "sin", "blocks", "offsets", "spans")),
-        ("n_spans", LONG),
-        ("tables", POINTER),
-        ("complete", LONG),
-    ]
 
 
 class NativeLayers:

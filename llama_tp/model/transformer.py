@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.arch.weights import Weight, table
 from llama_tp.model.flash import Heads
 from llama_tp.model.kernels import Kernels, pick
@@ -182,8 +183,9 @@ def build(
         would.
     """
     model = Transformer(config, ranks, dtype, n_positions, deterministic, kernels)
+    shard = ShardMap.even(config, ranks.tp).shard(ranks.rank)
     for weight in table(config):
-        part, slot = weight.part(config, ranks.rank, ranks.tp), model.into(weight)
+        part, slot = weight.part(shard), model.into(weight)
         slot.zero_()
         if part.dim is None:
             slot.copy_(weights[weight.name])

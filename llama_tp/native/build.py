@@ -19,7 +19,11 @@ from pathlib import Path
 from llama_tp.arch.errors import UserError
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / name for name in ("kernels.cpp", "layer.cpp", "product.cpp", "shared.cpp")]
+SOURCES = [
+    HERE / name
+    for name in ("interface.cpp", "kernels.cpp", "layer.cpp", "product.cpp", "shared.cpp")
+]
+HEADERS = [HERE / name for name in ("native.h", "vector.h")]
 BUILT = HERE / "built"
 # No -ffast-math: sums must keep their order, and NaN must stay NaN. -fopenmp names libgomp, and
 # finds the copy that torch has loaded already, so that torch, oneDNN and these kernels share one
@@ -41,7 +45,7 @@ COMPILE_S = 300
 def path() -> Path:
     """Where the library for these sources and this machine is, or would be."""
     digest = hashlib.sha256(repr((FLAGS, platform.machine(), cpu_features())).encode())
-    for source in [*SOURCES, HERE / "vector.h"]:
+    for source in [*SOURCES, *HEADERS]:
         digest.update(source.read_bytes())
     return BUILT / f"native-{digest.hexdigest()[:16]}.so"
 

@@ -1,5 +1,5 @@
 // What torch lacks on CPU, or does in many small steps: paged attention, norms, rotation with the write to the KV
-// cache, SiLU. Plain C functions on raw pointers, called through ctypes (library.py). fp32 arithmetic throughout.
+// cache, SiLU. Plain C functions on raw pointers, declared in native.h, called through ctypes. fp32 arithmetic throughout.
 //
 // Bits of a row depend on that row alone: not on the other rows of the step, on how a prompt was cut into chunks, on
 // how many heads this rank holds or on the number of threads. For that, one loop body serves all rows and all elements
@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "vector.h"
+#include "native.h"
 
 namespace {
 
@@ -22,9 +22,6 @@ constexpr int TILE = 256;       // slots whose scores are held at once; softmax 
 constexpr int SOME = 4;         // groups of slots whose values are added while the sums stay in registers
 constexpr int ROWS = 4;         // query rows computed together
 constexpr int TASK_ROWS = 64;   // query rows (positions x G) of one task: what keys and values are read once for
-
-// One sequence in a step: rows [row, row + n) are positions [start, start + n); its block table begins at `table`.
-struct Span { int64_t row, start, n, table; };
 
 // The cache holds slots in groups of GROUP, each (GROUP, E) numbers of one head as attention multiplies them: keys as
 // (E / TOGETHER, GROUP, TOGETHER), so that one load gives a dimension, or a pair, of all its slots; values as
@@ -258,31 +255,48 @@ template <typename C> inline void write(const C* key, const C* value, C* keys, C
     }
 }
 
-// qkv: (T, H + 2K, E), whose queries and keys are turned in place; keys and values go to their slots in the cache.
-// cos, sin: (T, E / 2).
-template <typename C>
-void rotate_write(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
-                  int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) {
+// A row's cos and sin (E / 2) -> each angle's value twice, sin with the signs that `rotate` needs. Both have room for E + 16.
+inline void spread_angles(const float* cos, const float* sin, float* c, float* s, int64_t E) {
     const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    for (int64_t e = 0; e < E; e += 16) {
+        const int64_t pairs = std::min<int64_t>(8, (E - e) / 2);
+        f32x16 once_c = load_some(cos + e / 2, pairs), once_s = load_some(sin + e / 2, pairs);
+        store(c + e, __builtin_shufflevector(once_c, once_c, EACH_TWICE));
+        store(s + e, __builtin_shufflevector(once_s, once_s, EACH_TWICE) * sign);
+    }
+}
+
+template <typename C>
+void rotate_rows(C* x, int64_t stride, const float* cos, const float* sin, int64_t T, int64_t heads, int64_t E) {
 #pragma omp parallel if (T > 1)
     {
         std::vector<float> c(E + 16), s(E + 16);
 #pragma omp for
         for (int64_t t = 0; t < T; t++) {
-            for (int64_t e = 0; e < E; e += 16) {
-                const int64_t at = t * E / 2 + e / 2, pairs = std::min<int64_t>(8, (E - e) / 2);
-                f32x16 once_c = load_some(cos + at, pairs), once_s = load_some(sin + at, pairs);
-                store(&c[e], __builtin_shufflevector(once_c, once_c, EACH_TWICE));
-                store(&s[e], __builtin_shufflevector(once_s, once_s, EACH_TWICE) * sign);
-            }
-            C* row = qkv + t * (H + 2 * K) * E;
-            for (int64_t h = 0; h < H + K; h++) rotate(row + h * E, c.data(), s.data(), E);
-            for (int64_t h = 0; h < K; h++) {
-                const int64_t slot = offsets[t] % GROUP, group = ((blocks[t] * K + h) * S + offsets[t] - slot) * E;
-                write(row + (H + h) * E, row + (H + K + h) * E, k + group, v + group, slot, E);
-            }
+            spread_angles(cos + t * E / 2, sin + t * E / 2, c.data(), s.data(), E);
+            for (int64_t h = 0; h < heads; h++) rotate(x + t * stride + h * E, c.data(), s.data(), E);
         }
     }
+}
+
+template <typename C>
+void write_rows(const C* k, int64_t k_stride, const C* v, int64_t v_stride, const int64_t* blocks, const int64_t* offsets, C* k_cache,
+                C* v_cache, int64_t T, int64_t K, int64_t S, int64_t E) {
+#pragma omp parallel for if (T > 1)
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t h = 0; h < K; h++) {
+            const int64_t slot = offsets[t] % GROUP, group = ((blocks[t] * K + h) * S + offsets[t] - slot) * E;
+            write(k + t * k_stride + h * E, v + t * v_stride + h * E, k_cache + group, v_cache + group, slot, E);
+        }
+}
+
+// rotate_rows of queries and keys, then write_rows.
+template <typename C>
+void rotate_write(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
+                  int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) {
+    const int64_t stride = (H + 2 * K) * E;
+    rotate_rows(qkv, stride, cos, sin, T, H + K, E);
+    write_rows(qkv + H * E, stride, qkv + (H + K) * E, stride, blocks, offsets, k, v, T, K, S, E);
 }
 
 // (T, 2F), gates then ups -> (T, F): silu(gate) * up, the silu rounded to C as a tensor of its own would be.
@@ -362,9 +376,9 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
 }
 
 #define FOR_DTYPE(NAME, C) \
-    extern "C" void attend_##NAME(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const void* spans, \
+    extern "C" void attend_##NAME(const C* q, int64_t q_stride, C* out, const C* k, const C* v, const Span* spans, \
                                   int64_t n_spans, const int32_t* tables, int64_t H, int64_t K, int64_t S, int64_t E) { \
-        attend(q, q_stride, out, k, v, static_cast<const Span*>(spans), n_spans, tables, H, K, S, E); \
+        attend(q, q_stride, out, k, v, spans, n_spans, tables, H, K, S, E); \
     } \
     extern "C" void add_norm_##NAME(C* x, const C* delta, const C* weight, float eps, C* out, int64_t T, int64_t D) { \
         add_norm(x, delta, weight, eps, out, T, D); \
@@ -372,6 +386,13 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
     extern "C" void rotate_write_##NAME(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, \
                                         C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
         rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
+    } \
+    extern "C" void rotate_##NAME(C* x, int64_t stride, const float* cos, const float* sin, int64_t T, int64_t heads, int64_t E) { \
+        rotate_rows(x, stride, cos, sin, T, heads, E); \
+    } \
+    extern "C" void write_kv_##NAME(const C* k, int64_t k_stride, const C* v, int64_t v_stride, const int64_t* blocks, \
+                                    const int64_t* offsets, C* k_cache, C* v_cache, int64_t T, int64_t K, int64_t S, int64_t E) { \
+        write_rows(k, k_stride, v, v_stride, blocks, offsets, k_cache, v_cache, T, K, S, E); \
     } \
     extern "C" void silu_mul_##NAME(const C* x, C* out, int64_t T, int64_t F) { silu_mul(x, out, T, F); }
 

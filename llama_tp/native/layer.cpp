@@ -6,31 +6,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "vector.h"
+#include "native.h"
 
 namespace {
-
-template <typename C> struct LayerArgs {                // fields as native_layers.py declares them
-    const C* attention_norm;
-    const Lane<C> *wqkv, *wo;
-    const C* ffn_norm;
-    const Lane<C> *w13, *w2;
-    int64_t D, H, K, E, F, n_chunks;
-    double eps;
-    void* room;                     // shared.cpp's, null with one rank
-    int64_t tp, rank, wide;         // wide: whether sums over the ranks are of fp32
-    double timeout_s;
-};
-
-struct StepArgs {
-    int64_t T, S;
-    const float *cos, *sin;         // (T, E / 2)
-    const int64_t *blocks, *offsets;
-    const void* spans;
-    int64_t n_spans;
-    const int32_t* tables;
-    int64_t complete;               // whether the spans cover all T rows
-};
 
 // One thread's memory for what stands between two functions: as large as the largest step so far.
 template <typename T> T* scratch(std::vector<T>& memory, int64_t n) {
@@ -38,19 +16,9 @@ template <typename T> T* scratch(std::vector<T>& memory, int64_t n) {
     return memory.data();
 }
 
-}  // namespace
-
+// The functions of a dtype.
+template <typename C> struct Call;
 #define FOR_DTYPE(NAME, C) \
-    extern "C" { \
-    void add_norm_##NAME(C*, const C*, const C*, float, C*, int64_t, int64_t); \
-    void product_##NAME(const C*, const Lane<C>*, float*, C*, int64_t, int64_t, int64_t, int64_t); \
-    void rotate_write_##NAME(C*, const float*, const float*, const int64_t*, const int64_t*, C*, C*, int64_t, int64_t, int64_t, \
-                             int64_t, int64_t); \
-    void attend_##NAME(const C*, int64_t, C*, const C*, const C*, const void*, int64_t, const int32_t*, int64_t, int64_t, int64_t, \
-                       int64_t); \
-    void silu_mul_##NAME(const C*, C*, int64_t, int64_t); \
-    bool shared_sum_##NAME(void*, int, int, double, C*, int64_t); \
-    } \
     template <> struct Call<C> { \
         static constexpr auto add_norm = add_norm_##NAME; \
         static constexpr auto product = product_##NAME; \
@@ -59,24 +27,21 @@ template <typename T> T* scratch(std::vector<T>& memory, int64_t n) {
         static constexpr auto silu_mul = silu_mul_##NAME; \
         static constexpr auto shared_sum = shared_sum_##NAME; \
     };
-
-template <typename C> struct Call;
 FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
-
-namespace {
+#undef FOR_DTYPE
 
 // linear.RowParallelLinear: x (T, in) times w -> out (T, D), summed over the ranks. False if they do not come in time.
 template <typename C> bool row_parallel(const LayerArgs<C>& layer, const C* x, const Lane<C>* w, int64_t T, int64_t in, C* out) {
     const int64_t D = layer.D, n = T * D;
-    if (layer.tp == 1 || !layer.wide) {
+    if (layer.tp == 1 || !layer.fp32_sums) {
         Call<C>::product(x, w, nullptr, out, T, in, D, layer.n_chunks);
-        return layer.tp == 1 || Call<C>::shared_sum(layer.room, int(layer.tp), int(layer.rank), layer.timeout_s, out, n);
+        return layer.tp == 1 || Call<C>::shared_sum(layer.communicator, int(layer.tp), int(layer.rank), layer.timeout_s, out, n);
     }
     static thread_local std::vector<float> memory;
     float* sums = scratch(memory, n);
     Call<C>::product(x, w, sums, nullptr, T, in, D, layer.n_chunks);
-    if (!shared_sum_fp32(layer.room, int(layer.tp), int(layer.rank), layer.timeout_s, sums, n)) return false;
+    if (!shared_sum_fp32(layer.communicator, int(layer.tp), int(layer.rank), layer.timeout_s, sums, n)) return false;
     for (int64_t i = 0; i < n; i += 16) store_some(out + i, load_some(sums + i, n - i), n - i);
     return true;
 }

@@ -10,11 +10,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "vector.h"
+#include "native.h"
 
 namespace {
 
-constexpr int WIDTH = 64;           // outputs of a block: four vectors
 constexpr int64_t DEPTH = 1024;     // inputs gone through at once: 128 KB of bf16 weights, which stay in the L2 cache for all rows
 constexpr int64_t PANEL = 512;      // rows gone through at once
 constexpr int AHEAD = 2048;         // bytes between what is read and what is asked for, when few rows stream the weights
@@ -139,10 +138,10 @@ void some_rows(int64_t M, const C* x, int64_t stride, const Lane<C>* w, int64_t 
     }
 }
 
-// x (M, K) times packed w -> (M, n_out): the sums of n_chunks equal parts of K, added as collectives.tree_add does; into `wide` as
-// they are, or rounded into `out`. n_out is N without what fills up the last block.
+// x (M, K) times packed w -> (M, n_out): the sums of n_chunks equal parts of K, added as collectives.tree_add does; into `partial_sums`
+// as they are, or rounded into `out`. n_out is N without what fills up the last block.
 template <typename C>
-void product(const C* x, const Lane<C>* w, float* wide, C* out, int64_t M, int64_t K, int64_t n_out, int64_t n_chunks) {
+void product(const C* x, const Lane<C>* w, float* partial_sums, C* out, int64_t M, int64_t K, int64_t n_out, int64_t n_chunks) {
     const int64_t blocks = (n_out + WIDTH - 1) / WIDTH, panels = (M + PANEL - 1) / PANEL, chunk = K / n_chunks;
 #pragma omp parallel if (blocks * panels > 1)
     {
@@ -164,7 +163,7 @@ void product(const C* x, const Lane<C>* w, float* wide, C* out, int64_t M, int64
                         f32x16 parts[MAX_PARTS];
                         for (int64_t c = 0; c < n_chunks; c++) parts[c] = load(&sums[(c * rows + m) * WIDTH + n]);
                         const f32x16 total = tree_add(parts, int(n_chunks));
-                        if (wide) store_some(wide + to, total, left);
+                        if (partial_sums) store_some(partial_sums + to, total, left);
                         else store_some(out + to, total, left);
                     }
             }
@@ -188,9 +187,9 @@ extern "C" int inputs_together_bf16() {
     extern "C" bool take_rows_##NAME(const Lane<C>* w, const int64_t* ids, Lane<C>* out, int64_t T, int64_t N, int64_t K) { \
         return take_rows<C>(w, ids, out, T, N, K); \
     } \
-    extern "C" void product_##NAME(const C* x, const Lane<C>* w, float* wide, C* out, int64_t M, int64_t K, int64_t N, \
-                                   int64_t n_chunks) { \
-        product<C>(x, w, wide, out, M, K, N, n_chunks); \
+    extern "C" void product_##NAME(const C* x, const Lane<C>* w, float* partial_sums, C* out, int64_t M, int64_t K, \
+                                   int64_t N, int64_t n_chunks) { \
+        product<C>(x, w, partial_sums, out, M, K, N, n_chunks); \
     }
 
 FOR_DTYPE(fp32, float)

@@ -1,4 +1,4 @@
-// Collectives between the ranks of one host through a piece of shared memory, called through ctypes (library.py).
+// Collectives between the ranks of one host through a piece of shared memory, declared in native.h, called through ctypes.
 //
 // Layout: a Seat for each rank, then two sets of tp buffers of CHUNK bytes. Operations are numbered; number n uses set
 // n % 2. A rank posts n when its data lie in its buffer, and says done when it has read what it needs from the others.
@@ -12,7 +12,7 @@
 #include <ctime>
 #include <sched.h>
 
-#include "vector.h"
+#include "native.h"
 
 #ifdef __linux__
 #include <linux/futex.h>

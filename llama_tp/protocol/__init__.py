@@ -1,1 +1,1 @@
-"""OpenAI's shapes on one side, the engine's Request on the other; what batch and server share."""
+"""OpenAI's shapes on one side, the engine's Request on the other; for batch jobs and the server."""

@@ -31,9 +31,11 @@ FIX = "correct the file, or give --generation_config none"
 
 @dataclass(frozen=True)
 class SamplingDefaults:
-    """Args:
-    file: field -> value, as the model's file says it.
-    flags: the same of the command line, which wins.
+    """The sampling parameters that a request gets where it names none.
+
+    Args:
+        file: field -> value, as the model's file says it.
+        flags: the same of the command line, which wins.
     """
 
     file: Mapping[str, float] = field(default_factory=dict)

@@ -39,11 +39,13 @@ LEAST_RATE = 500
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Args:
-    max_connections: most at once; None: as many as the open files allow, at most 4,096.
-    header_s: for a request's headers to come, from the connection or their first byte on.
-    keep_alive_s: between a reply and the next request.
-    write_s: in which a client that has fallen behind must read something (LEAST_RATE).
+    """Bounds of the connections that clients hold.
+
+    Args:
+        max_connections: most at once; None: as many as the open files allow, at most 4,096.
+        header_s: for a request's headers to come, from the connection or their first byte on.
+        keep_alive_s: between a reply and the next request.
+        write_s: in which a client that has fallen behind must read something (LEAST_RATE).
     """
 
     max_connections: int | None = None

@@ -28,10 +28,13 @@ STATES = ("loading", "ready", "restarting", "stalled", "draining", "dead")
 
 
 class Metrics:
-    """Args:
-    model_name: a label of every sample; the only one that does not come from a short fixed list.
-    prefix: "llama_tp", or "vllm" for dashboards that were made for vLLM: those look for its label
-        `engine`, too, and for HTTP statuses by class.
+    """The Prometheus series of one server.
+
+    Args:
+        model_name: a label of every sample; the only one that does not come from a short fixed
+            list.
+        prefix: "llama_tp", or "vllm" for dashboards that were made for vLLM: those look for its
+            label `engine`, too, and for HTTP statuses by class.
     """
 
     def __init__(self, model_name: str, prefix: str = "llama_tp"):

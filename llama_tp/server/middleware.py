@@ -100,10 +100,12 @@ def log_bug(request_id: str) -> None:
 
 
 class GuardMiddleware:
-    """Args:
-    app: the application behind.
-    keys: API keys, any of which opens; none: no key is asked for.
-    max_body_bytes: longer bodies get 413, whether or not they say their length first.
+    """ASGI middleware: keys, sizes, request ids and the shape of every error.
+
+    Args:
+        app: the application behind.
+        keys: API keys, any of which opens; none: no key is asked for.
+        max_body_bytes: longer bodies get 413, whether or not they say their length first.
     """
 
     def __init__(

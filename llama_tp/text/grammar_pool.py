@@ -109,7 +109,9 @@ class Busy(UserError):
 
 
 class GrammarPool:
-    """Args:
+    """Starts workers, hands them out, and tries forms in them.
+
+    Args:
         tokenizer: one that `open_tokenizer` has made, which the processes open again.
         nice: of its workers, as long as they are quick.
         cpu_s: the limit of CPU time for one message to a worker.

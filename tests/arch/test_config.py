@@ -21,6 +21,7 @@ from llama_tp.arch.config import (
 )
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.arch.weights import table
 
 # Meta's own params.json of each size; what the model card and the HF config say of them stands in
@@ -110,10 +111,10 @@ def test_parameters_are_counted_in_the_unit_that_fits(n, text):
 def test_published_sizes(name, ffn, n_params, kv_bytes, factor):
     config = from_params(META[name])
     assert (config.ffn_dim, config.n_params) == (ffn, n_params)
-    assert kv_bytes_per_token(config, 1, 2) == kv_bytes
+    assert kv_bytes_per_token(ShardMap.even(config, 1).shard(0), 2) == kv_bytes
     assert (config.rope_scaling.factor if config.rope_scaling else None) == factor
     assert bool(config.notes) == (factor is not None)  # an inferred factor is said aloud
-    assert weight_bytes(config, 1, 2) == 2 * n_params
+    assert weight_bytes(ShardMap.even(config, 1).shard(0), 2) == 2 * n_params
     assert from_params({"model": META[name], "other": 1}) == config
 
 
@@ -125,9 +126,9 @@ def test_weights_per_rank():
         ("3.1-405B", 8, 94.5),
         ("3.1-405B", 16, 47.75),
     ):
-        assert weight_bytes(from_params(META[name]), tp, 2) / gib == pytest.approx(
-            expected, abs=0.01
-        )
+        assert weight_bytes(
+            ShardMap.even(from_params(META[name]), tp).shard(0), 2
+        ) / gib == pytest.approx(expected, abs=0.01)
 
 
 def test_possible_degrees():
@@ -435,7 +436,10 @@ def is_a_config_or_one_error(read, raw):
     assert len(sizes) == 9 and all(type(size) is int and size > 0 for size in sizes)
     assert type(config.norm_eps) is type(config.rope_theta) is float and type(config.tied) is bool
     # odd FFNs are padded
-    assert weight_bytes(config, 1, 2) >= 2 * config.n_params and config.possible_tp()[0] == 1
+    assert (
+        weight_bytes(ShardMap.even(config, 1).shard(0), 2) >= 2 * config.n_params
+        and config.possible_tp()[0] == 1
+    )
     assert from_params(as_params(config)).dim == config.dim
 
 
@@ -586,7 +590,7 @@ def test_parts_cover_every_weight_once():
     )
     for tp in config.possible_tp():
         for weight in table(config):
-            parts = [weight.part(config, rank, tp) for rank in range(tp)]
+            parts = [weight.part(shard) for shard in ShardMap.even(config, tp).shards()]
             assert len({part.width for part in parts}) == 1
             if weight.cut.value is None:
                 continue

@@ -23,12 +23,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama_tp.arch.errors import UserError
+from llama_tp.arch.shard_map import ShardMap
+from llama_tp.batch_job.job import sampled_digest
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import open_checkpoint
-from llama_tp.protocol.batch_job import sampled_digest
 from tests.checkpoint.make import GQA, random_weights, write_hf, write_meta
 
 torch.set_num_threads(1)
+
+
+def load_shard(source, rank: int, tp: int):
+    """The steps of one rank's load."""
+    shard = ShardMap.even(source.config, tp).shard(rank)
+    return load(source, shard, lambda weight: torch.empty(weight.local_shape(shard)))
+
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 HTML = b"\n<!DOCTYPE html><html><head><title>Log in</title></head></html>"
@@ -818,10 +826,7 @@ def test_permission_denied(sound, tmp_path, monkeypatch, name):
 
 
 def run(source, rank=0, tp=1):
-    return [
-        w.name
-        for w in load(source, rank, tp, lambda w: torch.empty(w.local_shape(source.config, tp)))
-    ]
+    return [w.name for w in load_shard(source, rank, tp)]
 
 
 @pytest.mark.parametrize("layout, name", [("meta", P1), ("hf", TWO)])
@@ -839,7 +844,7 @@ def test_a_file_that_shrinks_while_it_is_read(sound, tmp_path, layout, name):
     folder = tmp_path / "ckpt"
     shutil.copytree(sound[layout], folder)
     source = open_checkpoint(folder)
-    steps = load(source, 0, 1, lambda w: torch.empty(w.local_shape(source.config, 1)))
+    steps = load_shard(source, 0, 1)
     [next(steps) for _ in range(3)]  # files are open by now
     os.truncate(folder / name, 10_000)
     with pytest.raises(UserError, match=f"{name} is shorter"):
@@ -850,7 +855,7 @@ def test_a_file_that_is_rewritten_while_it_is_read(sound, tmp_path):
     folder = tmp_path / "ckpt"
     shutil.copytree(sound["meta"], folder)
     source = open_checkpoint(folder)
-    steps = load(source, 0, 1, lambda w: torch.empty(w.local_shape(source.config, 1)))
+    steps = load_shard(source, 0, 1)
     next(steps)
     os.utime(folder / P0, ns=(1, 1))
     with pytest.raises(UserError, match=f"{P0} changed while"):
@@ -865,7 +870,7 @@ def test_no_file_stays_open(sound, tmp_path):
     sources = [open_checkpoint(folder) for folder in sound.values()]
     for source in sources:
         run(source)
-        steps = load(source, 0, 2, lambda w: torch.empty(w.local_shape(source.config, 2)))
+        steps = load_shard(source, 0, 2)
         next(steps)
         steps.close()  # given up half-way
     for damage in (truncated(P1, -100), malicious_zip):

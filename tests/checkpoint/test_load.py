@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from llama_tp.arch.config import RopeScaling
 from llama_tp.arch.errors import UserError
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import _remarks, open_checkpoint
 from tests.checkpoint.make import (
@@ -29,14 +30,14 @@ torch.set_num_threads(1)
 
 def loaded(source, rank, tp, dtype=None, progress=None):
     """{name: tensor} of one rank; destinations begin as NaN, so that what is not written shows."""
-    out = {}
+    out, shard = {}, ShardMap.even(source.config, tp).shard(rank)
 
     def into(weight):
-        shape = weight.local_shape(source.config, tp)
+        shape = weight.local_shape(shard)
         out[weight.name] = torch.full(shape, float("nan"), dtype=dtype or source.dtype)
         return out[weight.name]
 
-    order = [weight.name for weight in load(source, rank, tp, into, progress)]
+    order = [weight.name for weight in load(source, shard, into, progress)]
     assert order == list(out)
     return out
 
@@ -49,7 +50,7 @@ def assert_all_ranks(source, c, weights, degrees):
             assert got.keys() == weights.keys()
             for name, whole in weights.items():
                 assert torch.equal(got[name], expected(name, whole, c, rank, tp)), (name, rank, tp)
-            assert sum(seen) == source.rank_bytes(rank, tp)
+            assert sum(seen) == source.rank_bytes(ShardMap.even(source.config, tp).shard(rank))
 
 
 @pytest.mark.parametrize("mp", [1, 2, 4, 8])
@@ -62,7 +63,11 @@ def test_meta_shards_to_any_degree(tmp_path, mp):
         GQA,
         torch.bfloat16,
     )
-    assert source.n_bytes == sum(w.nbytes for w in weights.values()) == source.rank_bytes(0, 1)
+    assert (
+        source.n_bytes
+        == sum(w.nbytes for w in weights.values())
+        == source.rank_bytes(ShardMap.even(source.config, 1).shard(0))
+    )
     assert_all_ranks(source, GQA, weights, (1, 2, 4, 8, 16))
 
 
@@ -314,7 +319,7 @@ def test_destinations_may_be_strided_slices_of_a_packed_tensor(tmp_path):
     views = {}
 
     def into(weight):
-        shape = weight.local_shape(source.config, 2)
+        shape = weight.local_shape(ShardMap.even(source.config, 2).shard(1))
         if weight.name.startswith("layers.0.") and weight.name.endswith(
             ("wq.weight", "wk.weight", "w2.weight")
         ):
@@ -326,7 +331,7 @@ def test_destinations_may_be_strided_slices_of_a_packed_tensor(tmp_path):
             return views[weight.name]
         return torch.empty(shape)
 
-    list(load(source, 1, 2, into))
+    list(load(source, ShardMap.even(source.config, 2).shard(1), into))
     for name, view in views.items():
         assert torch.equal(view, expected(name, weights[name], GQA, 1, 2).float()), name
 
@@ -339,15 +344,21 @@ def test_an_impossible_degree_reads_nothing_and_names_the_possible_ones(tmp_path
     for shard in tmp_path.glob("*.pth"):
         shard.unlink()  # a read would fail in another way
     with pytest.raises(UserError, match=r"3 ranks.*8 KV heads.*1, 2, 4, 8, 16"):
-        load(source, 0, 3, lambda weight: pytest.fail("asked for a destination"))
+        load(
+            source,
+            ShardMap.even(source.config, 3).shard(0),
+            lambda weight: pytest.fail("asked for a destination"),
+        )
 
 
 def test_a_wrong_destination_or_rank_is_a_programming_error(tmp_path):
     source = open_checkpoint(write_meta(tmp_path, GQA, random_weights(GQA), 2))
     with pytest.raises(ValueError, match="destination"):
-        list(load(source, 0, 2, lambda weight: torch.empty(1, 1)))
+        list(
+            load(source, ShardMap.even(source.config, 2).shard(0), lambda weight: torch.empty(1, 1))
+        )
     with pytest.raises(ValueError, match="rank 2"):
-        load(source, 2, 2, lambda weight: None)
+        ShardMap.even(source.config, 2).shard(2)
 
 
 def test_rope_factor_overrides_and_is_part_of_the_digest(tmp_path):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(
 CHILD = """
 import json, sys
 import torch
+from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import open_checkpoint
 
@@ -39,14 +40,15 @@ folder, rank, tp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 before = number("/proc/self/io", "rchar:")
 source = open_checkpoint(folder)
 opened = number("/proc/self/io", "rchar:")
+shard = ShardMap.even(source.config, tp).shard(rank)
 held = []
 def into(weight):
-    held.append(torch.empty(weight.local_shape(source.config, tp), dtype=source.dtype))
+    held.append(torch.empty(weight.local_shape(shard), dtype=source.dtype))
     return held[-1]
-for weight in load(source, rank, tp, into):
+for weight in load(source, shard, into):
     pass
 read = number("/proc/self/io", "rchar:")
-print(json.dumps({"opening": opened - before, "read": read - opened, "share": source.rank_bytes(rank, tp),
+print(json.dumps({"opening": opened - before, "read": read - opened, "share": source.rank_bytes(shard),
                   "resident": sum(t.nbytes for t in held), "peak": 1024 * number("/proc/self/status", "VmHWM:")}))
 """  # noqa: E501
 

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from llama_tp.arch.options import EngineOptions
 from llama_tp.arch.weights import table
 from llama_tp.engine import build, cuda_graph
-from llama_tp.engine.build import EngineOptions, pick_kernels, startup_warnings
+from llama_tp.engine.build import pick_kernels, startup_warnings
 from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner

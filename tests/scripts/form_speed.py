@@ -6,7 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-from llama_tp.engine.build import EngineOptions, build
+from llama_tp.arch.options import EngineOptions
+from llama_tp.engine.build import build
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.text.grammar import regex
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llama_tp.arch.errors import UserError
-from llama_tp.protocol.batch_lines import has_failed
+from llama_tp.batch_job.lines import has_failed
 
 LOCK_WAIT_S = 30.0  # the ranks of a job whose launcher was killed take a moment to leave
 RESUME = "make room, then run the same command again: it goes on from there"

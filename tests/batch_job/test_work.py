@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from llama_tp.arch.errors import UserError
-from llama_tp.protocol import batch_work, journal
-from llama_tp.protocol.batch_check import MAX_SHOWN, check_lines
-from llama_tp.protocol.batch_job import open_job, sampled_digest, tokenizer_digest
-from llama_tp.protocol.batch_work import Work
+from llama_tp.batch_job import journal, work
+from llama_tp.batch_job.check import MAX_SHOWN, check_lines
+from llama_tp.batch_job.job import open_job, sampled_digest, tokenizer_digest
+from llama_tp.batch_job.journal import Journal
+from llama_tp.batch_job.work import Work
 from llama_tp.protocol.defaults import SamplingDefaults
-from llama_tp.protocol.journal import Journal
 from llama_tp.protocol.order import ServedModel
 from llama_tp.text.token_table import Tokenizer
 from tests.protocol.served import MODEL, FakeEngine
@@ -108,8 +108,8 @@ def test_lines_go_to_the_engine_ahead_of_their_turn_and_not_too_far(tmp_path, mo
     assert engine.submitted == 600 and 4 * 4 <= engine.most_open < 4 * 4 + 3
     data = (tmp_path / "out").read_bytes()
     # 4 lines between the first that is missing and the last begun
-    monkeypatch.setattr(batch_work, "REORDER", 1)
-    monkeypatch.setattr(batch_work, "HELD_BYTES", 1)
+    monkeypatch.setattr(work, "REORDER", 1)
+    monkeypatch.setattr(work, "HELD_BYTES", 1)
     (tmp_path / "out").unlink()
     engine = worked(opened(tmp_path), FakeEngine(n_rows=4))
     assert engine.most_open <= 4 * 3 and (tmp_path / "out").read_bytes() == data
@@ -330,7 +330,7 @@ def test_digests_see_what_matters(tmp_path):
 BIG = """
 import resource, sys
 from pathlib import Path
-from tests.protocol.test_batch_work import opened, worked, FakeEngine
+from tests.batch_job.test_work import opened, worked, FakeEngine
 folder, n = Path(sys.argv[1]), int(sys.argv[2])
 with open(folder / "in", "w") as f:
     for i in range(n):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.protocol import batch_lines
-from llama_tp.protocol.batch_lines import (
+from llama_tp.batch_job import lines
+from llama_tp.batch_job.lines import (
     answer,
     beginning,
     created_of,
@@ -189,7 +189,7 @@ def test_lines_of_a_file(tmp_path, monkeypatch):
     path.write_bytes(b"a\r\n\n  \nb\x85\xe2\x80\xa8c\nd")  # only \n ends a line
     assert list(lines_of(path)) == [(1, b"a"), (4, b"b\x85\xe2\x80\xa8c"), (5, b"d")]
     assert list(lines_of(path, 1)) == [(4, b"b\x85\xe2\x80\xa8c"), (5, b"d")]
-    monkeypatch.setattr(batch_lines, "MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 10)
     path.write_bytes(b"x" * 5000 + b"\nshort\n" + b"y" * 11)
     assert [(number, len(raw)) for number, raw in lines_of(path)] == [(1, 11), (2, 5), (3, 11)]
     with pytest.raises(RequestError, match="too long"):

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llama_tp.arch.errors import UserError
-from llama_tp.protocol.batch_check import duplicate_id
-from llama_tp.protocol.batch_job import Job
-from llama_tp.protocol.batch_lines import (
+from llama_tp.batch_job.check import duplicate_id
+from llama_tp.batch_job.job import Job
+from llama_tp.batch_job.lines import (
     answer,
     beginning,
     has_failed,

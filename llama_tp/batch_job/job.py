@@ -16,10 +16,10 @@ from pathlib import Path
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.regular_file import open_regular
-from llama_tp.protocol.batch_check import check_lines
-from llama_tp.protocol.batch_lines import beginning, created_of, custom_id_of, lines_of
+from llama_tp.batch_job.check import check_lines
+from llama_tp.batch_job.journal import Journal, differences, read_job, write_job
+from llama_tp.batch_job.lines import beginning, created_of, custom_id_of, lines_of
 from llama_tp.protocol.defaults import SamplingDefaults
-from llama_tp.protocol.journal import Journal, differences, read_job, write_job
 from llama_tp.protocol.order import ServedModel
 
 ANEW = "to begin anew, remove the output and its .job file, or name another --output"

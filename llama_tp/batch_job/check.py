@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llama_tp.protocol.batch_lines import custom_id_of, lines_of, order_of, read_line
+from llama_tp.batch_job.lines import custom_id_of, lines_of, order_of, read_line
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.forms import check_form
