@@ -4,12 +4,15 @@ fault) are skipped without it. `-m slow` chooses only them, and so runs them too
 `make test` runs two workers (pytest-xdist), a file at a time each.
 """
 
+import os
 import signal
 import sys
 
 import hypothesis
 import pytest
 import torch
+
+from tests.examples import SLOW
 
 # two cores: the ranks of a pool need them, and tiny models gain nothing from more
 torch.set_num_threads(1)
@@ -27,8 +30,8 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any machine")
 
 
-# The files that take longest, the longest first: workers begin with them, so that none is left alone
-# with one at the end.
+# The files that take longest, the longest first. Workers begin with them, so that none is left
+# alone with one at the end.
 LONGEST = (
     "test_batch.py",
     "test_serve.py",
@@ -50,11 +53,20 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    if runs_slow(config):
+        os.environ[SLOW] = "1"
+
+
+def runs_slow(config) -> bool:
+    return config.getoption("--slow") or "slow" in (config.getoption("-m") or "").split()
+
+
 def pytest_collection_modifyitems(config, items):
     if hasattr(config, "workerinput"):
         order = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: order.get(item.path.name, len(order)))
-    if config.getoption("--slow") or "slow" in (config.getoption("-m") or "").split():
+    if runs_slow(config):
         return
     skip = pytest.mark.skip(reason="slow: run with --slow (make test-slow)")
     for item in items:
