@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "sampling": ["arch", "native", "parallel"],
     "engine": ["arch", "text", "native", "parallel", "checkpoint", "backends", "model", "sampling"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
-    "batch_job": ["arch", "text", "protocol"],
+    "batch_job": ["arch", "text", "protocol", "engine.request", "engine.delta"],
     "server": [
         "arch",
         "text",

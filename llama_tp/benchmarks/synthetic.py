@@ -15,6 +15,7 @@ import torch
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.options import STEP_TOKENS
 from llama_tp.arch.shard_map import ShardMap
+from llama_tp.arch.weight_format import DENSE
 from llama_tp.arch.weights import table
 from llama_tp.engine.build import assemble, compiled
 from llama_tp.engine.engine import Engine
@@ -80,7 +81,8 @@ def engine_of(
         ranks.device
     )
     for weight in table(config):
-        view = destinations.view(weight)
+        [tensor] = DENSE.tensors(weight)
+        view = destinations.view(weight, tensor)
         if view.dim() == 1:
             view.fill_(1)
         else:  # the same million numbers over and over: as good as fresh ones for timing
