@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-slow test-clients check bench clean
+.PHONY: help setup demo chat test test-slow test-clients check bench sanitize clean
 
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
@@ -45,6 +45,10 @@ test-clients: $(VENV)/.clients $(FOREIGN)  ## openai, langchain, lm-eval, huggin
 check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+sanitize: $(VENV)/.test  ## run the tests of the C++ parts under ASan and UBSan, then under TSan (with libomp-dev, loops too)
+	$(BIN)/python tests/scripts/sanitize.py address
+	$(BIN)/python tests/scripts/sanitize.py thread
 
 bench: $(VENV)/.core  ## what this machine could do at best, and what the demo model does (a minute)
 	@for n in 1 2; do $(BIN)/python -m llama_tp.launch --nproc_per_node $$n bench latency --ckpt_dir checkpoints/demo \
