@@ -161,7 +161,15 @@ def main(
 
     from llama_tp.checkpoint.hub import fetch
     from llama_tp.protocol.order import Limits
-    from llama_tp.server import api_server, supervisor
+
+    try:
+        from llama_tp.server import api_server, supervisor
+    except ModuleNotFoundError as error:  # what `make demo` installs has no server
+        raise UserError(
+            "serve needs fastapi, uvicorn and prometheus_client",
+            f"{error.name} is not installed",
+            "pip install 'llama_tp[serve]'",
+        ) from None
     from llama_tp.server.connections import ConnectionLimits
     from llama_tp.text.template import open_template
     from llama_tp.text.tokenizer import open_tokenizer

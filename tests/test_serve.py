@@ -463,3 +463,20 @@ def test_what_cannot_be_served_is_told_at_once(words, env, says):
     done = command("serve", "--port", "0", *words, *demo, env=env)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_without_its_packages_it_says_what_to_install():
+    """`make demo` makes an environment without them."""
+    code = (
+        "import runpy, sys; sys.modules['uvicorn'] = None; sys.argv = 'serve --ckpt_dir "
+        "checkpoints/demo --port 0'.split(); "
+        "runpy.run_module('llama_tp.serve', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "error: serve needs fastapi, uvicorn and prometheus_client - uvicorn is not "
+        "installed - pip install 'llama_tp[serve]'"
+    )

@@ -11,6 +11,7 @@ told what the samples have written.
 Driver only. Knows no tensors and no sampling.
 """
 
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -35,6 +36,10 @@ from llama_tp.text.grammar_process import ALL, HEAD
 # an honest mask takes less than a thousandth of a second, an honest form some to compile
 GRACE_S = 0.02
 ALONE_S = 0.2  # the same where the step has no other rows
+SLOW_SHARE = 4  # one in so many rows may be taken by a slow form
+# CPU time that all masks of a form may take before it is slow, and more for each of them
+SLOW_S, SLOW_MASK_S = 0.3, 0.004
+LATE_S = 2.0  # or time that a slow mask may take, where others have the CPUs
 N_FORGIVEN = 32  # masks in time, after which one may be late again
 
 
@@ -55,7 +60,19 @@ class _Followed:
     was_there: bool = False  # the worker, when it was looked at last
     n_deaths: int = 0
     cpu_s: float = 0.0  # of the worker, when it was asked
+    # of it, from which on the form is slow; set when it is compiled
+    allowed_cpu_s: float = math.inf
+    was_slow: bool = False  # a mask, after the form was compiled
     n_to_forgive: int = 0  # masks that have to come in time before one is waited for
+
+    @property
+    def n_slow_rows(self) -> int:
+        """Its samples, if its masks take too much together, or one that has much to compute does
+        not come."""
+        if not self.worker or self.allowed_cpu_s == math.inf:
+            return 0
+        is_late = self.was_slow and self.waits and time.monotonic() > self.asked_at + LATE_S
+        return len(self.samples) if is_late or self.worker.cpu_s > self.allowed_cpu_s else 0
 
     @property
     def waits(self) -> bool:
@@ -72,6 +89,7 @@ class Masks:
 
     def __init__(self, pool: GrammarPool, max_workers: int):
         self.pool, self._max_workers = pool, max_workers
+        self._max_slow_rows = max(1, max_workers // SLOW_SHARE)
         self._followed: dict[Request, _Followed] = {}
         self._unstarted: deque[_Followed] = deque()
         self._failures: list[tuple[Sequence, UserError]] = []
@@ -101,6 +119,7 @@ class Masks:
             if one.unsent and one.worker:
                 one.worker.send(tokens_message(one.unsent))
                 one.n_unanswered += len(one.unsent)
+                one.allowed_cpu_s += SLOW_MASK_S * len(one.unsent)
                 one.unsent, one.asked_at, one.cpu_s = [], time.monotonic(), one.worker.cpu_s
                 self._hold(one, bool(one.n_to_forgive))
 
@@ -153,13 +172,26 @@ class Masks:
             self._hold(one, True)
             self._blame(one)
 
-    @staticmethod
-    def _blame(one: _Followed) -> None:
+    def _blame(self, one: _Followed) -> None:
         """A worker that has computed for too long makes room for others; one that was not given a
-        CPU is not to blame."""
+        CPU is not to blame. Its rows stay taken, so that not many forms may go on like this: it
+        ends if it is one too many."""
         if one.worker and one.worker.cpu_s > one.cpu_s + GRACE_S:
             one.n_to_forgive = N_FORGIVEN
+            one.was_slow |= one.allowed_cpu_s < math.inf
             one.worker.demote()
+        if (
+            one.n_slow_rows
+            and sum(each.n_slow_rows for each in self._followed.values()) > self._max_slow_rows
+        ):
+            self._fail(
+                one,
+                UserError(
+                    "the form of the answer takes long to follow, and so do others",
+                    f"at most {self._max_slow_rows} such samples are followed at once",
+                    "ask again a little later, or make the schema, regex or grammar simpler",
+                ),
+            )
 
     def look(self, seconds: float = 0.0) -> None:
         """Takes what has come, waiting so long for anything."""
@@ -206,7 +238,7 @@ class Masks:
 
     def _start(self, one: _Followed) -> None:
         one.worker, one.was_there, one.unsent, one.masks = self.pool.take(), False, [], {}
-        one.cpu_s = one.worker.cpu_s
+        one.cpu_s, one.allowed_cpu_s = one.worker.cpu_s, math.inf
         outputs = [(index, sequence.output_ids) for index, sequence in one.samples.items()]
         one.worker.send(start_message(one.form, outputs))
         one.n_unanswered, one.asked_at = len(one.samples), time.monotonic()
@@ -231,6 +263,8 @@ class Masks:
             self._fail(one, error, sample)
             return
         one.n_unanswered -= 1
+        if one.allowed_cpu_s == math.inf:
+            one.allowed_cpu_s = one.worker.cpu_s + SLOW_S
         _, sample = HEAD.unpack_from(answer)
         if sample in one.samples:  # else it has ended meanwhile
             one.masks[sample] = np.frombuffer(answer, np.uint32, offset=HEAD.size)

@@ -31,6 +31,12 @@ OWN_FILES = 128  # sockets and pipes of this process, and connections that are b
 N_REFUSED = 64  # of these; whoever comes while so many are told is not told
 # of one connection, in a turn of the loop; asyncio's 256 KB of 200 take a fifth of a second
 READ_BYTES = 1 << 16
+MOST_HEADER_BYTES = 1 << 16
+PIECE_BYTES = 1 << 12  # of these, that h11 sees before its lines are counted: a thousand at most
+# of a request's headers, or trailers: 64 KiB may be 16,000, which take h11 a tenth of a second
+MOST_LINES = 200
+# so many chunks a body may have, and one more for each so many bytes: each takes h11 20 us
+CHUNKS, CHUNK_BYTES = 100, 64
 LOOK_S = 0.25  # how often the connections are looked at
 # for a client to read why it is refused: closing on unread bytes would take the reply with it
 LINGER_S = 2.0
@@ -75,6 +81,27 @@ def most_connections(wanted: int | None, n_files: int) -> int:
     return wanted or min(possible, USUAL_CONNECTIONS)
 
 
+class Parser(h11.Connection):
+    """h11, which bounds bytes, with bounds of lines and chunks: it is them that take its time, and
+    that of everybody's loop."""
+
+    n_chunks = n_bytes = 0  # of this body, when it comes in chunks
+
+    def next_event(self):
+        """Raises h11.RemoteProtocolError for too many of either."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self.n_chunks = self.n_bytes = 0
+        elif isinstance(event, h11.Data):
+            self.n_chunks += event.chunk_start
+            self.n_bytes += len(event.data)
+            if self.n_chunks > CHUNKS + self.n_bytes // CHUNK_BYTES:
+                raise h11.RemoteProtocolError("the chunks are too small")
+        elif event is h11.NEED_DATA and self.trailing_data[0].count(b"\n") > MOST_LINES:
+            raise h11.RemoteProtocolError("there are too many headers")
+        return event
+
+
 class Connections:
     """What all connections share."""
 
@@ -99,6 +126,7 @@ class Connection(H11Protocol):
 
     def __init__(self, shared: Connections, **given: Any) -> None:
         super().__init__(**given)
+        self.conn = Parser(h11.SERVER, MOST_HEADER_BYTES)
         self._shared, self._limits = shared, shared.limits
         self._head_since: float | None = None  # headers are being waited for
         # when the client was looked at, and its unread bytes
@@ -121,8 +149,10 @@ class Connection(H11Protocol):
         self._shared.idle.pop(self, None)
 
     def data_received(self, data: bytes) -> None:
+        for i in range(0, len(data), PIECE_BYTES):
+            if self._over_since is None and not self.transport.is_closing():
+                super().data_received(data[i : i + PIECE_BYTES])
         if self._over_since is None:
-            super().data_received(data)
             self._take_note()
 
     def on_response_complete(self) -> None:
@@ -159,7 +189,11 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(
                 RequestError(
-                    msg, "", "send HTTP/1.1 with at most 64 KiB of headers", code="invalid_http"
+                    msg,
+                    "",
+                    f"send HTTP/1.1 with at most 64 KiB and {MOST_LINES} lines of headers, and "
+                    f"chunks of {CHUNK_BYTES} bytes or more",
+                    code="invalid_http",
                 )
             )
         else:

@@ -47,7 +47,7 @@ NOT_IN_AN_ID = re.compile(r"[^A-Za-z0-9._:-]")
 BODY_S = 60.0  # of silence in the middle of a body, after which its sender is not waited for
 BODY_RATE = 8192  # bytes a second, on average, that its sender must reach after the first BODY_S
 SMALL_BYTES = 1 << 16  # bodies up to this always find room
-# so many larger ones are read at once, until they are answered; others wait so long, unread
+# so many larger ones are in work at once, until their replies are read; others wait so long, unread
 BODIES, ROOM_S = 32, 30.0
 # of a body that nobody wants: closing on unread bytes would take the reply with it
 LINGER_BYTES, LINGER_S = 64 << 20, 10.0
@@ -140,7 +140,9 @@ class GuardMiddleware:
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                body.release()
+                # which hold little, and may take long
+                if message["status"] >= 400 or _is_stream(message["headers"]):
+                    body.release()
                 await body.read_out()
                 status = message["status"]
                 message["headers"] = [
@@ -188,6 +190,13 @@ class GuardMiddleware:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > 18 or int(length) > self.max_body_bytes:
             raise _too_long(self.max_body_bytes)
+
+
+def _is_stream(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(
+        name == b"content-type" and value.startswith(b"text/event-stream")
+        for name, value in headers
+    )
 
 
 def _is_cancelled() -> bool:

@@ -4,7 +4,9 @@ shards, at every tp."""
 import json
 import os
 import re
+import select
 import signal
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -13,13 +15,14 @@ import pytest
 import torch
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.masks import Masks
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.masks import GRACE_S, Masks
+from llama_tp.engine.request import Request, SamplingParams, Sequence
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.sampler import allowed
 from llama_tp.parallel.groups import single_rank
 from llama_tp.text.grammar import Form, json_schema, lark, regex
 from llama_tp.text.grammar_pool import GrammarPool
+from llama_tp.text.grammar_process import HEAD
 from llama_tp.text.tokenizer import open_tokenizer
 from tests.engines import engine, letters, serve
 from tests.ranks import children, is_alive, run
@@ -235,6 +238,73 @@ def test_a_row_whose_mask_is_late_is_left_out_and_ended(alone, tp):
         assert not tokens[f"stuck{i}", 0]
     for (name, index), (ids, _, _) in alone.items():
         assert name not in ends or tokens[name, index] == ids and ends[name] is None
+
+
+class SlowWorker:
+    """A worker whose masks take half a second of CPU time each, and come when the test says so."""
+
+    def __init__(self):
+        self.sock, self.peer = socket.socketpair()
+        self.pid, self.gone, self.demoted, self.cpu_s, self.n_asked = 1, False, False, 0.0, 0
+
+    def send(self, body):
+        self.n_asked += 1
+
+    def answer(self):
+        self.cpu_s += 0.5
+        self.peer.send(b"x")
+
+    def take(self):
+        return [HEAD.pack(b"m", 0) + b"\xff" * 4] if self.sock.recv(1) else []
+
+    def events(self):
+        return select.POLLIN
+
+    def demote(self):
+        self.demoted = True
+
+    def kill(self):
+        self.gone = True
+
+
+def test_slow_forms_do_not_take_all_rows():
+    """The masks of s: s s s | s s | "a" | "" take a second each, and a request hundreds of them: 32
+    such kept everybody else waiting for minutes. Of eight rows they get two; the others end."""
+
+    class Pool(list):
+        cpu_s, answer_s = 2.0, 1e9
+
+        def take(self):
+            self.append(SlowWorker())
+            return self[-1]
+
+    pool = Pool()
+    masks = Masks(pool, 8)
+    samples = [
+        Sequence(Request(f"slow{i}", PROMPT, SamplingParams(form=CODE)), 0) for i in range(8)
+    ]
+    for sample in samples:
+        masks.begin(sample.request, [sample])
+    left, errors = samples, []
+    for _ in range(6):
+        for worker in pool:
+            worker.answer()
+        masks.wait(left, alone=False)
+        failed = {sequence.request.id: error for sequence, error in masks.failures()}
+        errors += failed.values()
+        left = [sample for sample in left if sample.request.id not in failed]
+        for sample in left:
+            assert masks.get(sample) is not None or sample.held
+            masks.sampled(sample, 5)
+        masks.ask()
+        for sample in left:
+            sample.held = True
+        for worker in pool:
+            worker.cpu_s += 0.1  # at it, and late
+        time.sleep(GRACE_S)
+        masks.look()
+    assert len(left) - len(masks.failures()) == 2 and sum(worker.gone for worker in pool) == 6
+    assert all("takes long to follow, and so do others" in str(error) for error in errors)
 
 
 def processes_of(one) -> tuple[int, list[int]]:

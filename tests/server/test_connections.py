@@ -129,6 +129,69 @@ def test_a_client_that_has_gone_is_told_from_one_that_stops_sending(stream, serv
     wait_until(lambda: not load(server)["running"], 6)
 
 
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"  # noqa: E501
+
+
+def cpu_s(server) -> float:
+    fields = open(f"/proc/{server.process.pid}/stat").read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def head_of(sent: bytes, server) -> bytes:
+    """The first line of the reply to it."""
+    with connected(server) as sock:
+        with contextlib.suppress(ConnectionError):  # refused before all of it was sent
+            sock.sendall(sent)
+        return all_of(sock).partition(b"\r\n")[0]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 15_000 + b"\r\n",
+        POST + b"1\r\n \r\n" * 10_000 + b"0\r\n\r\n",
+        POST + b"2\r\n{}\r\n0\r\n" + b"a:\r\n" * 15_000 + b"\r\n",
+    ],
+)
+def test_many_lines_or_chunks_hold_nobody_up(sent, server):
+    """60 KB of either took a tenth of a second of everybody's loop; of fifty clients, many seconds.
+    Now a tenth of it is read."""
+    before = cpu_s(server)
+    for _ in range(20):
+        assert head_of(sent, server) == b"HTTP/1.1 400 Bad Request"
+    hostile_s, before = cpu_s(server) - before, cpu_s(server)
+    for _ in range(20):
+        assert (
+            head_of(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", server)
+            == b"HTTP/1.1 200 OK"
+        )
+    honest_s = cpu_s(server) - before
+    assert hostile_s < 10 * honest_s + 0.2, (hostile_s, honest_s)
+
+
+def test_honest_lines_and_chunks_are_read(server):
+    body = json.dumps({"prompt": "x" * 50_000, "max_tokens": 1}).encode()
+    chunks = b"".join(
+        b"80\r\n" + body[i : i + 128] + b"\r\n"
+        if len(body) - i >= 128
+        else b"%x\r\n%s\r\n" % (len(body) - i, body[i:])
+        for i in range(0, len(body), 128)
+    )
+    post = POST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n" + b"x-a: b\r\n" * 100 + b"\r\n")
+    letters = b"".join(b"1\r\n%c\r\n" % byte for byte in b'{"prompt": "x"}')
+    for sent in (post + chunks + b"0\r\n\r\n", post + letters + b"0\r\n\r\n"):
+        assert head_of(sent, server) in (b"HTTP/1.1 200 OK", b"HTTP/1.1 400 Bad Request"), (
+            "read; the prompt may be too long"
+        )
+    pipelined = (
+        b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 500
+        + b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    with connected(server) as sock:
+        sock.sendall(pipelined)
+        assert all_of(sock).count(b"HTTP/1.1 200 OK") == 501
+
+
 def test_more_connections_than_open_files_do_not_stop_the_server_or_fill_its_log():
     """asyncio logs every accept() that fails for want of files, some thousand times a second."""
     with pretending("live", n_files=256) as server, contextlib.ExitStack() as stack:

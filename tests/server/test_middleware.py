@@ -163,6 +163,45 @@ def test_bodies_have_a_quota_together(monkeypatch):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    "kind, n_free", [(b"application/json", 0), (b"text/event-stream; charset=utf-8", 1)]
+)
+def test_a_reply_that_is_not_read_keeps_the_room_of_its_body(kind, n_free, monkeypatch):
+    """/tokenize makes 65 MB of a body of 3.6 MB: as many as clients wished lay there unread. A
+    stream has a bound of its own."""
+    monkeypatch.setattr(middleware, "BODIES", 1)
+
+    async def app(scope, receive, send):
+        await receive()
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind)]}
+        )
+        await send({"type": "http.response.body", "body": b"{}"})
+
+    async def main():
+        door, is_sent = (
+            middleware.GuardMiddleware(app, Metrics("x"), max_body_bytes=100_000),
+            asyncio.Event(),
+        )
+
+        async def receive():
+            return {"type": "http.request", "body": b"x" * 100_000, "more_body": False}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                assert door.room._value == n_free
+                is_sent.set()
+
+        await door(
+            {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": []},
+            receive,
+            send,
+        )
+        assert is_sent.is_set() and door.room._value == 1
+
+    asyncio.run(main())
+
+
 def test_a_chunk_that_is_none_is_400_and_nothing_else(server):
     """It comes while the application waits for it."""
     with socket.create_connection(server.url[7:].split(":"), 5) as s:

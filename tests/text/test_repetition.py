@@ -4,6 +4,7 @@ forms that were measured to hurt."""
 import json
 import random
 import re
+import time
 
 import pytest
 
@@ -187,3 +188,43 @@ def test_what_is_no_regex_has_some_size(text):
         and lark_size(text).nodes < 100
         and regex_size(text * 20_000).nodes >= 0
     )
+
+
+@pytest.mark.parametrize(
+    "size, begin, piece",
+    [
+        (regex_size, "a{", " "),
+        (regex_size, "a{", "1"),
+        (regex_size, "a{1 ,", " "),
+        (regex_size, "", "{ 1 , "),
+        (regex_size, "", "("),
+        (regex_size, "(?", "a"),
+        (regex_size, "", "(?<a"),
+        (regex_size, "", "["),
+        (regex_size, "", "\\p{"),
+        (lark_size, "start: a{", " "),
+        (lark_size, 'start: "', '\\"'),
+        (lark_size, "start: /", "\\/"),
+        (lark_size, "start: a~", "1"),
+        (lark_size, "start: a~1", " "),
+        (lark_size, "start: a ->", " "),
+        (lark_size, "start: %json", " "),
+        (lark_size, "", "a::"),
+        (lark_size, "start: ", '%json {"a": '),
+    ],
+)
+def test_the_time_to_read_a_form_is_in_proportion_to_its_length(size, begin, piece):
+    """{ and 400 blanks took half a minute, with the server's lock held. Eight times as long: 8
+    times the work, or 64 if squared."""
+
+    def seconds(n: int) -> float:
+        text = begin + piece * (n // len(piece))
+        times = []
+        for _ in range(3):
+            since = time.thread_time()
+            size(text)
+            times.append(time.thread_time() - since)
+        return min(times)
+
+    short = 12 if begin.endswith("{") and piece == " " else 4000  # 96 blanks took 0.1 s
+    assert seconds(8 * short) < 32 * seconds(short) + 0.02
