@@ -10,7 +10,7 @@ import importlib
 _PUBLIC = {
     "Llama": "api",
     "Completion": "api",
-    "SamplingParams": "engine.request",
+    "SamplingParams": "sampling.params",
     "Dialog": "text.chat_format",
     "Message": "text.chat_format",
     "UserError": "arch.errors",
