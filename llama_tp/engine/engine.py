@@ -28,7 +28,7 @@ from llama_tp.sampling.logprobs import score
 from llama_tp.sampling.params import NOT_FINITE, TokenLogprobs
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.stream import TextStream
-from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.token_table import Tokenizer
 
 # with nothing to compute but samples whose masks are late: until the caller may look around
 IDLE_S = 0.05
@@ -189,12 +189,15 @@ class Engine:
             run_s += self._launch(step)
         if not self._running:
             if self.has_work:  # all of it waits for masks
-                self._masks.look(IDLE_S)
+                self._forms().look(IDLE_S)
             return self._end_forms()
         step, read = self._running.popleft()
         reading = time.perf_counter()
         with self.watch.busy(f"step {step.number}"):
-            sampled = read() | {sequence.row: [LATE] for sequence in self._late}
+            sampled = dict(read())
+            for sequence in self._late:
+                if sequence.row is not None:
+                    sampled[sequence.row] = [LATE]
         run_s += time.perf_counter() - reading
         deltas = [
             self._gained(sequence, tokens)
@@ -254,7 +257,7 @@ class Engine:
         )
         if self.is_driver:
             masks = self._masks_of(
-                [self.scheduler.rows[row.row] for row in step.rows if row.masked],
+                [self.scheduler.in_row(row.row) for row in step.rows if row.masked],
                 len(words) == len(step.rows),
             )
             for place, mask in zip(words, masks):
@@ -268,8 +271,9 @@ class Engine:
         formed = [sequence for sequence in sequences if sequence.params.form]
         if not formed:
             return [None] * len(sequences)
-        self._masks.wait(formed, alone and len(formed) == len(sequences))
-        masks = {sequence: self._masks.get(sequence) for sequence in formed}
+        followed = self._forms()
+        followed.wait(formed, alone and len(formed) == len(sequences))
+        masks = {sequence: followed.get(sequence) for sequence in formed}
         self._late |= {sequence for sequence, mask in masks.items() if mask is None}
         return [
             None if (mask := masks.get(sequence)) is None else torch.from_numpy(mask.view(np.int32))
@@ -277,7 +281,7 @@ class Engine:
         ]
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
-        sequences = [self.scheduler.rows[row.row] for row in rows]
+        sequences = [self.scheduler.in_row(row.row) for row in rows]
         masks = self._masks_of(sequences, alone=False)
         tokens = self._sampler.sample(
             [GatheredRow(s.params, s.ids, s.n_prompt, s.seed, s.index) for s in sequences],
@@ -294,12 +298,13 @@ class Engine:
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
-        sequence = self.scheduler.rows[row.row]
+        sequence = self.scheduler.in_row(row.row)
+        n_top, known = sequence.params.prompt_logprobs, self._tracks[sequence].prompt_logprobs
+        if n_top is None or known is None:  # not wanted, or handed over
+            return
         targets = sequence.ids[first + 1 : min(first + 1 + len(logits), sequence.n_prompt)]
-        scores = score(
-            logits[: len(targets)], targets, sequence.params.prompt_logprobs, self.worker.n_vocab
-        )
-        self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
+        scores = score(logits[: len(targets)], targets, n_top, self.worker.n_vocab)
+        known.update(enumerate(scores, start=first + 1))
 
     def _gained(self, sequence: Sequence, tokens: list[int]) -> Delta:
         """The delta of a sequence that has just sampled: its tokens up to the one that ends it,
@@ -320,7 +325,7 @@ class Engine:
                 break
             n += 1
             if params.form and not sequence.finish_reason:
-                self._masks.sampled(sequence, token)
+                self._forms().sampled(sequence, token)
             text += stream.push([token])
             if n_before + n == params.min_tokens:
                 stream.set_stop_strings(params.stop)
@@ -353,7 +358,7 @@ class Engine:
         prompt_logprobs = self._prompt_logprobs(sequence)
         track = self._tracks.pop(sequence)
         if sequence.params.form:
-            self._masks.end(sequence)
+            self._forms().end(sequence)
         return Delta(
             sequence.request.id,
             sequence.index,

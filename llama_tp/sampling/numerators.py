@@ -10,7 +10,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
-from llama_tp.native import calls
+from llama_tp.native.calls import Numerators
 from llama_tp.native.library import load
 
 NUMERATOR_OF_BEST = 2.0**44  # a vocabulary of 2**18 times this fits in an int64
@@ -48,7 +48,7 @@ class NativeNumerators(SoftmaxNumerators):
     """The same in C++, on CPU, through native/calls.py, which checks what it is given."""
 
     def __init__(self, library: ctypes.CDLL):
-        self._calls = calls.SoftmaxNumerators(library)
+        self._calls = Numerators(library)
 
     def softmax_numerators(
         self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
