@@ -11,7 +11,7 @@ from typing import Any
 _PUBLIC = {
     "Llama": "api",
     "Completion": "api",
-    "SamplingParams": "engine.request",
+    "SamplingParams": "sampling.params",
     "Dialog": "text.chat_format",
     "Message": "text.chat_format",
     "UserError": "arch.errors",

@@ -20,8 +20,8 @@ from llama_tp.arch.options import EngineOptions, args_doc, names
 from llama_tp.engine.build import build
 from llama_tp.engine.calls import Calls
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import SamplingParams
 from llama_tp.engine.session import Sample, chat_encoder, run
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.text.chat_format import ChatFormat, Dialog
 from llama_tp.text.template import ChatTemplate
 

@@ -166,7 +166,7 @@ def main(
         if job is None:
             engine.follow()
         else:
-            dtype = str(engine.runner.model.dtype).removeprefix("torch.")
+            dtype = str(engine.worker.model.dtype).removeprefix("torch.")
             job.computed_by({"device": engine.ranks.device.type, "dtype": dtype})
             finished = work(job, engine, options.max_batch_size, stop, options.quiet)
             engine.dismiss()

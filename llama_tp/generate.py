@@ -17,7 +17,7 @@ from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.options import EngineOptions
 from llama_tp.cli import run
-from llama_tp.engine.request import SamplingParams
+from llama_tp.sampling.params import SamplingParams
 
 
 def main(

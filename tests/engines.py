@@ -1,4 +1,4 @@
-"""Engines for tests: a real runner, scheduler and sampler on random weights, without files,
+"""Engines for tests: a real worker, scheduler and sampler on random weights, without files,
 launcher or watch."""
 
 import contextlib
@@ -14,11 +14,12 @@ from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.arch.weights import table
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.runner import Runner
+from llama_tp.engine.request import Request
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.worker import Worker
 from llama_tp.model.build import from_weights, plain_backends
 from llama_tp.sampling.numerators import SoftmaxNumerators
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference
@@ -32,11 +33,11 @@ class NoWatch:
         yield
 
 
-class WholeLogits(Runner):
-    """Samples every row the long way, from gathered logits: for tests that look at these."""
+class GatheredWorker(Worker):
+    """Samples every row from gathered logits: for tests that look at these."""
 
-    def _sample(self, way, rows, hidden, judge, masks):
-        return self._choose(rows, hidden, judge)
+    def _sample(self, mode, rows, hidden, callbacks, masks):
+        return self._choose(rows, hidden, callbacks)
 
 
 class OnDevice(TorchDispatchMode):
@@ -198,7 +199,7 @@ def engine(
     step_tokens=512,
     prefix_cache=True,
     block_size=16,
-    runner=WholeLogits,
+    worker=GatheredWorker,
     fast=True,
     graphs=False,
     backends=None,
@@ -217,7 +218,7 @@ def engine(
         BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024
     )
     tokenizer = tokenizer or alphabet(config.vocab_size)
-    run = runner(
+    run = worker(
         model,
         cache,
         max_rows,

@@ -27,14 +27,15 @@ MAY_IMPORT = {
     "checkpoint": ["arch"],
     "backends": ["arch", "native"],
     "model": ["arch", "native", "parallel", "backends"],
-    "sampling": ["arch", "native", "parallel"],
+    "sampling": ["arch", "text.grammar", "native", "parallel"],
     "engine": ["arch", "text", "native", "parallel", "checkpoint", "backends", "model", "sampling"],
-    "protocol": ["arch", "text", "engine.request", "engine.delta"],
+    "protocol": ["arch", "text", "sampling.params", "engine.request", "engine.delta"],
     "batch_job": ["arch", "text", "protocol", "engine.request", "engine.delta"],
     "server": [
         "arch",
         "text",
         "protocol",
+        "sampling.params",
         "engine.request",
         "engine.delta",
         "parallel.private_folder",
@@ -81,7 +82,7 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__(init|main)__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.__init__|native\.(?!calls\b)\w+|"
+    r"__(init|main)__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.(__init__|params)|native\.(?!calls\b)\w+|"
     r"(arch|text|protocol|batch_job|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
@@ -301,6 +302,30 @@ def test_the_architecture_page_is_true():
         assert row and re.findall(r"[a-z._]+", row[1]) == MAY_IMPORT[room], (
             f"the page's table, row {room}"
         )
+
+
+def test_a_sampling_parameter_is_named_in_three_files():
+    """And in protocol.defaults if generation_config.json has it. Flags of commands are apart."""
+    rooms = ("sampling", "engine", "model", "parallel", "protocol", "server")
+    naming = {
+        name
+        for name, source in read_package().items()
+        if name.startswith(rooms)
+        for node in ast.walk(ast.parse(source, name))
+        if "min_p"
+        in (
+            getattr(node, "id", None),
+            getattr(node, "attr", None),
+            getattr(node, "arg", None),
+            getattr(node, "value", None),
+        )
+    }
+    assert naming == {
+        "sampling.params",
+        "sampling.filters",
+        "protocol.fields",
+        "protocol.defaults",
+    }
 
 
 # The checker itself: code that breaks a rule, and the words of its fault.

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from llama_tp.arch.weights import table
-from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.runner import Runner
+from llama_tp.engine.request import Request
+from llama_tp.engine.worker import Worker
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from tests import reference
 from tests.engines import engine, serve
 from tests.ranks import run
@@ -89,7 +90,7 @@ def test_ranks_agree_on_greedy_tokens_without_gathering_logits(shape, tp):
     if not config.tied:
         head, half = weights["output.weight"], config.vocab_size // 2
         head[half : 2 * half] = head[:half]
-    tokens, logits, _ = served(tp, ALONE, config=config, weights=weights, runner=Runner)
+    tokens, logits, _ = served(tp, ALONE, config=config, weights=weights, worker=Worker)
     assert not logits  # none came to the driver
     for i, ids in enumerate(PROMPTS):
         assert tokens[f"r{i}", 0] == reference.greedy(weights, config, ids, 8)
@@ -121,7 +122,7 @@ def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
     """Filters, whole distributions and penalties, from shortlists where these decide, against one
     rank's whole logits."""
     expected, _, _ = served(1, SEEDED, config=SHRUNK[shape])
-    tokens, _, _ = served(tp, SEEDED, config=SHRUNK[shape], runner=Runner)
+    tokens, _, _ = served(tp, SEEDED, config=SHRUNK[shape], worker=Worker)
     assert tokens == expected and len({tuple(ids) for ids in tokens.values()}) == 2 * len(SEEDED)
 
 
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
 def test_replayed_decodes_and_steps_planned_ahead_change_no_token(shape, tp):
     """As on CUDA: greedy, filtered and driver-chosen tokens, in a crowd that preempts, against the
     plain way."""
-    options = {"config": SHRUNK[shape], "runner": Runner}
+    options = {"config": SHRUNK[shape], "worker": Worker}
     expected, _, _ = served(1, [*ALONE, *SAMPLED], **options)
     tokens, _, _ = served(tp, [*ALONE, *SAMPLED], **options, graphs=True)
     assert tokens == expected

@@ -10,7 +10,8 @@ from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.sampling.params import SamplingParams
 
 HEADER = [
     "batch",
@@ -42,7 +43,7 @@ class Times:
 def batch_of(engine: Engine, n: int, n_prompt: int, n_new: int, name: str) -> list[Request]:
     """n greedy requests with different prompts and exactly n_new tokens each."""
     params = SamplingParams(max_tokens=n_new, temperature=0, ignore_eos=True)
-    vocab = engine.runner.n_vocab
+    vocab = engine.worker.n_vocab
     return [
         Request(f"{name}-{i}", [(7 * j + 131 * i + 11) % vocab for j in range(n_prompt)], params)
         for i in range(n)

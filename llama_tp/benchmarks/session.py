@@ -94,7 +94,7 @@ def measure(
 ) -> tuple[dict[str, Any] | None, list[list[dict[str, Any]]]]:
     """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling
     card before."""
-    ranks, model = engine.ranks, engine.runner.model
+    ranks, model = engine.ranks, engine.worker.model
     alone = isinstance(ranks.communicator, synthetic.FakeCommunicator)
     limits, peak_before = limits_and_peak(engine, alone)
     if not engine.is_driver:
@@ -154,7 +154,7 @@ def measure(
 def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
     """The machine's limits, and the most bytes this rank had used before they were measured. A GPU
     forgets what that took."""
-    model, device, peak = engine.runner.model, engine.ranks.device, peak_bytes(engine)
+    model, device, peak = engine.worker.model, engine.ranks.device, peak_bytes(engine)
     limits = ceiling(model.config, engine.ranks, model.dtype, together=not alone)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -170,7 +170,7 @@ def predicted(
     messages = synthetic.message_table(engine.ranks, engine.n_steps + 1)
     if allreduce_us is None:
         return [messages]
-    n_sums = 2 * engine.runner.model.config.n_layers + 1
+    n_sums = 2 * engine.worker.model.config.n_layers + 1
     rows = []
     for run in result.get("runs", []):
         run["predicted_tpot_ms"] = run["median_tpot_ms"] + n_sums * allreduce_us / 1e3

@@ -7,7 +7,8 @@ from typing import Any
 from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.benchmarks.latency import step
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.sampling.params import SamplingParams
 
 HEADER = [
     "requests",
@@ -26,7 +27,7 @@ def requests_of(
 ) -> list[Request]:
     """n greedy requests whose lengths lie evenly within +- spread of n_prompt and n_new; the same
     ones every time."""
-    draw, vocab = random.Random(1), engine.runner.n_vocab
+    draw, vocab = random.Random(1), engine.worker.n_vocab
 
     def length(middle: int) -> int:
         return max(1, round(middle * draw.uniform(1 - spread, 1 + spread)))

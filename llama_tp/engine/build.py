@@ -27,8 +27,8 @@ from llama_tp.checkpoint.source import Source, open_checkpoint
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.cuda_graph import CudaRecord
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
+from llama_tp.engine.worker import Worker
 from llama_tp.model.build import choose_backends, compile_backends
 from llama_tp.model.destinations import Destinations
 from llama_tp.model.llama import Transformer
@@ -124,8 +124,8 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
         options.seed,
     )
     mode = f"{str(dtype)[6:]}, {backends.name} kernels{', deterministic' if deterministic else ''}"
-    if engine.runner.graphs and engine.runner.graphs.captured:
-        mode += f", {len(engine.runner.graphs.captured)} captured decodes"
+    if engine.worker.graphs and engine.worker.graphs.captured:
+        mode += f", {len(engine.worker.graphs.captured)} captured decodes"
     say(
         f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, "
         f"{counted(config.n_params)} parameters, "
@@ -150,14 +150,14 @@ def assemble(
     """The engine of a loaded model. On CUDA decodes are replayed from graphs and steps planned one
     ahead; on CPU, where the device is the host, neither has anything to hide."""
     on_cuda = model.ranks.device.type == "cuda"
-    runner = Runner(
+    worker = Worker(
         model,
         cache,
         max_rows,
         min(tokenizer.n_vocab, model.config.vocab_size),
         CudaRecord() if on_cuda else None,
     )
-    if why := runner.capture():
+    if why := worker.capture():
         warn(
             "decodes cannot be captured as CUDA graphs on this rank, so that all ranks launch "
             f"them one by one, slower: {why}",
@@ -167,7 +167,7 @@ def assemble(
     scheduler = Scheduler(
         blocks, max_rows, step_tokens, model.n_positions, max_context=model.config.max_context
     )
-    return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
+    return Engine(worker, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
 
 def _tokenizer(options: EngineOptions, source: Source) -> Tokenizer:

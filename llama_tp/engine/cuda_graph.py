@@ -17,16 +17,21 @@ import torch
 
 from llama_tp.backends.base import ForwardBatch
 from llama_tp.backends.kv_cache import KVCache, Slots, on_device
-from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw, Step, StepRow
+from llama_tp.engine.step import Step, StepRow
 from llama_tp.model.llama import Transformer
 from llama_tp.parallel.collectives import which_ranks
+from llama_tp.sampling.params import GREEDY_DRAW, Draw, SamplingMode
 
-OnShards = Callable[[torch.Tensor, frozenset[int], torch.Tensor | None], torch.Tensor]
+SampleSharded = Callable[[torch.Tensor, frozenset[SamplingMode], torch.Tensor | None], torch.Tensor]
 N_FIELDS = 2 + len(Draw._fields)  # of a row's inputs: row, position, draw
-ONE = 0x3FF0000000000000  # the bits of 1.0
-UNFILTERED = Draw(ONE, 1, ONE, 0, 0)  # stands in greedy rows among filtered ones: top_k 1
-# what can come together in a step
-WAYS = tuple(map(frozenset, ((GREEDY,), (FILTERED,), (WHOLE,), (FILTERED, WHOLE))))
+_GATHERED, _GREEDY, _TOP_K_TOP_P, _UNFILTERED = SamplingMode
+# which modes can come together in a captured step
+MODE_SETS = (
+    frozenset({_GREEDY}),
+    frozenset({_TOP_K_TOP_P}),
+    frozenset({_UNFILTERED}),
+    frozenset({_TOP_K_TOP_P, _UNFILTERED}),
+)
 CAPTURE_LIMIT_S = 60.0  # of loading: sizes that are not captured by then never are
 
 
@@ -45,11 +50,11 @@ class Record(Protocol):
 
 
 class Key(NamedTuple):
-    """What a captured step can hold: so many rows, block tables so wide, these ways to sample."""
+    """What a captured step can hold: so many rows, block tables so wide, these sampling modes."""
 
     size: int
     width: int
-    ways: frozenset[int]
+    modes: frozenset[SamplingMode]
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ class DecodeGraphs:
 
     Args:
         last: (rows + 1,) int64, what each row sampled last; the one more is padding's.
-        on_shards: samples without the host: (B, D), the ways that occur, draws (B, 5) or None ->
-            (B,).
+        sample_sharded: samples without the host: hidden (B, D), the modes that occur, draws (B, 5)
+            or None -> (B,).
     """
 
     def __init__(
@@ -84,19 +89,14 @@ class DecodeGraphs:
         model: Transformer,
         cache: KVCache,
         last: torch.Tensor,
-        on_shards: OnShards,
+        sample_sharded: SampleSharded,
         record: Record,
     ):
-        self.model, self.cache, self.last, self.on_shards, self.record = (
-            model,
-            cache,
-            last,
-            on_shards,
-            record,
-        )
+        self.model, self.cache, self.last = model, cache, last
+        self.sample_sharded, self.record = sample_sharded, record
         self.n_rows = len(last) - 1
         # writes to the trash block
-        self.padding = torch.tensor([[self.n_rows, 0, *UNFILTERED]], device=last.device)
+        self.padding = torch.tensor([[self.n_rows, 0, *GREEDY_DRAW]], device=last.device)
         width = -(-model.n_positions // cache.block_size)
         self.tables = torch.full(
             (len(last), width), cache.empty, dtype=torch.int32, device=last.device
@@ -142,7 +142,7 @@ class DecodeGraphs:
         self.captured = dict(
             sorted(
                 self.captured.items(),
-                key=lambda item: (item[0].size, item[0].width, len(item[0].ways)),
+                key=lambda item: (item[0].size, item[0].width, len(item[0].modes)),
             )
         )
         return None
@@ -169,19 +169,19 @@ class DecodeGraphs:
         """The smallest captured step that holds this one: every row decodes, and samples without
         the host."""
         if not all(
-            row.decodes and row.sample and row.way != GATHERED and not row.masked
+            row.decodes and row.sample and row.mode != _GATHERED and not row.masked
             for row in step.rows
         ):
             return None
-        ways = frozenset(row.way for row in step.rows)
-        if len(ways) > 1:  # a greedy row among others is drawn as a filtered one
-            ways = (ways | {FILTERED}) - {GREEDY}
+        modes = frozenset(row.mode for row in step.rows)
+        if len(modes) > 1:  # a greedy row among others has GREEDY_DRAW
+            modes = (modes | {_TOP_K_TOP_P}) - {_GREEDY}
         longest = max(self.n_blocks[row.row] for row in step.rows)
         return next(
             (
                 one
                 for key, one in self.captured.items()
-                if key.size >= len(step.rows) and key.width >= longest and key.ways >= ways
+                if key.size >= len(step.rows) and key.width >= longest and key.modes >= modes
             ),
             None,
         )
@@ -189,7 +189,7 @@ class DecodeGraphs:
     def run(self, step: Step, one: Captured) -> torch.Tensor:
         """-> (R,) int64, the sampled tokens, in the order of the step's rows."""
         n, size = len(step.rows), len(one.inputs)
-        inputs = [(row.row, row.start, *(row.draw or UNFILTERED)) for row in step.rows]
+        inputs = [(row.row, row.start, *(row.draw or GREEDY_DRAW)) for row in step.rows]
         one.inputs[:n].copy_(on_device(torch.tensor(inputs), self.last.device))
         one.inputs[n:].copy_(self.padding.expand(size - n, N_FIELDS))
         one.replay()
@@ -198,14 +198,14 @@ class DecodeGraphs:
     def _keys(self) -> Iterator[Key]:
         """What is captured, what is needed first before the rest; large sizes first, so that small
         ones find memory to share."""
-        for ways in WAYS:
+        for modes in MODE_SETS:
             for size in reversed(sizes(self.n_rows, self.model.min_rows)):
                 for width in self.model.backends.attention.table_widths(size, self.tables.shape[1]):
-                    yield Key(size, width, ways)
+                    yield Key(size, width, modes)
 
     def _step(self, key: Key) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
         """-> the inputs and tokens of a captured step, and its work."""
-        size, width, ways = key
+        size, width, modes = key
         inputs = self.padding.repeat(size, 1)  # (B, N_FIELDS)
         tokens = torch.zeros(size, dtype=torch.int64, device=self.last.device)  # (B,)
 
@@ -219,7 +219,8 @@ class DecodeGraphs:
             hidden = self.model(
                 ForwardBatch(self.last[rows].clamp(min=0), positions, slots, plan), self.cache
             )
-            tokens.copy_(self.on_shards(hidden, ways, None if ways == {GREEDY} else inputs[:, 2:]))
+            draws = None if modes == {_GREEDY} else inputs[:, 2:]
+            tokens.copy_(self.sample_sharded(hidden, modes, draws))
             self.last[rows] = tokens
 
         return inputs, tokens, body

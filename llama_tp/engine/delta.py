@@ -3,14 +3,7 @@ read it without torch."""
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Natural-log probability of one token and of the most likely alternatives, best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
+from llama_tp.sampling.params import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.engine.masks import Masks
 from llama_tp.engine.request import Request, Sequence
-from llama_tp.engine.runner import Judge, Runner, Sampled
-from llama_tp.engine.sampler import choose, score
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.step import LATE, NOT_FINITE, Step, StepRow
+from llama_tp.engine.step import LATE, Step, StepRow
+from llama_tp.engine.worker import DriverCallbacks, Sampled, Worker
 from llama_tp.parallel.collectives import recv_ints, send_ints, share_words
 from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
+from llama_tp.sampling.gathered import GatheredRow, GatheredSampler
+from llama_tp.sampling.logprobs import score
+from llama_tp.sampling.params import NOT_FINITE, TokenLogprobs
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.stream import TextStream
 from llama_tp.text.token_table import Tokenizer
@@ -64,7 +66,7 @@ class Engine:
     """One rank's engine.
 
     Args:
-        runner: this rank's model and cache.
+        worker: this rank's model and cache.
         scheduler: the driver's policy; workers have one too and never ask it.
         tokenizer: for stop ids and text.
         watch: liveness, told what this rank is busy with.
@@ -75,7 +77,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
+        worker: Worker,
         scheduler: Scheduler,
         tokenizer: Tokenizer,
         ranks: Ranks,
@@ -83,16 +85,19 @@ class Engine:
         seed: int = 1,
         n_ahead: int = 0,
     ):
-        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.worker, self.scheduler, self.tokenizer = worker, scheduler, tokenizer
         self.ranks, self.watch, self.seed, self.n_ahead = ranks, watch, seed, n_ahead
         self.stats, self.n_steps, self.dismissed = Stats(), 0, False
         self._tracks: dict[Sequence, _Track] = {}
         self._running: deque[tuple[Step, Sampled]] = deque()
         # of the tokens that the driver has chosen in the step that runs
-        self._logprobs: dict[Sequence, TokenLogprobs] = {}
+        self._logprobs: dict[Sequence, list[TokenLogprobs]] = {}
         self._masks: Masks | None = None  # from the first request with a form on
         self._late: set[Sequence] = set()  # of the step that runs: those whose masks had not come
-        self._judge = Judge(self._choose, self._score)
+        self._callbacks = DriverCallbacks(self._choose, self._score)
+        self._sampler = GatheredSampler(
+            ranks.device, worker.n_vocab, worker.numerators, tokenizer.stop_ids
+        )
 
     @property
     def is_driver(self) -> bool:
@@ -112,7 +117,7 @@ class Engine:
             self._forms().pool.try_form(request.params.form)
 
     def _check_ids(self, request: Request) -> None:
-        request.check(self.runner.n_vocab)
+        request.check(self.worker.n_vocab)
         self.scheduler.check_fits(len(request.prompt_ids) + request.n_written)
 
     def submit(self, request: Request) -> None:
@@ -179,7 +184,7 @@ class Engine:
         started, run_s = time.perf_counter(), 0.0
         if self._masks:
             self._masks.look()
-        n_ahead = 0 if self.scheduler.n_driven else self.n_ahead
+        n_ahead = 0 if self.scheduler.n_needing_driver else self.n_ahead
         while len(self._running) <= n_ahead and (step := self.scheduler.plan()):
             run_s += self._launch(step)
         if not self._running:
@@ -192,11 +197,11 @@ class Engine:
             sampled = dict(read())
             for sequence in self._late:
                 if sequence.row is not None:
-                    sampled[sequence.row] = LATE
+                    sampled[sequence.row] = [LATE]
         run_s += time.perf_counter() - reading
         deltas = [
-            self._gained(sequence, token)
-            for sequence, token in self.scheduler.update(step, sampled)
+            self._gained(sequence, tokens)
+            for sequence, tokens in self.scheduler.update(step, sampled)
         ]
         deltas += self._end_forms()
         while self._running and not self.has_work:  # what was planned ahead is computed in vain
@@ -234,13 +239,13 @@ class Engine:
         self._logprobs.clear()
         self._late.clear()
         started = time.perf_counter()
-        self._running.append((step, self._run(step, self._judge)))
-        return time.perf_counter() - started - self.runner.planning_s
+        self._running.append((step, self._run(step, self._callbacks)))
+        return time.perf_counter() - started - self.worker.planning_s
 
-    def _run(self, step: Step, judge: Judge | None) -> Sampled:
+    def _run(self, step: Step, callbacks: DriverCallbacks | None) -> Sampled:
         self.n_steps = step.number
         with self.watch.busy(f"step {step.number}"):
-            return self.runner.run(step, judge, lambda: self._share_masks(step))
+            return self.worker.run(step, callbacks, lambda: self._share_masks(step))
 
     def _share_masks(self, step: Step) -> torch.Tensor:
         """(masked rows, words) int32 on every rank: the driver's. A row whose mask is late may
@@ -262,7 +267,7 @@ class Engine:
 
     def _masks_of(self, sequences: list[Sequence], alone: bool) -> list[torch.Tensor | None]:
         """alone: the step has no other rows. -> for each which tokens may come ((words,) int32
-        bits, sampler.allowed); None without a form, and of one that is late."""
+        bits, filters.allowed); None without a form, and of one that is late."""
         formed = [sequence for sequence in sequences if sequence.params.form]
         if not formed:
             return [None] * len(sequences)
@@ -278,13 +283,18 @@ class Engine:
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
         sequences = [self.scheduler.in_row(row.row) for row in rows]
         masks = self._masks_of(sequences, alone=False)
-        choices = choose(sequences, logits, self.tokenizer.stop_ids, masks, self.runner.n_vocab)
-        self._logprobs.update(
-            (sequence, choice.logprobs)
-            for sequence, choice in zip(sequences, choices)
-            if choice.logprobs
+        tokens = self._sampler.sample(
+            [GatheredRow(s.params, s.ids, s.n_prompt, s.seed, s.index) for s in sequences],
+            logits,
+            masks,
         )
-        return [NOT_FINITE if choice.token is None else choice.token for choice in choices]
+        for i, (sequence, token) in enumerate(zip(sequences, tokens)):
+            n_top = sequence.params.logprobs
+            if n_top is not None and token != NOT_FINITE:
+                self._logprobs[sequence] = score(
+                    logits[i : i + 1], [token], n_top, self.worker.n_vocab
+                )
+        return tokens
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
@@ -293,35 +303,44 @@ class Engine:
         if n_top is None or known is None:  # not wanted, or handed over
             return
         targets = sequence.ids[first + 1 : min(first + 1 + len(logits), sequence.n_prompt)]
-        scores = score(logits[: len(targets)], targets, n_top, self.runner.n_vocab)
+        scores = score(logits[: len(targets)], targets, n_top, self.worker.n_vocab)
         known.update(enumerate(scores, start=first + 1))
 
-    def _gained(self, sequence: Sequence, token: int) -> Delta:
-        """The delta of a sequence that has just sampled, and the decision whether it ends here."""
-        track, params = self._tracks[sequence], sequence.params
-        if token == NOT_FINITE:
+    def _gained(self, sequence: Sequence, tokens: list[int]) -> Delta:
+        """The delta of a sequence that has just sampled: its tokens up to the one that ends it,
+        without a stop id."""
+        if tokens[0] == NOT_FINITE:
             return self._finished(
                 sequence,
                 error="the model's logits are not finite (NaN or inf): weights or dtype are at "
                 "fault, try --dtype float32",
             )
-        if token in params.stop_ids or (token in self.tokenizer.stop_ids and not params.ignore_eos):
-            self.scheduler.finish(sequence, "stop")
-            return self._finished(sequence)
-        if params.form and not sequence.finish_reason:
-            self._forms().sampled(sequence, token)
-        text = track.stream.push([token])
-        if sequence.n_output == params.min_tokens:
-            track.stream.set_stop_strings(params.stop)
-        if track.stream.stopped:
-            self.scheduler.finish(sequence, "stop")
-        logprobs = (self._logprobs[sequence],) if params.logprobs is not None else ()
+        stream, params = self._tracks[sequence].stream, sequence.params
+        text, n, n_before = "", 0, sequence.n_output - len(tokens)
+        for token in tokens:
+            if token in params.stop_ids or (
+                token in self.tokenizer.stop_ids and not params.ignore_eos
+            ):
+                self.scheduler.finish(sequence, "stop")
+                break
+            n += 1
+            if params.form and not sequence.finish_reason:
+                self._forms().sampled(sequence, token)
+            text += stream.push([token])
+            if n_before + n == params.min_tokens:
+                stream.set_stop_strings(params.stop)
+            if stream.stopped:
+                self.scheduler.finish(sequence, "stop")
+                break
+        ids = tuple(tokens[:n])
+        scored = n and params.logprobs is not None
+        logprobs = tuple(self._logprobs[sequence][:n]) if scored else ()
         if sequence.finish_reason:
-            return self._finished(sequence, (token,), text, logprobs)
+            return self._finished(sequence, ids, text, logprobs)
         return Delta(
             sequence.request.id,
             sequence.index,
-            (token,),
+            ids,
             text,
             logprobs,
             prompt_logprobs=self._prompt_logprobs(sequence),
@@ -387,7 +406,7 @@ class Engine:
         to call twice."""
         self.dismiss()
         self.watch.close()
-        self.runner.release()
+        self.worker.release()
         close(self.ranks)
 
     # -------------------------------------------------------------------------------------- workers

@@ -22,12 +22,14 @@ it:
     step, and everything finishes.
 
 `plan()` may be called again before `update()` has told it what the last step sampled, while no
-sequence needs the driver to know its last token first (`n_driven`). `in_flight` then holds both
-steps, and a sequence that ends meanwhile is dropped from the later one, whose row is computed in
-vain. Ranks run steps in the order they were planned, so a block freed by one step may be written by
-the next. A sequence that comes back UNDECIDED is dropped from later steps in the same way, and its
-last position computed again for the driver to choose, whose tokens are chosen until fewer than one
-in `FEW` was UNDECIDED.
+sequence needs the driver to know its last token first (`n_needing_driver`). `in_flight` then holds
+both steps, and a sequence that ends meanwhile is dropped from the later one, whose row is computed
+in vain. Ranks run steps in the order they were planned, so a block freed by one step may be written
+by the next.
+
+A row whose shortlist cannot decide comes back as SHORTLIST_TOO_SHORT. Its sequence is dropped from
+later steps in the same way, and the row is recomputed and sampled on the driver from gathered
+logits. The sequence stays in this mode while more than one in `FEW` of its tokens needed it.
 
 A sequence that is `held` keeps its row and blocks, and no step samples a token for it: its prompt
 is computed up to the last position. One that comes back LATE has its last position computed again
@@ -40,19 +42,12 @@ from collections.abc import Mapping
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Sequence
-from llama_tp.engine.step import (
-    FILTERED,
-    GATHERED,
-    LATE,
-    NOT_FINITE,
-    UNDECIDED,
-    WHOLE,
-    Step,
-    StepRow,
-)
+from llama_tp.engine.step import Step, StepRow
+from llama_tp.sampling.params import DRAWN_MODES, NOT_FINITE, SHORTLIST_TOO_SHORT, SamplingMode
 
 # computing one position in eight twice costs less than holding up every other sequence's steps
 FEW = 8
+_GATHERED = SamplingMode.GATHERED
 
 
 class Scheduler:
@@ -70,8 +65,8 @@ class Scheduler:
     Attributes to read: `max_len`, the longest a sequence can become here (max_seq_len, or all
     blocks together if that is less); `rows`, row -> Sequence or None, as the last plan left it;
     `in_flight`, for every step planned and not yet updated the pair (Step, {row: Sequence}); the
-    counters `n_driven` (unfinished sequences whose tokens the driver chooses from all logits, or
-    whose form it must follow), `n_preemptions` and `prefix_hit_tokens`.
+    counters `n_needing_driver` (unfinished sequences whose tokens the driver chooses from all
+    logits, or whose form it must follow), `n_preemptions` and `prefix_hit_tokens`.
     """
 
     def __init__(
@@ -88,8 +83,8 @@ class Scheduler:
         self.prefill_chunk = prefill_chunk or max_step_tokens
         self.max_seq_len, self.max_context = max_seq_len, max_context or max_seq_len
         self.max_len = min(max_seq_len, blocks.n_blocks * blocks.block_size)
-        # also when steps are planned ahead, and a sequence thought to be at its end comes back
-        # UNDECIDED
+        # also when steps are planned ahead, and a sequence thought to be at its end comes back as
+        # SHORTLIST_TOO_SHORT
         self.rows: list[Sequence | None] = [None] * min(max_rows, max_step_tokens)
         self.running: list[Sequence] = []  # in order of arrival
         # in order of arrival, all of them after the running ones
@@ -97,7 +92,7 @@ class Scheduler:
         self.in_flight: deque[tuple[Step, dict[int, Sequence]]] = deque()
         self.n_steps = 0
         self.n_added = 0
-        self.n_driven = 0
+        self.n_needing_driver = 0
         self.n_preemptions = 0
         self.prefix_hit_tokens = 0
 
@@ -136,7 +131,7 @@ class Scheduler:
         )
         sequence.arrival = self.n_added
         self.n_added += 1
-        self.n_driven += sequence.driven
+        self.n_needing_driver += sequence.needs_driver
         self.waiting.append(sequence)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -152,7 +147,7 @@ class Scheduler:
         ("stop") for one
         that `update` has just ended with "length"."""
         if sequence.finish_reason is None:
-            self.n_driven -= sequence.driven
+            self.n_needing_driver -= sequence.needs_driver
             if sequence.row is None:
                 self.waiting.remove(sequence)
             else:
@@ -184,18 +179,21 @@ class Scheduler:
         self.in_flight.append((step, {row.row: self.in_row(row.row) for row in rows}))
         return step
 
-    def update(self, step: Step, sampled: Mapping[int, int]) -> list[tuple[Sequence, int]]:
+    def update(
+        self, step: Step, sampled: Mapping[int, list[int]]
+    ) -> list[tuple[Sequence, list[int]]]:
         """Take in what the oldest step in flight has computed.
 
         Args:
-            sampled: row -> token id, for every row of the step that samples. NOT_FINITE ends the
-                sequence with "abort", alone; UNDECIDED has the position computed again, for the
-                driver to choose; LATE, when it is not held.
+            sampled: row -> its tokens, at least one, for every row of the step that samples. Three
+                outcomes come instead of a token, alone: NOT_FINITE ends the sequence with "abort";
+                SHORTLIST_TOO_SHORT has the position computed again, for the driver to choose; LATE
+                the same, once the sequence is not held.
 
-        Returns the sequences that got a token, or NOT_FINITE, with it. A token is in `ids` already,
-        and a sequence that has reached its `limit` (max_tokens, max_seq_len, or the KV cache as a
-        whole) is finished with "length": that is decided here and nowhere else. Stop ids and stop
-        strings are the engine's to find.
+        Returns the sequences that got tokens, or NOT_FINITE, with them. Tokens are in `ids`
+        already, and a sequence that has reached its `limit` (max_tokens, max_seq_len, or the KV
+        cache as a whole) is finished with "length": that is decided here and nowhere else, and
+        tokens beyond it are dropped. Stop ids and stop strings are the engine's to find.
         """
         planned, sequences = self.in_flight.popleft()
         if planned.number != step.number:
@@ -203,33 +201,31 @@ class Scheduler:
                 f"step {step.number} was updated while step {planned.number} is the oldest in "
                 "flight"
             )
-        tokens = []
+        gained = []
         for row in step.rows:
             sequence = sequences.get(row.row)
             if sequence is None:  # it ended, or was preempted, after this was planned
                 continue
             if row.sample:
-                token = sampled[row.row]
-                if token in (UNDECIDED, LATE):
-                    self._again(sequence, row.n - 1, token == UNDECIDED)
+                tokens = sampled[row.row]
+                if tokens[0] < 0:
+                    if tokens[0] == NOT_FINITE:
+                        gained.append((sequence, tokens))
+                        self.finish(sequence, "abort")
+                    else:
+                        self._again(sequence, row.n - 1, tokens[0] == SHORTLIST_TOO_SHORT)
                     continue
-                tokens.append((sequence, token))
-                if token == NOT_FINITE:
-                    self.finish(sequence, "abort")
-                    continue
-                sequence.ids.append(token)
+                tokens = tokens[: sequence.limit - len(sequence.ids)]
+                gained.append((sequence, tokens))
+                sequence.ids += tokens
                 sequence.n_pending -= 1
-                if sequence.n_undecided:
-                    self._go(
-                        sequence,
-                        GATHERED
-                        if sequence.n_undecided * FEW > sequence.n_output
-                        else sequence.usual_way,
-                    )
+                if sequence.n_too_short:
+                    often = sequence.n_too_short * FEW > sequence.n_output
+                    self._set_mode(sequence, _GATHERED if often else sequence.usual_mode)
             self._computed(sequence, row.n)
             if len(sequence.ids) == sequence.limit:
                 self.finish(sequence, "length")
-        return tokens
+        return gained
 
     # ------------------------------------------------------------------------------------ the parts
 
@@ -293,7 +289,7 @@ class Scheduler:
     def _row(self, sequence: Sequence, n: int) -> StepRow:
         """Plan the next `n` positions of a running sequence, which has the blocks for them."""
         start, end = sequence.n_planned, sequence.n_planned + n
-        way = sequence.way if end == sequence.n_ids else GATHERED
+        mode = sequence.mode if end == sequence.n_ids else _GATHERED
         row = StepRow(
             row=_row_of(sequence),
             start=start,
@@ -303,9 +299,9 @@ class Scheduler:
             prompt_logits=sequence.scores_prompt and not sequence.decoding,
             block_start=sequence.n_sent,
             blocks=tuple(sequence.blocks[sequence.n_sent :]),
-            way=way,
-            draw=sequence.draw() if way in (FILTERED, WHOLE) else None,
-            masked=way != GATHERED and sequence.params.form is not None,
+            mode=mode,
+            draw=sequence.draw() if mode in DRAWN_MODES else None,
+            masked=mode != _GATHERED and sequence.params.form is not None,
         )
         sequence.n_sent = len(sequence.blocks)
         sequence.n_planned = end
@@ -324,20 +320,20 @@ class Scheduler:
             for i in range(first_open, sequence.n_computed // self.blocks.block_size):
                 self.blocks.register(sequence.blocks[i], sequence.keys[i])
 
-    def _again(self, sequence: Sequence, n: int, undecided: bool) -> None:
+    def _again(self, sequence: Sequence, n: int, too_short: bool) -> None:
         """Have a sequence's last position computed anew; of the step that did it in vain the n
         positions before count."""
         self._drop(sequence)
         self._computed(sequence, n)
         sequence.n_planned, sequence.n_pending, sequence.decoding = sequence.n_computed, 0, False
-        if undecided:
-            sequence.n_undecided += 1
-            self._go(sequence, GATHERED)
+        if too_short:
+            sequence.n_too_short += 1
+            self._set_mode(sequence, _GATHERED)
 
-    def _go(self, sequence: Sequence, way: int) -> None:
-        self.n_driven -= sequence.driven
-        sequence.way = way
-        self.n_driven += sequence.driven
+    def _set_mode(self, sequence: Sequence, mode: SamplingMode) -> None:
+        self.n_needing_driver -= sequence.needs_driver
+        sequence.mode = mode
+        self.n_needing_driver += sequence.needs_driver
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)

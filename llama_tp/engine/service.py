@@ -10,9 +10,10 @@ import time
 from typing import Any, Protocol
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.sampling.params import SamplingParams, TokenLogprobs
 from llama_tp.text.grammar import Form
 
 LEAST_LOGPROB = -9999.0  # stands for -inf, as elsewhere in OpenAI's world, and for NaN
@@ -71,17 +72,17 @@ def serve(engine: Engine, link: Link) -> None:
 def info(engine: Engine) -> dict[str, Any]:
     """What the server needs to know about the engine: sizes, and what makes its texts
     repeatable."""
-    scheduler, runner = engine.scheduler, engine.runner
+    scheduler, worker = engine.scheduler, engine.worker
     return {
-        "n_vocab": runner.n_vocab,
+        "n_vocab": worker.n_vocab,
         "max_model_len": scheduler.max_len,
         "max_rows": len(scheduler.rows),
         "n_blocks": scheduler.blocks.n_blocks,
         "block_size": scheduler.blocks.block_size,
         "tp": engine.ranks.tp,
         "device": engine.ranks.device.type,
-        "dtype": str(runner.model.dtype).removeprefix("torch."),
-        "deterministic": runner.model.deterministic,
+        "dtype": str(worker.model.dtype).removeprefix("torch."),
+        "deterministic": worker.model.deterministic,
     }
 
 

@@ -12,11 +12,12 @@ from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import GIB, weight_bytes
 from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.hub import fetch
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.log import say
+from llama_tp.sampling.params import SamplingParams, TokenLogprobs
 from llama_tp.text.chat_format import ChatFormat, Dialog
 from llama_tp.text.template import ChatTemplate, open_template
 
@@ -156,7 +157,7 @@ def _grow(samples: list[Sample], place: dict[tuple[str, int], int], delta: Delta
 def report(engine: Engine, quiet: bool = False) -> None:
     """Every rank: prints the closing lines of a run on the driver (rates, bandwidth, peak
     memory)."""
-    ranks, stats, config = engine.ranks, engine.stats, engine.runner.model.config
+    ranks, stats, config = engine.ranks, engine.stats, engine.worker.model.config
     peaks = gather_ints(peak_bytes(engine), ranks)
     if not stats.prefill_s:
         return
@@ -168,7 +169,7 @@ def report(engine: Engine, quiet: bool = False) -> None:
         quiet,
     )
     if stats.decode_s:
-        shard_map, itemsize = ShardMap.even(config, ranks.tp), engine.runner.model.dtype.itemsize
+        shard_map, itemsize = ShardMap.even(config, ranks.tp), engine.worker.model.dtype.itemsize
         weights = sum(weight_bytes(shard, itemsize) for shard in shard_map.shards())
         say(
             f"decode: {stats.decode_tokens} tokens, {stats.decode_tokens / stats.decode_s:.1f} "

@@ -3,30 +3,20 @@
 A Step says which positions of which rows are computed and where their KV goes. It never says what a
 decode row's input is: that is "what the row sampled last", kept on every rank, so that a step can
 be planned and sent before the one in front of it has ended. Knows no tensors and no transport; the
-runner sends `encode()` as one int64 tensor.
+engine sends `encode()` as one int64 tensor.
 """
 
 from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from llama_tp.sampling.params import DRAWN_MODES, Draw, SamplingMode
+
 # fits int32; a message of another kind is refused at its first int
 _MAGIC = int.from_bytes(b"STEP", "big")
 _SAMPLE, _PROMPT_LOGITS, _DECODE, _MASKED = 1, 2, 4, 8
-GATHERED, GREEDY, FILTERED, WHOLE = 0, 1, 2, 3  # of StepRow.way
-NOT_FINITE, UNDECIDED = -1, -2  # in the place of a sampled id: see StepRow.way
-LATE = -3  # the same, of a row whose mask had not come: the driver alone knows
-
-
-class Draw(NamedTuple):
-    """What drawing a token needs besides logits, as ints: floats as the bits of a double, `u` (the
-    draw) times 2**53."""
-
-    temperature: int
-    top_k: int
-    top_p: int
-    min_p: int
-    u: int
+_MODES = tuple(SamplingMode)
+LATE = -3  # in the place of a sampled id, of a row whose mask had not come: the driver alone knows
 
 
 class StepRow(NamedTuple):
@@ -35,15 +25,13 @@ class StepRow(NamedTuple):
     `row` is the slot, the same on every rank. `ids` are the n input tokens of a prefill chunk;
     empty for a decode row, whose one input is what the row sampled last. `sample`: a token is
     sampled after the last position. `prompt_logits`: the logits of every position are wanted.
-    `way`: how the token is sampled: GREEDY, or with a `draw` FILTERED (top_k, top_p, min_p) or from
-    the WHOLE distribution, on the vocabulary's shards by all ranks, which then know it without the
-    driver; GATHERED by the driver from all logits. FILTERED may end in UNDECIDED (the filters do
-    not cut among the likeliest few of the shards, so that the driver must have all logits), all in
-    NOT_FINITE. `masked`: only some tokens may be sampled, not when GATHERED (the driver has the
-    mask itself); which travels behind the
-    step. `blocks` join the row's block table from index `block_start` on; block_start 0 starts a
-    new table, and so a new occupant of the row, whose cache already holds the positions before
-    `start` (prefix hits).
+    `blocks` join the row's block table from index `block_start` on; block_start 0 starts a new
+    table, and so a new occupant of the row, whose cache already holds the positions before `start`
+    (prefix hits).
+
+    `mode`: how the token is sampled; with a `draw` where it is one of DRAWN_MODES. `masked`: only
+    some tokens may be sampled, and which travels behind the step; never in mode GATHERED, since the
+    driver has the mask.
     """
 
     row: int
@@ -54,7 +42,7 @@ class StepRow(NamedTuple):
     prompt_logits: bool
     block_start: int
     blocks: tuple[int, ...]
-    way: int = GATHERED
+    mode: SamplingMode = SamplingMode.GATHERED
     draw: Draw | None = None
     masked: bool = False
 
@@ -81,9 +69,8 @@ class Step(NamedTuple):
 
     def encode(self) -> list[int]:
         """[magic, count of all ints, number, rows] and for each row [row, start, n, flags,
-        block_start, count of
-        blocks, way, ids ..., blocks ..., draw ...]; a decode row has no ids, and only a FILTERED or
-        WHOLE one a draw."""
+        block_start, count of blocks, mode, ids ..., blocks ..., draw ...]. A decode row has no ids,
+        and only a row with one of DRAWN_MODES a draw."""
         ints = [_MAGIC, 0, self.number, len(self.rows)]
         for row in self.rows:
             flags = (
@@ -99,7 +86,7 @@ class Step(NamedTuple):
                 flags,
                 row.block_start,
                 len(row.blocks),
-                row.way,
+                row.mode,
                 *row.ids,
                 *row.blocks,
                 *(row.draw or ()),
@@ -110,22 +97,22 @@ class Step(NamedTuple):
     @classmethod
     def decode(cls, ints: Sequence[int]) -> "Step":
         """The Step that `encode` wrote. Raises ValueError for anything that `encode` does not
-        write: ranks that have
-        lost count of the messages must end there, and not in a collective that waits for ever."""
+        write: ranks that have lost count of the messages must end there, and not in a collective
+        that waits for ever."""
         if len(ints) < 4 or ints[0] != _MAGIC or ints[1] != len(ints) or min(ints) < 0:
             raise ValueError(f"not a step: {len(ints)} ints that begin {list(ints[:4])}")
-        rest, rows = iter(ints[4:]), []
+        rest, rows = iter(ints[4:]), list[StepRow]()
         for _ in range(ints[3]):
             head = list(islice(rest, 7))
             if len(head) < 7:
                 raise ValueError(f"step {ints[2]} ends within row {len(rows)} of {ints[3]}")
-            row, start, n, flags, block_start, n_blocks, way = head
+            row, start, n, flags, block_start, n_blocks, mode = head
             ids = tuple(islice(rest, 0 if flags & _DECODE else n))
             blocks = tuple(islice(rest, n_blocks))
-            n_draw = len(Draw._fields) if way in (FILTERED, WHOLE) else 0
+            n_draw = len(Draw._fields) if mode in DRAWN_MODES else 0
             draw = tuple(islice(rest, n_draw))
             good_ids = n == 1 if flags & _DECODE else n == len(ids) > 0
-            whole = len(blocks) == n_blocks and len(draw) == n_draw and way <= WHOLE
+            whole = len(blocks) == n_blocks and len(draw) == n_draw and mode < len(_MODES)
             if not good_ids or not whole or flags > (_SAMPLE | _PROMPT_LOGITS | _DECODE | _MASKED):
                 raise ValueError(f"step {ints[2]}: row {len(rows)} of {ints[3]} is damaged: {head}")
             rows.append(
@@ -138,7 +125,7 @@ class Step(NamedTuple):
                     bool(flags & _PROMPT_LOGITS),
                     block_start,
                     blocks,
-                    way,
+                    _MODES[mode],
                     Draw(*draw) if draw else None,
                     bool(flags & _MASKED),
                 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.json_file import read_json
-from llama_tp.engine.request import SamplingParams
+from llama_tp.sampling.params import SamplingParams
 
 FILE = "generation_config.json"
 # The file's keys -> fields of a request.

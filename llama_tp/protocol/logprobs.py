@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.protocol.order import ServedModel
+from llama_tp.sampling.params import TokenLogprobs
 
 LEAST = -9999.0  # stands for minus infinity, which JSON does not have
 

@@ -5,21 +5,28 @@ All that can be known without a model's weights is decided here (text to ids, le
 the vocabulary), so that `Engine.submit` has nothing left to refuse.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from llama_tp.arch.errors import UserError, short
-from llama_tp.engine.request import MAX_SAMPLES, Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
 from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
 from llama_tp.protocol.forms import read_form
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.tools import Tools, read_tools
+from llama_tp.sampling.params import MAX_SAMPLES, SamplingParams
 from llama_tp.text.chat_format import ChatFormat, DialogEncoder
 from llama_tp.text.token_table import Tokenizer
 
 # SamplingParams' names, where clients have others.
 _CLIENTS_NAMES = {"stop_ids": "stop_token_ids", "logprobs": "top_logprobs"}
+# Fields of both: handed on as they are.
+_SAME_NAMES = [
+    one.name
+    for one in fields(SamplingParams)
+    if one.name in Body.model_fields and one.name != "logit_bias"
+]
 MAX_SEED = 2**63
 
 
@@ -41,7 +48,7 @@ class ServedModel:
         name: as the replies say it.
         max_seq_len: longest sequence, prompt and output; the scheduler's `max_len` where that is
             less.
-        n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's
+        n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The worker's
             `n_vocab`.
         chat: what encodes dialogs, if it is not the Llama 3 chat format.
         aliases: other names that it is listed under.
@@ -339,23 +346,9 @@ def _check_counts(body: Body, limits: Limits) -> None:
 
 
 def _params(body: ChatBody | CompletionBody, model: ServedModel, **others: Any) -> SamplingParams:
-    names = (
-        "n",
-        "temperature",
-        "top_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "seed",
-        "stop",
-        "top_k",
-        "min_p",
-        "repetition_penalty",
-        "min_tokens",
-        "ignore_eos",
-    )
     try:
         params = SamplingParams(
-            **{name: getattr(body, name) for name in names},
+            **{name: getattr(body, name) for name in _SAME_NAMES},
             stop_ids=body.stop_token_ids,
             logit_bias=_biases(body.logit_bias),
             **others,

@@ -9,10 +9,11 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import Arrays, chat_logprobs
 from llama_tp.protocol.order import Order, ServedModel
+from llama_tp.sampling.params import TokenLogprobs
 from llama_tp.text.call_grammar import CallDelta
 from llama_tp.text.tool_calls import ToolCallParser
 

@@ -45,7 +45,7 @@ class SoftmaxNumerators:
 
 
 class NativeNumerators(SoftmaxNumerators):
-    """The same in C++ (native/kernels.cpp), on CPU. A row's logits must be contiguous."""
+    """The same in C++, on CPU, through native/calls.py, which checks what it is given."""
 
     def __init__(self, library: ctypes.CDLL):
         self._calls = Numerators(library)

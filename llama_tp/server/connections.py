@@ -87,7 +87,7 @@ class Parser(h11.Connection):
 
     n_chunks = n_bytes = 0  # of this body, when it comes in chunks
 
-    def next_event(self):
+    def next_event(self) -> Any:
         """Raises h11.RemoteProtocolError for too many of either."""
         event = super().next_event()
         if isinstance(event, h11.Request):

@@ -16,9 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
+from llama_tp.sampling.params import TokenLogprobs
 from llama_tp.server.link import ServerEnd
 from llama_tp.server.metrics import Metrics
 

@@ -9,9 +9,10 @@ from torch._dynamo.utils import counters
 
 from llama_tp.backends.base import LayerShape
 from llama_tp.backends.select import Backends, with_compiled
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.model.build import peers_of, plain_backends
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from tests.engines import engine, shard_of
 from tests.ranks import run
 from tests.shapes import SHRUNK

@@ -15,7 +15,7 @@ from llama_tp.benchmarks.ceiling import (
     probe_of,
     read_rate,
 )
-from llama_tp.engine.runner import Runner
+from llama_tp.engine.worker import Worker
 from llama_tp.parallel.groups import single_rank
 from tests.engines import Counting, engine
 from tests.shapes import SHRUNK
@@ -102,9 +102,9 @@ def test_this_machine_is_measured_the_same_way():
 
 def test_no_batch_size_is_captured_inside_a_timing():
     one = engine(
-        single_rank(), SHRUNK["8b"], runner=Runner, graphs=True, record=Counting, max_rows=3
+        single_rank(), SHRUNK["8b"], worker=Worker, graphs=True, record=Counting, max_rows=3
     )
-    record = one.runner.graphs.record
+    record = one.worker.graphs.record
     captured = record.n_captured
     limits = Ceiling(1e9, 1e12, 10**9, 10**6, 10**9, 5 * 10**8, 1)
     latency.latency(one, limits, [1, 3], 8, 3, 1)
@@ -120,7 +120,7 @@ def test_the_probe_is_no_part_of_a_gpus_peak(monkeypatch):
     monkeypatch.setattr(session, "ceiling", lambda *args, **named: "limits")
     model = SimpleNamespace(config=None, dtype=None)
     on_gpu = SimpleNamespace(
-        ranks=SimpleNamespace(device=CUDA), runner=SimpleNamespace(model=model)
+        ranks=SimpleNamespace(device=CUDA), worker=SimpleNamespace(model=model)
     )
     limits, before = session.limits_and_peak(on_gpu, alone=False)
     assert limits == "limits" and max(before, session.peak_bytes(on_gpu)) == 7

@@ -5,8 +5,8 @@ import pytest
 from llama_tp.api import Llama
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.weights import table
-from llama_tp.engine.request import SamplingParams
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.text.grammar import Form
 from tests import reference
 from tests.engines import NoWatch, engine

@@ -22,19 +22,21 @@ from llama_tp.backends.attention.flash import FlashAttention
 from llama_tp.backends.base import LayerShape
 from llama_tp.engine import build, cuda_graph
 from llama_tp.engine.build import startup_warnings
-from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
-from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.runner import Runner
-from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
+from llama_tp.engine.cuda_graph import MODE_SETS, CudaRecord, Key, sizes
+from llama_tp.engine.request import Request
+from llama_tp.engine.step import Step, StepRow
+from llama_tp.engine.worker import Worker
 from llama_tp.model import build as model_build
 from llama_tp.model.build import choose_backends, plain_backends
 from llama_tp.parallel.groups import Ranks, single_rank
+from llama_tp.sampling.params import GREEDY_DRAW, SamplingMode, SamplingParams
 from tests import reference
 from tests.engines import Again, Counting, engine, shard_of
 from tests.flash import Varlen
 from tests.ranks import run as in_ranks
 from tests.shapes import SHRUNK
 
+_, GREEDY, TOP_K_TOP_P, UNFILTERED = SamplingMode
 CONFIG, WIDE = SHRUNK["8b"], SHRUNK["wide"]
 WEIGHTS = reference.random_weights(table(CONFIG))
 PROMPTS = [
@@ -68,42 +70,44 @@ def test_sizes_leave_few_rows_in_vain_and_keep_the_floor():
 
 def test_all_is_captured_while_loading_and_nothing_in_traffic():
     one = engine(
-        single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting
+        single_rank(), CONFIG, weights=WEIGHTS, worker=Worker, graphs=True, record=Counting
     )
-    record, captured = one.runner.graphs.record, dict(one.runner.graphs.captured)
-    assert {key.size for key in captured} == {1, 2, 4, 8} and {key.ways for key in captured} == set(
-        WAYS
-    )
-    assert list(captured) == sorted(captured, key=lambda key: (key.size, key.width, len(key.ways)))
+    record, captured = one.worker.graphs.record, dict(one.worker.graphs.captured)
+    assert {key.size for key in captured} == {1, 2, 4, 8} and {
+        key.modes for key in captured
+    } == set(MODE_SETS)
+    assert list(captured) == sorted(captured, key=lambda key: (key.size, key.width, len(key.modes)))
     for params in ({}, {"temperature": 0.7, "top_k": 5}, {"temperature": 0.7, "top_p": 1}):
         before = record.n_replayed
         run(one, 6, **params)
-        # with others: as filtered
+        # with others: drawn, as they are
         one.submit(Request("greedy", PROMPTS[0], SamplingParams(max_tokens=6, temperature=0)))
         run(one, 6, **params)
         assert record.n_replayed >= before + 10
-    assert one.runner.graphs.captured == captured and record.n_captured == len(captured)
+    assert one.worker.graphs.captured == captured and record.n_captured == len(captured)
 
 
 def test_a_step_takes_the_smallest_that_holds_it():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
-    graphs = one.runner.graphs
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker, graphs=True)
+    graphs = one.worker.graphs
     keys = {id(captured): key for key, captured in graphs.captured.items()}
-    draw = Draw(ONE, 5, ONE, 0, 7)
+    draw = GREEDY_DRAW._replace(top_k=5, u=7)
 
-    def found(n: int, *ways: int) -> tuple | None:
+    def found(n: int, *modes: SamplingMode) -> tuple | None:
         rows = [
-            StepRow(i, 3, 1, (), True, False, 1, (), way, draw)
-            for i, way in zip(range(n), ways * n)
+            StepRow(i, 3, 1, (), True, False, 1, (), mode, draw)
+            for i, mode in zip(range(n), modes * n)
         ]
         captured = graphs.find(Step(0, tuple(rows)))
         return captured and keys[id(captured)]
 
-    assert found(3, GREEDY) == (4, 32, {GREEDY}) and found(5, WHOLE) == (8, 32, {WHOLE})
-    assert found(2, GREEDY, FILTERED) == (2, 32, {FILTERED}) and found(2, GREEDY, WHOLE) == (
+    assert found(3, GREEDY) == (4, 32, {GREEDY}) and found(5, UNFILTERED) == (8, 32, {UNFILTERED})
+    assert found(2, GREEDY, TOP_K_TOP_P) == (2, 32, {TOP_K_TOP_P}) and found(
+        2, GREEDY, UNFILTERED
+    ) == (
         2,
         32,
-        {FILTERED, WHOLE},
+        {TOP_K_TOP_P, UNFILTERED},
     )
     graphs.n_blocks[0] = 33
     assert found(1, GREEDY) == (1, 64, {GREEDY})
@@ -117,34 +121,34 @@ def test_a_step_takes_the_smallest_that_holds_it():
 
 
 def test_loading_captures_for_a_limited_time_and_the_rest_runs_as_any_step(monkeypatch):
-    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 6)
+    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker), 6)
     monkeypatch.setattr(cuda_graph, "CAPTURE_LIMIT_S", 0.0)
     one = engine(
         single_rank(),
         CONFIG,
         weights=WEIGHTS,
-        runner=Runner,
+        worker=Worker,
         graphs=True,
         record=Counting,
         max_rows=2,
     )
-    assert one.runner.graphs.record.n_captured == len(one.runner.graphs.captured) == 1
-    assert run(one, 6) == expected and one.runner.graphs.record.n_replayed
+    assert one.worker.graphs.record.n_captured == len(one.worker.graphs.captured) == 1
+    assert run(one, 6) == expected and one.worker.graphs.record.n_replayed
 
 
 def failing(ranks, fails_at: str, failing_rank: int):
     """-> why nothing was captured, whether graphs are left, and the tokens."""
-    options = {"weights": WEIGHTS, "runner": Runner, "graphs": True}
+    options = {"weights": WEIGHTS, "worker": Worker, "graphs": True}
     one = engine(ranks, CONFIG, record=Counting, **options)
-    one.runner.graphs.record = Counting(
+    one.worker.graphs.record = Counting(
         fails_at if failing_rank in (ranks.rank, -1) else "", after=3
     )
-    one.runner.graphs.captured = {}
+    one.worker.graphs.captured = {}
     try:
-        why = one.runner.capture()
+        why = one.worker.capture()
     except RuntimeError as error:
         return f"raised: {str(error).splitlines()[0]}", None, None
-    left, released = len(one.runner.graphs.captured), one.runner.graphs.record.released
+    left, released = len(one.worker.graphs.captured), one.worker.graphs.record.released
     if failing_rank == 1 and fails_at == "warm-up":
         return why, left, None
     if not ranks.is_driver:
@@ -157,26 +161,32 @@ def failing(ranks, fails_at: str, failing_rank: int):
 
 @pytest.mark.parametrize("fails_at", ["warm-up", "capture"])
 def test_a_capture_that_fails_is_told_and_the_step_runs_as_any(fails_at):
-    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 4)
+    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker), 4)
     assert failing(single_rank(), fails_at, 0) == (f"RuntimeError: no {fails_at}", 0, expected)
 
 
 def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
-    model = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner).runner.model
+    model = engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker).worker.model
     model.ranks = Ranks(0, 1, torch.device("cuda"))
+    fake_worker = SimpleNamespace(
+        capture=lambda: "RuntimeError: no capture", n_vocab=260, numerators=None
+    )
     for name, fake in (
         ("CudaRecord", object),
-        ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture")),
+        ("Worker", lambda *args: fake_worker),
     ):
         monkeypatch.setattr(build, name, fake)
-    cache, tokenizer = SimpleNamespace(n_blocks=4, block_size=16), SimpleNamespace(n_vocab=260)
+    cache, tokenizer = (
+        SimpleNamespace(n_blocks=4, block_size=16),
+        SimpleNamespace(n_vocab=260, stop_ids=()),
+    )
     assert build.assemble(model, cache, 2, 512, tokenizer, None, False, 1).n_ahead == 1
     [line] = capfd.readouterr().err.splitlines()
     assert "decodes cannot be captured" in line and line.endswith("RuntimeError: no capture")
 
 
 def test_a_capture_that_fails_on_one_rank_is_given_up_on_all_and_told_once():
-    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner), 4)
+    expected = run(engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker), 4)
     assert in_ranks(2, failing, "capture", 1) == [
         (None, 0, expected),
         ("RuntimeError: no capture", 0, None),
@@ -303,12 +313,12 @@ def test_graphs_are_dropped_and_the_device_is_done_before_the_groups_are_destroy
         single_rank(),
         CONFIG,
         weights=WEIGHTS,
-        runner=Runner,
+        worker=Worker,
         graphs=True,
         record=CudaRecord,
         max_rows=2,
     )
-    assert len(cuda.alive) == len(one.runner.graphs.captured) > 0
+    assert len(cuda.alive) == len(one.worker.graphs.captured) > 0
     one.ranks, one.watch, one.dismissed = (
         Ranks(0, 2, torch.device("cuda", 1), group=object()),
         SimpleNamespace(close=int),
@@ -317,20 +327,20 @@ def test_graphs_are_dropped_and_the_device_is_done_before_the_groups_are_destroy
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "destroy_process_group", destroy)
     one.close()
-    assert cuda.ran == ["synchronize cuda:1", "destroy"] and not one.runner.graphs.captured
+    assert cuda.ran == ["synchronize cuda:1", "destroy"] and not one.worker.graphs.captured
 
 
 def test_steps_with_prompts_or_driver_chosen_tokens_are_not_replayed():
     one = engine(
-        single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True, record=Counting
+        single_rank(), CONFIG, weights=WEIGHTS, worker=Worker, graphs=True, record=Counting
     )
     run(one, 1)
     run(one, 4, logprobs=1)
-    assert not one.runner.graphs.record.n_replayed
+    assert not one.worker.graphs.record.n_replayed
 
 
 def test_the_step_ahead_is_sent_before_the_last_one_is_read():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker, graphs=True)
     one.submit(Request("0", PROMPTS[0], SamplingParams(max_tokens=5, temperature=0)))
     assert len(one.step()) == 1 and one.n_steps == 1 and len(one.scheduler.in_flight) == 1
     one.submit(Request("1", PROMPTS[1], SamplingParams(max_tokens=5, temperature=0, logprobs=0)))
@@ -344,7 +354,7 @@ def test_the_step_ahead_is_sent_before_the_last_one_is_read():
 
 
 def test_a_stop_leaves_nothing_in_flight():
-    one = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner, graphs=True)
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS, worker=Worker, graphs=True)
     [expected] = [ids for name, ids in run(one, 4).items() if name == "0"]
     one.submit(
         Request(
@@ -373,14 +383,14 @@ class Unguarded(Again):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
     weights = reference.random_weights(table(WIDE))
-    expected = run(engine(single_rank(), WIDE, weights=weights, runner=Runner), 8)
+    expected = run(engine(single_rank(), WIDE, weights=weights, worker=Worker), 8)
     function = Varlen("2.13", dtypes=(torch.float32,))
     backends = with_flash(function, single_rank(), torch.float32)
     ours = engine(
         single_rank(),
         WIDE,
         weights=weights,
-        runner=Runner,
+        worker=Worker,
         backends=backends,
         graphs=graphs,
         n_blocks=8,
@@ -431,6 +441,10 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
     assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
 
 
+def no_masks():
+    pytest.fail("no row is masked")
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
     "flash, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["torch", "flash"]
@@ -444,32 +458,38 @@ def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(flash, d
         ranks,
         WIDE,
         dtype,
-        runner=Runner,
+        worker=Worker,
         backends=backends,
         graphs=graphs,
         block_size=backends.block_size,
         record=Unguarded,
     )
-    draws = {GREEDY: None, FILTERED: Draw(ONE, 5, ONE, 0, 7), WHOLE: Draw(ONE, 0, ONE, 0, 7)}
+    draws = {
+        GREEDY: None,
+        TOP_K_TOP_P: GREEDY_DRAW._replace(top_k=5, u=7),
+        UNFILTERED: GREEDY_DRAW._replace(top_k=0, u=7),
+    }
     with NeverWaits():
-        one.runner.run(
+        one.worker.run(
             Step(
                 0,
                 tuple(
-                    StepRow(row, 0, 5, (1, 2, 3, 4, 5), True, False, 0, (row,), way, draw)
-                    for row, (way, draw) in enumerate(draws.items())
+                    StepRow(row, 0, 5, (1, 2, 3, 4, 5), True, False, 0, (row,), mode, draw)
+                    for row, (mode, draw) in enumerate(draws.items())
                 ),
             ),
             None,
+            no_masks,
         )
-        one.runner.run(
+        one.worker.run(
             Step(
                 1,
                 tuple(
-                    StepRow(row, 5, 1, (), True, False, 1, (), way, draw)
-                    for row, (way, draw) in enumerate(draws.items())
+                    StepRow(row, 5, 1, (), True, False, 1, (), mode, draw)
+                    for row, (mode, draw) in enumerate(draws.items())
                 ),
             ),
             None,
+            no_masks,
         )
-    assert one.runner.last.is_meta
+    assert one.worker.last.is_meta

@@ -6,11 +6,12 @@ import torch
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.weights import table
-from llama_tp.engine.request import Request, SamplingParams
-from llama_tp.engine.runner import Runner
+from llama_tp.engine.request import Request
+from llama_tp.engine.worker import Worker
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from tests import reference
-from tests.engines import WholeLogits, alphabet, engine, serve
+from tests.engines import GatheredWorker, alphabet, engine, serve
 from tests.ranks import run
 from tests.shapes import SHRUNK
 
@@ -82,7 +83,7 @@ def test_logprobs_of_prompt_and_output():
 N_IDS, SHORT = 150, [(7 * k) % 150 for k in range(10)]
 
 
-def answers_with_fewer_ids(ranks, runner):
+def answers_with_fewer_ids(ranks, worker):
     """{name: tokens}, and {name: logprobs of the prompt and of the output}, of a tokenizer that
     does not know all rows."""
     ways = {
@@ -95,7 +96,7 @@ def answers_with_fewer_ids(ranks, runner):
         (f"{name} scored", ids, {**params, "logprobs": 3, "prompt_logprobs": 3})
         for name, ids, params in plain
     ]
-    got = serve(ranks, [*plain, *scored], config=CONFIG, tokenizer=alphabet(N_IDS), runner=runner)
+    got = serve(ranks, [*plain, *scored], config=CONFIG, tokenizer=alphabet(N_IDS), worker=worker)
     if got is None:
         return None
     scores: dict = {}
@@ -109,7 +110,7 @@ def answers_with_fewer_ids(ranks, runner):
 def test_rows_without_text_count_in_logprobs_and_are_never_chosen():
     """As transformers and vLLM: log_softmax over all rows of the checkpoint's embedding. The same
     at tp 1 and 2, sharded or not."""
-    [(tokens, scores)] = run(1, answers_with_fewer_ids, Runner)
+    [(tokens, scores)] = run(1, answers_with_fewer_ids, Worker)
     best = reference.logits(WEIGHTS, CONFIG, SHORT)
     assert (best.argmax(-1) >= N_IDS).any()  # the rows without text would matter
     for name in ("greedy", "whole", "shortlist"):
@@ -123,9 +124,9 @@ def test_rows_without_text_count_in_logprobs_and_are_never_chosen():
             values, at = raw[i, :N_IDS].topk(3)
             assert [token for token, _ in entry.top] == at.tolist()
             assert [value for _, value in entry.top] == pytest.approx(values.tolist(), abs=1e-4)
-    assert run(1, answers_with_fewer_ids, WholeLogits)[0] == (tokens, scores)
-    two = run(2, answers_with_fewer_ids, Runner)[0]
-    assert two[0] == tokens and run(2, answers_with_fewer_ids, WholeLogits)[0] == two
+    assert run(1, answers_with_fewer_ids, GatheredWorker)[0] == (tokens, scores)
+    two = run(2, answers_with_fewer_ids, Worker)[0]
+    assert two[0] == tokens and run(2, answers_with_fewer_ids, GatheredWorker)[0] == two
     assert [each.logprob for each in two[1]["whole scored"][1:]] == pytest.approx(
         [each.logprob for each in scores["whole scored"][1:]], abs=1e-4
     )
@@ -187,3 +188,27 @@ def test_ids_are_unique():
     running.submit(Request("r", IDS, SamplingParams()))
     with pytest.raises(UserError, match="its own"):
         running.submit(Request("r", IDS, SamplingParams()))
+
+
+@pytest.mark.parametrize(
+    "params, ids, reason",
+    [
+        ({}, (5, 6, 7, 8), "length"),
+        ({"stop_ids": [7]}, (5, 6), "stop"),
+        ({"stop_ids": [5]}, (), "stop"),
+        ({"stop": [chr(0x106) + chr(0x107)]}, (5, 6, 7), "stop"),
+        ({"stop": [chr(0x105)], "min_tokens": 1}, (5, 6, 7, 8), "length"),
+        ({"stop": [chr(0x106)], "min_tokens": 1}, (5, 6), "stop"),
+    ],
+    ids=str,
+)
+def test_several_tokens_of_a_step_are_one_delta_up_to_where_the_sequence_ends(params, ids, reason):
+    one = engine(single_rank(), CONFIG, weights=WEIGHTS)
+    one.submit(Request("a", IDS, SamplingParams(max_tokens=4, temperature=0, **params)))
+    step = one.scheduler.plan()
+    [(sequence, tokens)] = one.scheduler.update(step, {step.rows[0].row: [5, 6, 7, 8, 9]})
+    delta = one._gained(sequence, tokens)
+    assert delta.ids == ids and delta.finish_reason == reason and not one.has_work
+    stopped = reason == "stop" and "stop" in params
+    text = "".join(chr(0x100 + token) for token in ids)
+    assert delta.text == (text[: text.index(params["stop"][0])] if stopped else text)

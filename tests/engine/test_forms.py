@@ -16,10 +16,11 @@ import torch
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.masks import GRACE_S, Masks
-from llama_tp.engine.request import Request, SamplingParams, Sequence
-from llama_tp.engine.runner import Runner
-from llama_tp.engine.sampler import allowed
+from llama_tp.engine.request import Request, Sequence
+from llama_tp.engine.worker import Worker
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.filters import allowed
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.text.grammar import Form, json_schema, lark, regex
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.grammar_process import HEAD
@@ -42,15 +43,15 @@ SCHEMA = json_schema(
 )
 CODE = regex("[a-f]{3,8}-[0-9]{2}")
 PROMPT = [7, 200, 31, 4, 90]
-WAYS = {
+MODES = {
     "greedy": {"temperature": 0.0},
     "filtered": {"temperature": 1.2, "top_k": 30, "seed": 3},
-    "undecided": {"temperature": 5.0, "top_p": 0.99, "seed": 4},
+    "too_short": {"temperature": 5.0, "top_p": 0.99, "seed": 4},
     "gathered": {"temperature": 1.0, "logprobs": 2, "seed": 5},
 }
 REQUESTS = [
     (f"{name}-{kind}", PROMPT, {**params, "form": form, "n": 2, "max_tokens": 90})
-    for name, params in WAYS.items()
+    for name, params in MODES.items()
     for kind, form in (("json", SCHEMA), ("code", CODE))
 ] + [("free", PROMPT, {"temperature": 0.0, "max_tokens": 12})]
 
@@ -63,7 +64,7 @@ def lettered(ranks, folder, requests, **options):
         requests,
         config=SHRUNK["8b"],
         tokenizer=open_tokenizer(None, folder),
-        runner=Runner,
+        worker=Worker,
         **options,
     )
 
@@ -106,7 +107,7 @@ def test_the_same_at_every_tp_and_in_company(alone, tp, graphs):
 
 def test_it_goes_on_from_half_a_form():
     whole, text, _ = served(1, [REQUESTS[0]])["greedy-json", 0]
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     params = SamplingParams(temperature=0, form=SCHEMA, n=2, max_tokens=90)
     one.submit(Request("r", PROMPT, params, (tuple(whole[:9]), None)))
     deltas = []
@@ -116,7 +117,7 @@ def test_it_goes_on_from_half_a_form():
 
 
 def test_what_cannot_be_followed_is_refused_and_takes_nobody_along():
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     bad = {
         "schema": Form("json", '{"type": 5}'),
         "regex": Form("regex", "("),
@@ -140,7 +141,8 @@ def test_what_cannot_be_followed_is_refused_and_takes_nobody_along():
                 and delta.refused[0] in delta.error
             )
     assert (
-        one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+        one.scheduler.n_needing_driver == 0
+        and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
     )
     for params in (
         {"form": "json"},
@@ -154,7 +156,7 @@ def test_what_cannot_be_followed_is_refused_and_takes_nobody_along():
 
 def test_a_form_that_breaks_ends_its_own_sample_alone():
     """llguidance finds out late that this grammar is beyond its limits."""
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     one.submit(
         Request(
             "bad",
@@ -174,7 +176,8 @@ def test_a_form_that_breaks_ends_its_own_sample_alone():
         and "Too many items" in ends["bad"][1]
     )
     assert (
-        one.scheduler.n_driven == 0 and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+        one.scheduler.n_needing_driver == 0
+        and one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
     )
     one.dismiss()
 
@@ -195,7 +198,7 @@ def beside_stuck_ones(ranks, folder, requests, hostile) -> tuple | None:
     """-> {(id, sample): ids} of the requests, and [(steps, step at which it ended, error)] of the
     hostile ones."""
     one = engine(
-        ranks, SHRUNK["8b"], tokenizer=open_tokenizer(None, folder), runner=Runner, max_rows=12
+        ranks, SHRUNK["8b"], tokenizer=open_tokenizer(None, folder), worker=Worker, max_rows=12
     )
     if not ranks.is_driver:
         one.follow()
@@ -218,7 +221,8 @@ def beside_stuck_ones(ranks, folder, requests, hostile) -> tuple | None:
                 ends[delta.request_id] = delta.error
     one.dismiss()
     assert (
-        one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks and one.scheduler.n_driven == 0
+        one.scheduler.n_free_blocks == one.scheduler.blocks.n_blocks
+        and one.scheduler.n_needing_driver == 0
     )
     return tokens, ends, n_alone
 
@@ -321,7 +325,7 @@ def all_end(pids: list[int]) -> bool:
 
 
 def test_killed_processes_are_replaced_and_the_text_is_the_same(alone):
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     for name, ids, params in REQUESTS[:3]:
         one.submit(Request(name, ids, SamplingParams(**params)))
     tokens, n_killed, kills = {}, 0, [100, 60, 40, 10]
@@ -339,7 +343,7 @@ def test_killed_processes_are_replaced_and_the_text_is_the_same(alone):
 
 
 def test_a_stopped_process_holds_up_nobody_else(alone):
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     one._masks = Masks(GrammarPool(LETTERS, cpu_s=0.4), 8)
     name, ids, params = REQUESTS[0]
     one.submit(Request("stopped", ids, SamplingParams(**params | {"n": 1})))
@@ -364,7 +368,7 @@ def test_a_stopped_process_holds_up_nobody_else(alone):
 
 
 def test_an_aborted_request_leaves_no_process_at_work():
-    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, runner=Runner)
+    one = engine(single_rank(), SHRUNK["8b"], tokenizer=LETTERS, worker=Worker)
     one.submit(Request("stuck", PROMPT, SamplingParams(temperature=0, form=STUCK)))
     one.submit(Request("free", PROMPT, SamplingParams(temperature=0, max_tokens=900)))
     while not next(sequence for sequence in one._tracks if sequence.request.id == "stuck").held:

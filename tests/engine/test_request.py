@@ -5,7 +5,8 @@ import math
 import pytest
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.request import Request, SamplingParams, Sequence
+from llama_tp.engine.request import Request, Sequence
+from llama_tp.sampling.params import SamplingParams
 
 WHOLE = ["max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"]
 REAL = [

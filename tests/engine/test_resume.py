@@ -4,8 +4,9 @@ happened."""
 import pytest
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from tests.engines import engine
 from tests.shapes import SHRUNK
 

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.blocks import BlockManager
-from llama_tp.engine.request import Request, SamplingParams, Sequence
+from llama_tp.engine.request import Request, Sequence
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.engine.step import GATHERED, UNDECIDED, Step
+from llama_tp.engine.step import Step
+from llama_tp.sampling.params import SHORTLIST_TOO_SHORT, SamplingMode, SamplingParams
 from tests.examples import examples
+
+GATHERED = SamplingMode.GATHERED
 
 N_VOCAB = 3  # few ids, so that prefixes often agree
 
@@ -54,7 +57,7 @@ class FakeRanks:
         self.tables = [[] for _ in range(max_rows)]
         self.n_done = [0] * max_rows  # positions of the row in the cache
         self.last = [None] * max_rows
-        self.undecided = set()  # rows whose last position may come again
+        self.too_short = set()  # rows whose last position may come again
         self.n_computed_tokens = 0
 
     def cell(self, row, position):
@@ -69,11 +72,11 @@ class FakeRanks:
             if r.fresh:
                 assert not r.decodes and r.start % self.block_size == 0
                 self.n_done[r.row], self.last[r.row] = r.start, None
-                self.undecided.discard(r.row)
-            if r.row in self.undecided and not r.decodes:
+                self.too_short.discard(r.row)
+            if r.row in self.too_short and not r.decodes:
                 assert r.n == 1 and r.start < self.n_done[r.row]
                 self.n_done[r.row] = r.start
-                self.undecided.discard(r.row)
+                self.too_short.discard(r.row)
             assert r.start == self.n_done[r.row]  # every position once, none left out
             assert r.block_start == (0 if r.fresh else len(self.tables[r.row]))
             self.tables[r.row][r.block_start :] = r.blocks
@@ -126,15 +129,15 @@ class World:
         prefill_chunk=None,
         prefix_cache=True,
         depth=1,
-        undecided=0,
+        too_short=0,
     ):
         self.blocks = BlockManager(n_blocks, block_size, prefix_cache)
         self.scheduler = Scheduler(
             self.blocks, max_rows, max_step_tokens, max_seq_len, prefill_chunk
         )
         self.ranks = FakeRanks(n_blocks, block_size, max_rows)
-        # undecided: every so manyth token on the shards
-        self.depth, self.undecided = depth, undecided
+        # too_short: every so manyth token on the shards
+        self.depth, self.too_short = depth, too_short
         self.n_on_shards = 0
         self.sequences = []
         self.steps = []
@@ -197,19 +200,20 @@ class World:
                 # >: planned before the last token was known
                 assert r.sample == (r.start + r.n >= len(sequence.ids))
         for r in step.rows:
-            if r.sample and r.row in live and r.way != GATHERED and self.undecided:
+            if r.sample and r.row in live and r.mode != GATHERED and self.too_short:
                 self.n_on_shards += 1
-                if self.n_on_shards % self.undecided == 0:
-                    sampled[r.row] = UNDECIDED
-                    self.ranks.undecided.add(r.row)
-        tokens = self.scheduler.update(step, sampled)
+                if self.n_on_shards % self.too_short == 0:
+                    sampled[r.row] = SHORTLIST_TOO_SHORT
+                    self.ranks.too_short.add(r.row)
+        gained = self.scheduler.update(step, {row: [token] for row, token in sampled.items()})
+        tokens = [(sequence, token) for sequence, [token] in gained]
         assert [sequence for sequence, _ in tokens] == [
             live[r.row]
             for r in step.rows
-            if r.sample and r.row in live and sampled[r.row] != UNDECIDED
+            if r.sample and r.row in live and sampled[r.row] != SHORTLIST_TOO_SHORT
         ]
-        assert self.scheduler.n_driven == sum(
-            s.way == GATHERED for s in (*self.scheduler.running, *self.scheduler.waiting)
+        assert self.scheduler.n_needing_driver == sum(
+            s.mode == GATHERED for s in (*self.scheduler.running, *self.scheduler.waiting)
         )
         for sequence, token in tokens:
             assert sequence.ids[-1] == token
@@ -370,7 +374,8 @@ def test_a_negative_token_ends_its_sequence_alone_and_its_blocks_are_not_reused(
     step = world.plan()
     sampled = world.ranks.run(step.encode(), {})
     sampled[bad.row] = -1
-    assert world.scheduler.update(step, sampled) == [(bad, -1), (good, good.ids[-1])]
+    gained = world.scheduler.update(step, {row: [token] for row, token in sampled.items()})
+    assert gained == [(bad, [-1]), (good, good.ids[-1:])]
     assert bad.finish_reason == "abort" and bad.n_output == 0 and bad.row is None
     again = world.add([1] * 8, max_tokens=1)
     world.finish()
@@ -632,7 +637,7 @@ def test_an_update_out_of_order_is_a_bug():
     first, second = world.plan(), world.plan()
     assert second.rows[0].decodes
     with pytest.raises(RuntimeError, match="step 1"):
-        world.scheduler.update(second, {0: 1})
+        world.scheduler.update(second, {0: [1]})
     assert first.number == 0
 
 
@@ -664,32 +669,41 @@ def test_a_stop_drops_the_row_planned_ahead():
     assert successor.n_output == 2
 
 
+def test_tokens_of_a_step_are_taken_up_to_the_limit():
+    world = World()
+    sequence = world.add([1, 2, 0], max_tokens=3)
+    step = world.scheduler.plan()
+    [(same, tokens)] = world.scheduler.update(step, {step.rows[0].row: [5, 6, 7, 8]})
+    assert same is sequence and tokens == sequence.output_ids == [5, 6, 7]
+    assert sequence.finish_reason == "length" and world.blocks.n_free == world.blocks.n_blocks
+
+
 @pytest.mark.parametrize("depth", [1, 2])
-def test_an_undecided_position_is_computed_again_for_the_driver_to_choose(depth):
-    world = World(depth=depth, undecided=2)
+def test_a_position_whose_shortlist_is_too_short_is_computed_again_for_the_driver_to_choose(depth):
+    world = World(depth=depth, too_short=2)
     sequence = world.add([1, 2, 0], max_tokens=6)
-    assert world.scheduler.n_driven == 0
+    assert world.scheduler.n_needing_driver == 0
     world.finish()
     rows = [step.rows[0] for step in world.steps]
     # the second token, as input known to all
     again = [row for row in rows if row.ids and row.start == 3]
-    assert [(row.n, row.way, row.ids) for row in again] == [(1, GATHERED, (sequence.ids[3],))]
-    assert [row.way for row in rows if row.sample][-3:] == [
+    assert [(row.n, row.mode, row.ids) for row in again] == [(1, GATHERED, (sequence.ids[3],))]
+    assert [row.mode for row in rows if row.sample][-3:] == [
         GATHERED
-    ] * 3 and world.scheduler.n_driven == 0
+    ] * 3 and world.scheduler.n_needing_driver == 0
 
 
-def test_the_driver_chooses_no_longer_once_few_were_undecided():
-    world = World(undecided=9)
+def test_the_driver_chooses_no_longer_once_few_shortlists_were_too_short():
+    world = World(too_short=9)
     world.add([1, 2, 0], max_tokens=24)
     world.finish()
-    ways = [step.rows[0].way for step in world.steps]
-    # the 9th on the shards is UNDECIDED, and one in nine is few; so is the 9th after it, the 18th
-    # token
-    assert [i for i, way in enumerate(ways) if way == GATHERED] == [
+    modes = [step.rows[0].mode for step in world.steps]
+    # the 9th on the shards is SHORTLIST_TOO_SHORT, and one in nine is few; so is the 9th after it,
+    # the 18th token
+    assert [i for i, mode in enumerate(modes) if mode == GATHERED] == [
         9,
         19,
-    ] and world.scheduler.n_driven == 0
+    ] and world.scheduler.n_needing_driver == 0
 
 
 # --------------------------------------------------------------------------------- random schedules
@@ -729,7 +743,7 @@ WORLD = st.fixed_dictionaries(
         prefill_chunk=st.one_of(st.none(), st.integers(1, 6)),
         prefix_cache=st.booleans(),
         depth=st.integers(1, 3),
-        undecided=st.sampled_from([0, 1, 2, 5]),
+        too_short=st.sampled_from([0, 1, 2, 5]),
     )
 )
 
@@ -769,8 +783,8 @@ def run_schedule(fields, events):
     return world
 
 
-# its last token, on its way when the next sequence could come in, is UNDECIDED: two to decode in
-# steps of one token
+# its last token, on its way when the next sequence could come in, is SHORTLIST_TOO_SHORT: two to
+# decode in steps of one token
 @example(
     dict(
         n_blocks=3,
@@ -781,7 +795,7 @@ def run_schedule(fields, events):
         prefill_chunk=None,
         prefix_cache=False,
         depth=2,
-        undecided=5,
+        too_short=5,
     ),
     [("add", [1], 2, None, False, None)],
 )

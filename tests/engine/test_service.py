@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.engine.service import serve
 from llama_tp.parallel.groups import single_rank
+from llama_tp.sampling.params import SamplingParams
 from tests.engines import engine
 from tests.shapes import SHRUNK
 
@@ -142,7 +143,7 @@ def test_scores_of_a_prompt_come_in_pieces_before_the_first_delta(n_prompt):
 def test_scores_that_are_no_numbers_can_be_sent():
     one = engine(single_rank(), TINY)
     with torch.no_grad():
-        one.runner.model.norm.weight.fill_(float("nan"))
+        one.worker.model.norm.weight.fill_(float("nan"))
     link = Script({0: [submit("a", prompt_logprobs=1)]}, one)
     serve(one, link)
     assert "not finite" in deltas(link.sent, "a")[-1]["error"]

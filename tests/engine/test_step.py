@@ -1,10 +1,12 @@
 """A step survives its journey as plain ints, and nothing else passes for one."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
+from llama_tp.engine.step import Step, StepRow
+from llama_tp.sampling.params import DRAWN_MODES, Draw, SamplingMode
 
 COUNT = st.integers(0, 2**31 - 1)
 IDS = st.lists(COUNT, max_size=6).map(tuple)
@@ -22,8 +24,8 @@ def step_rows(draw, row):
         draw(st.booleans()),
         draw(COUNT),
         draw(IDS),
-        way := draw(st.integers(0, WHOLE)),
-        Draw(*draw(st.tuples(*[COUNT] * 5))) if way >= FILTERED else None,
+        mode := draw(st.sampled_from(SamplingMode)),
+        Draw(*draw(st.tuples(*[COUNT] * 5))) if mode in DRAWN_MODES else None,
     )
 
 
@@ -36,7 +38,7 @@ def steps(draw):
 EXAMPLE = Step(
     7,
     (
-        StepRow(3, 9, 1, (), True, False, 2, (), GREEDY),
+        StepRow(3, 9, 1, (), True, False, 2, (), SamplingMode.GREEDY),
         StepRow(0, 4, 3, (11, 12, 13), False, True, 0, (5, 6)),
     ),
 )
@@ -69,8 +71,8 @@ def test_the_wire_format():
         5,
         6,
     ]
-    filtered = Step(8, (StepRow(3, 9, 1, (), True, False, 2, (), FILTERED, Draw(1, 2, 3, 4, 5)),))
-    assert filtered.encode()[4:] == [3, 9, 1, 5, 2, 0, 2, 1, 2, 3, 4, 5]
+    drawn = StepRow(3, 9, 1, (), True, False, 2, (), SamplingMode.TOP_K_TOP_P, Draw(1, 2, 3, 4, 5))
+    assert Step(8, (drawn,)).encode()[4:] == [3, 9, 1, 5, 2, 0, 2, 1, 2, 3, 4, 5]
 
 
 def test_what_a_row_says_of_itself():
@@ -87,10 +89,10 @@ def test_what_a_row_says_of_itself():
 @given(steps())
 def test_round_trip(step):
     ints = step.encode()
-    assert all(type(one) is int for one in ints)
-    again = Step.decode(ints)
+    # as it travels: modes are plain ints then
+    again = Step.decode(torch.tensor(ints).tolist())
     assert again == step
-    kinds = (int, int, int, tuple, bool, bool, int, tuple, int)
+    kinds = (int, int, int, tuple, bool, bool, int, tuple, SamplingMode)
     assert [tuple(map(type, row))[:9] for row in again.rows] == [kinds] * len(step.rows)
 
 

@@ -79,12 +79,12 @@ def test_silence():
 
 
 def test_the_rank_that_all_wait_for_is_named():
-    late = seen(2, **step(busy_s=5, collectives=48, where="runner.py:9 in run"))
+    late = seen(2, **step(busy_s=5, collectives=48, where="worker.py:9 in run"))
     said = text(seen(0, **step(busy_s=5)), seen(1, **step(busy_s=5)), late)
     assert said.startswith(
         "rank 2 (pid 102, host box) hangs during step 7: rank 0 has waited in step 7 for 6 s "
         "(limit 3 s)"
-    ) and said.endswith("it is at runner.py:9 in run")
+    ) and said.endswith("it is at worker.py:9 in run")
 
 
 def test_with_no_rank_behind_the_one_over_time_is_named():

@@ -5,9 +5,10 @@ import hashlib
 from collections import deque
 from pathlib import Path
 
-from llama_tp.engine.delta import Delta, TokenLogprobs
+from llama_tp.engine.delta import Delta
 from llama_tp.protocol.fields import check_body
 from llama_tp.protocol.order import Limits, Order, ServedModel, prepare
+from llama_tp.sampling.params import TokenLogprobs
 from llama_tp.text.tokenizer import open_tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "demo"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from llama_tp.arch.options import EngineOptions
 from llama_tp.engine.build import build
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.text.grammar import regex
 
 CKPT_DIR = (

@@ -6,8 +6,9 @@ import tracemalloc
 
 import pytest
 
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.server import answer
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.request_manager import MAX_BARREN, Full, RequestManager, Unavailable

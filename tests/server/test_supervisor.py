@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llama_tp.arch.errors import UserError
-from llama_tp.engine.request import Request, SamplingParams
+from llama_tp.engine.request import Request
+from llama_tp.sampling.params import SamplingParams
 from llama_tp.server.link import encode
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.request_manager import Failed, RequestManager, Unavailable

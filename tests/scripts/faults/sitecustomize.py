@@ -37,7 +37,7 @@ class Planter:
 
     TARGETS = {
         "load": ("llama_tp.model.destinations", "Destinations", "mark_loaded", 1),
-        "step": ("llama_tp.engine.runner", "Runner", "run", 5),
+        "step": ("llama_tp.engine.worker", "Worker", "run", 5),
     }
 
     def find_spec(self, name, path=None, target=None):
