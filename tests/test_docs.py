@@ -47,6 +47,7 @@ OTHERS = {
     "include",
     "local_dir",  # hf download's
     "slow",
+    "rewrite",
     "dry_run",
     "help",
 }  # pytest's here, single_node.sh's, everybody's

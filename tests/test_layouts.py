@@ -36,7 +36,7 @@ def serve_folder(ranks, folder: str):
     for weight in table(source.config):  # rank 0 of 1 gives the whole weights ...
         whole[weight.name] = torch.empty(weight.shape)
     alone = ShardMap.even(source.config, 1).shard(0)
-    for _ in load(source, alone, lambda weight: whole[weight.name]):
+    for _ in load(source, alone, lambda weight, _: whole[weight.name]):
         pass
     model_parts = {}
     source = open_checkpoint(folder)
@@ -44,7 +44,7 @@ def serve_folder(ranks, folder: str):
     for weight in load(
         source,
         shard,
-        lambda w: model_parts.setdefault(w.name, torch.empty(w.local_shape(shard))),
+        lambda w, t: model_parts.setdefault(w.name, torch.empty(t.local_shape(w, shard))),
     ):
         # ... of which this rank's part is a slice
         part = weight.part(shard)

@@ -1,8 +1,8 @@
-"""What a batch job is: an input, an output, a model and parameters, under one key from which all
-ids and seeds follow.
+"""A batch job: an input, an output, a model and parameters. The digest of all of them is the job's
+key, from which all ids and seeds are derived.
 
-`open_job` finds out whether the output can be begun or gone on with, before a model is loaded.
-Knows no engine.
+`open_job` decides, before a model is loaded, whether the output can be begun or continued. Knows no
+engine.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ def open_job(
     made_of: dict,
     skip_bad: bool,
     retry_failed: bool,
-    tell,
+    tell: Callable[[str], None],
 ) -> Job:
     """Locks the output, checks the input's lines unless that has been done, and counts what is
     done.
@@ -190,7 +190,7 @@ def _checked(
     made_of: dict,
     key: bytes,
     skip_bad: bool,
-    tell,
+    tell: Callable[[str], None],
 ) -> dict:
     started = time.monotonic()
     checked = check_lines(input, model, defaults, key)

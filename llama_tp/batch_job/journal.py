@@ -1,9 +1,9 @@
-"""A batch job's output file: whole lines, in the input's order, that outlive any end of the process
+"""A batch job's output file: whole lines in the input's order, which survive any end of the process
 that writes them.
 
-Line i answers line i of the input, so what is done is a prefix, and going on means counting lines.
-Beside it, in NAME.job, stands what the job is made of; a file that was made from something else is
-not touched. One process at a time.
+Line i answers line i of the input. What is done is a prefix, so a job continues after the last
+whole line. The file NAME.job beside it records what the answers depend on; an output with another
+record is not touched. One process writes at a time.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class Journal:
                 fits = expected is not None and line[: len(expected)] == expected[: len(line)]
                 if fits and not line.endswith(b"\n"):  # torn
                     break
-                if not (fits and line.endswith(b"}\n")):  # no crash leaves this
+                if expected is None or not (fits and line.endswith(b"}\n")):  # no crash leaves this
                     raise UserError(
                         f"--output {self.path} is not what this job has written",
                         f"line {self.n_lines + 1} does not answer that line of the input",

@@ -86,7 +86,7 @@ def late(ranks) -> str:
         ranks, communicator=type(ranks.communicator).__new__(type(ranks.communicator))
     )
     impatient.communicator.__dict__.update(ranks.communicator.__dict__)
-    impatient.communicator.place = (*ranks.communicator.place[:3], 0.5)
+    impatient.communicator.place = ranks.communicator.place._replace(timeout_s=0.5)
     error = ""
     if ranks.is_driver:
         try:
