@@ -8,13 +8,17 @@ import os
 import signal
 import sys
 
+# Two cores for two workers, and a pool's ranks need them too; tiny models gain nothing from more
+# threads. Children inherit it: on a busy machine two threads of OpenMP wait for each other without
+# sleeping, and a command that starts no ranks decodes 20 times slower. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch
 
 from tests.examples import SLOW
 
-# two cores: the ranks of a pool need them, and tiny models gain nothing from more
 torch.set_num_threads(1)
 
 # A shell that starts the tests in the background has them ignore these, and so would all that they

@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from llama_tp.parallel.groups import close, init_ranks, single_rank
@@ -142,7 +143,11 @@ def _rank_main(rank: int, tp: int, port: int, pipe) -> None:
 
 
 def command(
-    *words: str, stdin: str | bytes = "", env: dict[str, str] | None = None, code: int | None = None
+    *words: str,
+    stdin: str | bytes = "",
+    env: dict[str, str] | None = None,
+    code: int | None = None,
+    before: Callable[[], None] | None = None,
 ) -> subprocess.CompletedProcess:
     """The finished `python -m llama_tp.WORDS`, with its stdout and stderr as text; one process.
 
@@ -153,24 +158,27 @@ def command(
     Args:
         env: added to this process's environment.
         code: fails the test unless the command ended with it.
+        before: a module-level function that the process calls first, to make something smaller.
     """
     env = {**os.environ, "LLAMA_TP_THREADS": "1", **(env or {})}
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name, stream) for stream in ("stdin", "stdout", "stderr")]
         files[0].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
-        process = FORK.Process(target=_command, args=(files, words, env))
+        process = FORK.Process(target=_command, args=(files, words, env, before))
         process.start()
-        process.join(PATIENCE_S)
+        process.join(2 * PATIENCE_S)
         if process.is_alive():
             process.kill()
             process.join()
         stdout, stderr = (file.read_text("utf-8") if file.exists() else "" for file in files[1:])
-    assert process.exitcode != -signal.SIGKILL, f"ended after {PATIENCE_S} s: {stdout}\n{stderr}"
+    assert process.exitcode != -signal.SIGKILL, (
+        f"ended after {2 * PATIENCE_S} s: {stdout}\n{stderr}"
+    )
     assert code in (None, process.exitcode), stderr
     return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
 
 
-def _command(files: list[Path], words: tuple[str, ...], env: dict[str, str]) -> None:
+def _command(files: list[Path], words: tuple[str, ...], env: dict[str, str], before) -> None:
     """In the forked process: becomes `python -m llama_tp.WORDS` with these standard streams."""
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
@@ -182,6 +190,8 @@ def _command(files: list[Path], words: tuple[str, ...], env: dict[str, str]) -> 
     os.chdir(ROOT)
     sys.argv, code = list(words), 0  # runpy puts the module's path in the first one's place
     try:
+        if before:
+            before()
         runpy.run_module(f"llama_tp.{words[0]}", run_name="__main__", alter_sys=True)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
