@@ -10,15 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_tp.arch.config import ModelConfig
+from llama_tp.arch.shard_map import Shard, ShardMap
 from llama_tp.arch.weights import table
 from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.model.kernels import TorchKernels
-from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import build
+from llama_tp.model.build import from_weights, plain_backends
+from llama_tp.sampling.numerators import SoftmaxNumerators
 from llama_tp.text.token_table import Tokenizer
 from llama_tp.text.tokenizer import open_tokenizer
 from tests import reference
@@ -182,6 +182,11 @@ def letters(folder: Path, n_vocab: int = 260) -> Tokenizer:
     return open_tokenizer(None, str(folder))
 
 
+def shard_of(config: ModelConfig, ranks) -> Shard:
+    """What this rank holds when all hold as much."""
+    return ShardMap.even(config, ranks.tp).shard(ranks.rank)
+
+
 def engine(
     ranks,
     config: ModelConfig,
@@ -196,7 +201,7 @@ def engine(
     runner=WholeLogits,
     fast=True,
     graphs=False,
-    kernels=None,
+    backends=None,
     tokenizer=None,
     record=Again,
 ) -> Recorder:
@@ -204,9 +209,10 @@ def engine(
     gloo. graphs: as on CUDA, decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, communicator=None, control_communicator=None)
-    kernels = kernels or (None if fast and not graphs else TorchKernels(deterministic))
-    model = build(config, ranks, dtype, 1024, weights, deterministic, kernels)
-    cache = KVCache(config, ranks.tp, n_blocks, block_size, dtype, ranks.device)
+    if backends is None and (not fast or graphs):
+        backends = plain_backends(shard_of(config, ranks), ranks, dtype, deterministic)
+    model = from_weights(config, ranks, dtype, 1024, weights, deterministic, backends)
+    cache = model.backends.attention.new_cache(config.n_layers, n_blocks, block_size)
     scheduler = Scheduler(
         BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024
     )
@@ -217,6 +223,7 @@ def engine(
         max_rows,
         min(tokenizer.n_vocab, config.vocab_size),
         record() if graphs else None,
+        None if fast and not graphs else SoftmaxNumerators(),
     )
     assert run.capture() is None
     out = Recorder(run, scheduler, tokenizer, ranks, NoWatch(), n_ahead=int(graphs))

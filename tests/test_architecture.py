@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "native": ["arch"],
     "parallel": ["arch", "native"],
     "checkpoint": ["arch"],
-    "model": ["arch", "native", "parallel"],
-    "engine": ["arch", "text", "native", "parallel", "checkpoint", "model"],
+    "backends": ["arch", "native"],
+    "model": ["arch", "native", "parallel", "backends"],
+    "sampling": ["arch", "native", "parallel"],
+    "engine": ["arch", "text", "native", "parallel", "checkpoint", "backends", "model", "sampling"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
     "batch_job": ["arch", "text", "protocol", "engine.request", "engine.delta"],
     "server": [
@@ -43,7 +45,9 @@ MAY_IMPORT = {
         "native",
         "parallel",
         "checkpoint",
+        "backends",
         "model",
+        "sampling",
         "engine",
         "protocol",
     ],
@@ -77,7 +81,8 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|(arch|text|native|protocol|batch_job|server)\.\w+|"
+    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.__init__|native\.(?!calls\b)\w+|"
+    r"(arch|text|protocol|batch_job|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
 
@@ -288,7 +293,7 @@ def test_the_architecture_page_is_true():
     absent = [
         path
         for path in re.findall(r"[\w/]+\.py\b", page)
-        if not any((base / path).exists() for base in (PACKAGE, ROOT, *PACKAGE.iterdir()))
+        if not any((base / path).exists() for base in (ROOT, *PACKAGE.rglob("")))
     ]
     assert absent == [], "the page names files that are not there"
     for room in [r for r in ROOMS if (PACKAGE / r).exists() and r != "benchmarks"]:

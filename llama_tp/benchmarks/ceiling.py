@@ -18,7 +18,8 @@ import torch
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.memory import kv_bytes_per_token, weight_bytes
 from llama_tp.arch.shard_map import ShardMap
-from llama_tp.model.kernels import pick
+from llama_tp.backends.select import select_linears
+from llama_tp.native.calls import read_all
 from llama_tp.native.library import load
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks
@@ -164,9 +165,7 @@ def read_rate(device: torch.device, probe: Probe) -> float:
     block = torch.empty(probe.n_bytes // 4, dtype=torch.int32, device=device).random_()
     library = load() if device.type == "cpu" else None
     if library:
-        return probe.n_bytes / statistics.median(
-            probe.times(lambda: library.read_all(block.data_ptr(), probe.n_bytes // 8))
-        )
+        return probe.n_bytes / statistics.median(probe.times(lambda: read_all(library, block)))
     parts = block.split(PART_BYTES // 4)
     return probe.n_bytes / statistics.median(probe.times(lambda: [part.max() for part in parts]))
 
@@ -175,10 +174,10 @@ def read_rate(device: torch.device, probe: Probe) -> float:
 def matrix_rate(device: torch.device, dtype: torch.dtype, probe: Probe) -> float:
     """FLOP/s of rows times square matrices, the kind of product that prefill is made of. Random
     numbers: a GPU draws less power for zeros and ones, and keeps a higher clock."""
-    kernels = pick(device, dtype, fixed_bits=False)
+    backend = select_linears(device, dtype)[0]
     shape = probe.width, probe.width
     matrices = [
-        kernels.matrix(torch.randn(shape, device=device).to(dtype)) for _ in range(probe.n_matrices)
+        backend.linear(torch.randn(shape, device=device).to(dtype)) for _ in range(probe.n_matrices)
     ]
     x = torch.randn(probe.n_rows, probe.width, device=device).to(dtype)
     n_flops = probe.n_matrices * 2 * probe.n_rows * probe.width**2

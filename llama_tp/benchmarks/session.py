@@ -103,10 +103,10 @@ def measure(
         + (f"ONE rank of tp {ranks.tp}, simulated" if alone else f"tp {ranks.tp}")
         + f", {torch.get_num_threads()} thread(s) a rank on {device_name(ranks)}, torch "
         f"{torch.__version__}, "
-        f"{model.kernels.name} kernels{', deterministic' if model.deterministic else ''}"
+        f"{model.backends.name} kernels{', deterministic' if model.deterministic else ''}"
     )
-    if model.kernels.lacks:
-        show(f"no paged FlashAttention here: {model.kernels.lacks}")
+    for why in model.backends.not_taken:
+        show(why)
     show(limits.card())
     if load.what == "latency":
         rows, result = latency.latency(

@@ -14,11 +14,14 @@ import torch
 
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.options import STEP_TOKENS
+from llama_tp.arch.shard_map import ShardMap
+from llama_tp.arch.weight_format import DENSE
 from llama_tp.arch.weights import table
-from llama_tp.engine.build import assemble
+from llama_tp.engine.build import assemble, compiled
 from llama_tp.engine.engine import Engine
-from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.build import choose_backends
+from llama_tp.model.destinations import Destinations
+from llama_tp.model.llama import Transformer
 from llama_tp.parallel.groups import Ranks
 from llama_tp.parallel.health import Watch
 from llama_tp.text.token_table import Tokenizer
@@ -69,23 +72,26 @@ def engine_of(
 ) -> Engine:
     """This rank's engine with random weights, scaled so that activations keep their size through
     the layers."""
-    model = Transformer(config, ranks, dtype, n_positions, deterministic)
+    shard = ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    backends = choose_backends(shard, ranks, dtype, deterministic)
+    backends = compiled(backends, shard, ranks, dtype, deterministic)
+    model = Transformer(shard, ranks, dtype, n_positions, deterministic, backends)
+    destinations = Destinations(model)
     noise = torch.randn(1 << 20, generator=torch.Generator().manual_seed(ranks.rank)).to(
         ranks.device
     )
     for weight in table(config):
-        slot = model.into(weight)
-        if slot.dim() == 1:
-            slot.fill_(1)
+        [tensor] = DENSE.tensors(weight)
+        view = destinations.view(weight, tensor)
+        if view.dim() == 1:
+            view.fill_(1)
         else:  # the same million numbers over and over: as good as fresh ones for timing
             scaled = (noise * (weight.shape[1] ** -0.5)).to(dtype)
-            for row in slot.view(-1).split(len(noise)) if slot.is_contiguous() else slot:
+            for row in view.view(-1).split(len(noise)) if view.is_contiguous() else view:
                 row.copy_(scaled[: len(row)])
-        model.loaded(weight)
-    block_size = model.kernels.block_size
-    cache = KVCache(
-        config, ranks.tp, max_rows * -(-n_positions // block_size), block_size, dtype, ranks.device
-    )
+        destinations.mark_loaded(weight)
+    n_blocks = max_rows * -(-n_positions // backends.block_size)
+    cache = backends.attention.new_cache(config.n_layers, n_blocks)
     letters = Tokenizer([b"x"] * config.vocab_size, {}, None, (), lambda text: [0] * len(text))
     return assemble(
         model,

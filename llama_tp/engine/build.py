@@ -19,6 +19,8 @@ from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.arch.options import DEFAULT_SEQ_LEN, STEP_TOKENS, EngineOptions
 from llama_tp.arch.shard_map import Shard, ShardMap
+from llama_tp.backends.kv_cache import KVCache
+from llama_tp.backends.select import Backends, fixes_rows
 from llama_tp.checkpoint.hub import fetch, is_repo
 from llama_tp.checkpoint.load import load
 from llama_tp.checkpoint.source import Source, open_checkpoint
@@ -27,10 +29,9 @@ from llama_tp.engine.cuda_graph import CudaRecord
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.scheduler import Scheduler
-from llama_tp.model.fused import fuse
-from llama_tp.model.kernels import Kernels, TorchKernels, fixes_rows, pick
-from llama_tp.model.kv_cache import KVCache
-from llama_tp.model.transformer import Transformer, heads_of
+from llama_tp.model.build import choose_backends, compile_backends
+from llama_tp.model.destinations import Destinations
+from llama_tp.model.llama import Transformer
 from llama_tp.native.library import load as library
 from llama_tp.parallel.collectives import barrier, gather_ints
 from llama_tp.parallel.groups import Ranks, init_ranks
@@ -82,9 +83,9 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
     step_tokens = options.max_step_tokens or STEP_TOKENS[ranks.device.type]
     deterministic = pick_mode(options.deterministic, ranks.device, dtype)
-    kernels = pick_kernels(config, ranks, dtype, deterministic)
+    backends = choose_backends(shard, ranks, dtype, deterministic)
     n_blocks = plan_cache(
-        shard, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, kernels.block_size
+        shard, ranks, dtype, max_seq_len, options.max_batch_size, step_tokens, backends.block_size
     )
     changed = (
         [f"stored as {str(source.dtype)[6:]}, computed in {str(dtype)[6:]}"]
@@ -94,22 +95,23 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     for note in [
         *source.notes,
         *changed,
-        *startup_warnings(options, config, ranks, dtype, max_seq_len, kernels),
+        *startup_warnings(options, config, ranks, dtype, max_seq_len, backends),
     ]:
         say(note, ranks, options.quiet)
+    if ranks.device.type == "cuda":
+        say(
+            "compiling, and later capturing decodes as CUDA graphs: at most a minute or two",
+            ranks,
+            options.quiet,
+        )
+    backends = compiled(backends, shard, ranks, dtype, deterministic)
 
-    model = Transformer(config, ranks, dtype, max_seq_len, deterministic, kernels)
+    model = Transformer(shard, ranks, dtype, max_seq_len, deterministic, backends)
     with ThreadPoolExecutor(1) as aside:  # takes 0.6 s, most of it without the interpreter's lock
         tokenizer = aside.submit(_tokenizer, options, source)
         load_into(model, source, shard, ranks, watch, options.quiet, unless=tokenizer)
     tokenizer = tokenizer.result()
-    cache = KVCache(config, ranks.tp, n_blocks, kernels.block_size, dtype, ranks.device)
-    if ranks.device.type == "cuda":
-        say(
-            "compiling, and capturing decodes as CUDA graphs: at most a minute or two",
-            ranks,
-            options.quiet,
-        )
+    cache = backends.attention.new_cache(config.n_layers, n_blocks)
     engine = assemble(
         model,
         cache,
@@ -120,14 +122,14 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
         options.prefix_cache,
         options.seed,
     )
-    mode = f"{str(dtype)[6:]}, {kernels.name} kernels{', deterministic' if deterministic else ''}"
+    mode = f"{str(dtype)[6:]}, {backends.name} kernels{', deterministic' if deterministic else ''}"
     if engine.runner.graphs and engine.runner.graphs.captured:
         mode += f", {len(engine.runner.graphs.captured)} captured decodes"
     say(
         f"ready in {time.perf_counter() - started:.1f} s: {source.layout} checkpoint, "
         f"{counted(config.n_params)} parameters, "
         f"{ranks.tp} rank(s) on {ranks.device.type}, {mode}, KV cache for "
-        f"{n_blocks * kernels.block_size:,} tokens",
+        f"{n_blocks * backends.block_size:,} tokens",
         ranks,
         options.quiet,
     )
@@ -144,16 +146,9 @@ def assemble(
     prefix_cache: bool,
     seed: int,
 ) -> Engine:
-    """The engine of a loaded model. On CUDA the arithmetic between the products is compiled,
-    decodes are replayed from graphs and steps planned one ahead; on CPU, where the device is the
-    host, none of them has anything to hide."""
+    """The engine of a loaded model. On CUDA decodes are replayed from graphs and steps planned one
+    ahead; on CPU, where the device is the host, neither has anything to hide."""
     on_cuda = model.ranks.device.type == "cuda"
-    if on_cuda and not model.deterministic and (why := fuse(model)):
-        warn(
-            "torch.compile is of no use here, the arithmetic between the products stays plain "
-            f"torch: {why}",
-            model.ranks,
-        )
     runner = Runner(
         model,
         cache,
@@ -169,7 +164,7 @@ def assemble(
         )
     blocks = BlockManager(cache.n_blocks, cache.block_size, prefix_cache)
     scheduler = Scheduler(
-        blocks, max_rows, step_tokens, len(model.rope.cos), max_context=model.config.max_context
+        blocks, max_rows, step_tokens, model.n_positions, max_context=model.config.max_context
     )
     return Engine(runner, scheduler, tokenizer, model.ranks, watch, seed, n_ahead=int(on_cuda))
 
@@ -236,16 +231,14 @@ def pick_mode(wanted: bool | None, device: torch.device, dtype: torch.dtype) -> 
     return fixes_rows(device, dtype) and library() is not None if wanted is None else wanted
 
 
-def pick_kernels(
-    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, deterministic: bool
-) -> Kernels:
-    """The fastest that all ranks have: the driver deals out blocks of one size."""
-    kernels = pick(ranks.device, dtype, deterministic, heads_of(config, ranks.tp))
-    sizes = gather_ints(kernels.block_size, ranks)
-    if kernels.block_size > min(sizes):
-        kernels = TorchKernels(deterministic)
-        kernels.lacks = f"rank {sizes.index(min(sizes))} cannot use it"
-    return kernels
+def compiled(
+    chosen: Backends, shard: Shard, ranks: Ranks, dtype: torch.dtype, deterministic: bool
+) -> Backends:
+    """`chosen` with what is worth compiling compiled; a rank that cannot says why."""
+    out = compile_backends(chosen, shard, ranks, dtype, deterministic)
+    for why in out.not_taken[len(chosen.not_taken) :]:
+        warn(why, ranks)
+    return out
 
 
 def plan_cache(
@@ -298,18 +291,13 @@ def startup_warnings(
     ranks: Ranks,
     dtype: torch.dtype,
     max_seq_len: int,
-    kernels: Kernels,
+    backends: Backends,
 ) -> list[str]:
     """What the user did not ask for, or may wrongly expect."""
-    notes = []
-    if ranks.device.type == "cpu" and library() is None:
-        notes.append(
-            "the C++ parts are not built for this machine: attention runs in plain torch, sums go "
-            "through gloo, both "
-            "slower; to build them: python -m llama_tp.native.build"
-        )
-    elif (
+    notes = list(backends.not_taken)
+    if (
         ranks.device.type == "cpu"
+        and library() is not None
         and ranks.tp > 1
         and ranks.n_nodes == 1
         and ranks.communicator is None
@@ -328,10 +316,6 @@ def startup_warnings(
         notes.append(
             "torch's symmetric memory is off, not to be had or not in agreement with NCCL: small "
             "sums go through NCCL"
-        )
-    if ranks.device.type == "cuda" and kernels.lacks:
-        notes.append(
-            f"attention runs in plain torch, slower: no paged FlashAttention here: {kernels.lacks}"
         )
     if (options.max_seq_len or 0) > max_seq_len:
         notes.append(
@@ -382,10 +366,11 @@ def load_into(
             bar.at(watch.all_done())
 
         packed: deque[Future] = deque()
-        for weight in load(source, shard, model.into, done):
+        destinations = Destinations(model)
+        for weight in load(source, shard, destinations.view, done):
             if unless.done():
                 unless.result()
-            packed.append(packer.submit(model.loaded, weight))
+            packed.append(packer.submit(destinations.mark_loaded, weight))
             if len(packed) > PACK_BEHIND:
                 packed.popleft().result()
         for each in packed:

@@ -15,10 +15,10 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from llama_tp.backends.base import ForwardBatch
+from llama_tp.backends.kv_cache import KVCache, Slots, on_device
 from llama_tp.engine.step import FILTERED, GATHERED, GREEDY, WHOLE, Draw, Step, StepRow
-from llama_tp.model.kv_cache import KVCache, Slots, on_device
-from llama_tp.model.layer import Batch
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.llama import Transformer
 from llama_tp.parallel.collectives import which_ranks
 
 OnShards = Callable[[torch.Tensor, frozenset[int], torch.Tensor | None], torch.Tensor]
@@ -64,7 +64,7 @@ class Captured:
 
 def sizes(max_rows: int, floor: int) -> list[int]:
     """Batch sizes that are captured: 1, 2, 4, 8 and from there every eighth, so that few rows are
-    computed in vain; none below `floor` (Transformer.rows_floor)."""
+    computed in vain; none below `floor` (Transformer.min_rows)."""
     return sorted(
         {max(n, floor) for n in (1, 2, 4, *range(8, max_rows, 8), max_rows) if n <= max_rows}
     )
@@ -97,7 +97,7 @@ class DecodeGraphs:
         self.n_rows = len(last) - 1
         # writes to the trash block
         self.padding = torch.tensor([[self.n_rows, 0, *UNFILTERED]], device=last.device)
-        width = -(-len(model.rope.cos) // cache.block_size)
+        width = -(-model.n_positions // cache.block_size)
         self.tables = torch.full(
             (len(last), width), cache.empty, dtype=torch.int32, device=last.device
         )
@@ -199,8 +199,8 @@ class DecodeGraphs:
         """What is captured, what is needed first before the rest; large sizes first, so that small
         ones find memory to share."""
         for ways in WAYS:
-            for size in reversed(sizes(self.n_rows, self.model.rows_floor)):
-                for width in self.model.kernels.table_widths(size, self.tables.shape[1]):
+            for size in reversed(sizes(self.n_rows, self.model.min_rows)):
+                for width in self.model.backends.attention.table_widths(size, self.tables.shape[1]):
                     yield Key(size, width, ways)
 
     def _step(self, key: Key) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
@@ -214,10 +214,10 @@ class DecodeGraphs:
             table = self.tables[rows, :width]  # (B, W)
             blocks = table.gather(1, (positions // self.cache.block_size).unsqueeze(1))[:, 0].long()
             slots = Slots(blocks, positions % self.cache.block_size)
-            plan = self.model.kernels.plan_decodes(table, positions)
+            plan = self.model.backends.attention.plan_decodes(table, positions)
             # (B, D)
             hidden = self.model(
-                Batch(self.last[rows].clamp(min=0), positions, slots, plan), self.cache
+                ForwardBatch(self.last[rows].clamp(min=0), positions, slots, plan), self.cache
             )
             tokens.copy_(self.on_shards(hidden, ways, None if ways == {GREEDY} else inputs[:, 2:]))
             self.last[rows] = tokens

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llama_tp.backends.base import ForwardBatch, Span
+from llama_tp.backends.kv_cache import KVCache, Slots, on_device
 from llama_tp.engine.cuda_graph import DecodeGraphs, Record
 from llama_tp.engine.sampler import SHORTLIST, allowed, likeliest, pick, place_in, unpacked
 from llama_tp.engine.step import GATHERED, GREEDY, NOT_FINITE, WHOLE, Step, StepRow
-from llama_tp.model.attention import Span
-from llama_tp.model.kv_cache import KVCache, Slots, on_device
-from llama_tp.model.layer import Batch
-from llama_tp.model.transformer import Transformer
+from llama_tp.model.llama import Transformer
 from llama_tp.parallel.collectives import broadcast, gather_stack, gather_to_driver
+from llama_tp.sampling.numerators import SoftmaxNumerators, numerators_on
 
 SCORE_ROWS = 64  # prompt positions whose logits exist at once when prompt logprobs are asked for
 
@@ -52,6 +52,7 @@ class Runner:
         n_vocab: ids that may be sampled; the head's rows beyond have no text, or pad the shards.
         record: how steps of nothing but decodes are captured (cuda_graph.py); None: they run as any
             other.
+        numerators: how draws sum over the vocabulary; None: the fastest way on this device.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Runner:
         max_rows: int,
         n_vocab: int,
         record: Record | None = None,
+        numerators: SoftmaxNumerators | None = None,
     ):
         self.model, self.cache, self.n_vocab, self.ranks = model, cache, n_vocab, model.ranks
+        self.numerators = numerators or numerators_on(model.ranks.device)
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
         self.planning_s = 0.0  # of the last step: from ints to tensors
         # one more: padding's
@@ -135,7 +138,7 @@ class Runner:
         if self.graphs:
             self.graphs.own(row)
 
-    def _batch(self, step: Step) -> tuple[Batch, list[int]]:
+    def _batch(self, step: Step) -> tuple[ForwardBatch, list[int]]:
         """The step as tensors, and where each row's tokens end in it."""
         S = self.cache.block_size
         ids: list[int] = []
@@ -155,7 +158,7 @@ class Runner:
                 positions.append(start)
                 blocks.append(table[start // S])
             ends.append(len(ids))
-        padding = max(self.model.rows_floor, self.model.kernels.rounded(len(ids))) - len(ids)
+        padding = self.model.padded_rows(len(ids)) - len(ids)
         ids, positions, blocks = (
             ids + [0] * padding,
             positions + [0] * padding,
@@ -166,10 +169,8 @@ class Runner:
             at, rows = self._tensor(decodes).T
             # a row that ended meanwhile may have "sampled" NOT_FINITE
             flat[0, at] = self.last[rows].clamp(min=0)
-        plan = self.model.kernels.plan(
-            spans, self.model.config.n_heads // self.ranks.tp, self.cache, len(ids)
-        )
-        return Batch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
+        plan = self.model.backends.attention.plan(spans, self.cache, len(ids))
+        return ForwardBatch(flat[0], flat[1], Slots(flat[2], flat[1] % S), plan), ends
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None
@@ -246,16 +247,16 @@ class Runner:
         """The token at quantile u of softmax(logits / temperature): the ranks tell each other their
         shards' weights, exact integers, and the one whose shard holds it the token. mine: (R, V)
         fp32."""
-        kernels, temperature, u = self.model.kernels, unpacked(draws)[0].float(), unpacked(draws)[4]
+        temperature, u = unpacked(draws)[0].float(), unpacked(draws)[4]
         # (R, 1); NaN if any is
         best = gather_stack(mine.amax(-1, keepdim=True), self.ranks).amax(0)
-        chunks = kernels.weigh(mine, temperature, best)  # (R, C)
+        chunks = self.numerators.chunk_sums(mine, temperature, best)  # (R, C)
         sums = gather_stack(chunks.sum(-1, keepdim=True), self.ranks)  # (tp, R, 1)
         total, rank = sums.sum(0), self.ranks.rank
         target = torch.minimum((u * total.double()).long(), total - 1)  # (R, 1)
         rest = target - (sums.cumsum(0) - sums)[rank]
         here = (rest >= 0) & (rest < sums[rank])
-        tokens = place_in(mine, chunks, rest, temperature, best, kernels.weights) + first
+        tokens = place_in(mine, chunks, rest, temperature, best, self.numerators) + first
         tokens = gather_stack(torch.where(here, tokens, 0), self.ranks).sum(0)
         return torch.where(best.isfinite(), tokens, NOT_FINITE)[:, 0]
 
@@ -263,10 +264,10 @@ class Runner:
         """Each shard's best few and its whole mass, at each row's temperature, are all it takes to
         apply top_k, top_p and min_p, if these cut within the best few. Rank 0's result is
         everyone's: on unlike hosts exp may differ."""
-        kernels, temperature = self.model.kernels, unpacked(draws)[0].float()
+        temperature = unpacked(draws)[0].float()
         values, at = likeliest(mine, min(SHORTLIST, mine.shape[1]))  # (R, SHORTLIST) each, or fewer
         best = gather_stack(values[:, :1].contiguous(), self.ranks).amax(0)  # (R, 1); NaN if any is
-        mass = kernels.weigh(mine, temperature, best).sum(-1, keepdim=True)  # (R, 1)
+        mass = self.numerators.chunk_sums(mine, temperature, best).sum(-1, keepdim=True)  # (R, 1)
         values = (
             F.pad(values, (0, SHORTLIST - values.shape[1]), value=-torch.inf)
             .view(torch.int32)
@@ -275,7 +276,7 @@ class Runner:
         ids = F.pad(at + first, (0, SHORTLIST - at.shape[1]))
         # (tp, R, 2 SHORTLIST + 1)
         lists = gather_stack(torch.cat([values, ids, mass], dim=1), self.ranks)
-        return broadcast(pick(lists, best, draws, kernels.weights), self.ranks)
+        return broadcast(pick(lists, best, draws, self.numerators), self.ranks)
 
     def _choices(
         self, logits: torch.Tensor, masks: torch.Tensor | None

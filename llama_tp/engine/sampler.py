@@ -13,7 +13,6 @@ and vLLM. Rows that the tokenizer has no id for are never chosen nor told.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,13 +20,11 @@ import torch
 from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.engine.request import SamplingParams, Sequence, random53
 from llama_tp.engine.step import NOT_FINITE, UNDECIDED
-from llama_tp.model.kernels import WEIGH_CHUNK
+from llama_tp.sampling.numerators import CHUNK, SoftmaxNumerators
 
 SHORTLIST = 64  # likeliest tokens of each vocabulary shard that travel when filters are on
 # sorted first when only top_p or min_p filter; a full sort follows if they do not suffice
 TOP_CANDIDATES = 1024
-
-Weights = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def _choose(
 
 
 def pick(
-    lists: torch.Tensor, best: torch.Tensor, draws: torch.Tensor, weights: Weights
+    lists: torch.Tensor, best: torch.Tensor, draws: torch.Tensor, numerators: SoftmaxNumerators
 ) -> torch.Tensor:
     """Samples one token a row from the likeliest of each vocabulary shard; the same token as from
     all logits. Sums are of integers, hence the same however many shards; no value comes to the
@@ -101,7 +98,7 @@ def pick(
             shard's sum of weights.
         best: (R, 1) fp32, the highest logit of all.
         draws: (R, 5) int64, a step.Draw each.
-        weights: Kernels.weights.
+        numerators: this machine's way to compute them.
 
     -> (R,) int64: token ids; NOT_FINITE where logits are not, UNDECIDED where the shortlist does
     not show where the filters cut.
@@ -114,7 +111,9 @@ def pick(
     values, order = values.int().view(torch.float32).sort(dim=-1, descending=True, stable=True)
     values, ids = values[:, :SHORTLIST].contiguous(), ids.gather(1, order)[:, :SHORTLIST]
     temperature, top_k, top_p, min_p, u = unpacked(draws)  # (R, 1) each
-    probs = weights(values, temperature.float(), best).double() / whole  # (R, SHORTLIST)
+    probs = (
+        numerators.softmax_numerators(values, temperature.float(), best).double() / whole
+    )  # (R, SHORTLIST)
     at = torch.arange(SHORTLIST, device=lists.device)
     by_mass = (top_p < 1) & (probs.cumsum(-1)[:, -1:] > top_p)
     by_ratio = (min_p > 0) & (probs[:, -1:] < min_p * probs[:, :1])
@@ -135,18 +134,19 @@ def place_in(
     rest: torch.Tensor,
     temperature: torch.Tensor,
     best: torch.Tensor,
-    weights: Weights,
+    numerators: SoftmaxNumerators,
 ) -> torch.Tensor:
-    """Where in each row the cumulated weights pass `rest`. logits: (R, V) fp32; chunks: (R, C)
-    int64, Kernels.weigh of them;
+    """Where in each row the cumulated numerators pass `rest`. logits: (R, V) fp32; chunks: (R, C)
+    int64, their chunk sums;
     rest: (R, 1) int64; temperature, best: (R, 1) -> (R, 1) int64."""
-    n, size = logits.shape[1], WEIGH_CHUNK
+    n, size = logits.shape[1], CHUNK
     reached = chunks.cumsum(-1)
     chunk = (reached <= rest).sum(-1, keepdim=True).clamp(max=chunks.shape[1] - 1)  # (R, 1)
     rest = rest - (reached.gather(1, chunk) - chunks.gather(1, chunk))
     ids = chunk * size + torch.arange(size, device=logits.device)  # (R, size)
     some = logits.gather(1, ids.clamp(max=n - 1)).masked_fill(ids >= n, -math.inf)
-    within = (weights(some, temperature, best).cumsum(-1) <= rest).sum(-1, keepdim=True)
+    each = numerators.softmax_numerators(some, temperature, best)
+    within = (each.cumsum(-1) <= rest).sum(-1, keepdim=True)
     return (chunk * size + within).clamp(max=n - 1)
 
 

@@ -38,16 +38,40 @@ FLAGS = [
     "-fPIC",
     "-shared",
 ]
+# By LLAMA_TP_SANITIZE (tests/scripts/sanitize.py runs tests under each): with frames and lines in
+# their reports, and not so optimised that a fault is gone.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZED = ["-O1", "-g", "-fno-omit-frame-pointer"]
 COMPILE_S = 300
+
+
+def sanitizer() -> str:
+    """LLAMA_TP_SANITIZE: "address", "thread", or "" for the library that everybody runs. Raises
+    UserError for another value."""
+    name = os.environ.get("LLAMA_TP_SANITIZE", "")
+    if name and name not in SANITIZERS:
+        raise UserError(
+            "LLAMA_TP_SANITIZE names no sanitizer", name, f"set it to {' or '.join(SANITIZERS)}"
+        )
+    return name
+
+
+def flags() -> list[str]:
+    """The compiler's."""
+    name = sanitizer()
+    return [*FLAGS, *SANITIZED, *SANITIZERS[name]] if name else FLAGS
 
 
 @functools.cache
 def path() -> Path:
-    """Where the library for these sources and this machine is, or would be."""
-    digest = hashlib.sha256(repr((FLAGS, platform.machine(), cpu_features())).encode())
+    """Where the library for these sources, flags and this machine is, or would be."""
+    digest = hashlib.sha256(repr((flags(), platform.machine(), cpu_features())).encode())
     for source in [*SOURCES, *HEADERS]:
         digest.update(source.read_bytes())
-    return BUILT / f"native-{digest.hexdigest()[:16]}.so"
+    return BUILT / f"{sanitizer() or 'native'}-{digest.hexdigest()[:16]}.so"
 
 
 def cpu_features() -> str:
@@ -79,7 +103,7 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=BUILT) as folder:
             made = Path(folder) / target.name
             subprocess.run(
-                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)],
+                [compiler, *flags(), *map(str, SOURCES), "-o", str(made)],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -97,7 +121,7 @@ def build() -> Path:
         raise UserError(
             f"the C++ parts cannot be written to {BUILT}", str(error), "make the folder writable"
         ) from None
-    for old in BUILT.glob("native-*.so"):
+    for old in BUILT.glob(f"{sanitizer() or 'native'}-*.so"):
         if old != target:
             old.unlink(missing_ok=True)
     return target

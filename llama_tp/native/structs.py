@@ -44,8 +44,13 @@ class LayerArgs(ctypes.Structure):
 
 
 class StepArgs(ctypes.Structure):
-    """What a step keeps from layer to layer. Does not keep its tensors alive."""
+    """What a step keeps from layer to layer.
 
+    Attributes:
+        owners: what the pointers point into, kept alive.
+    """
+
+    owners: tuple[object, ...] = ()
     _fields_ = [
         ("T", LONG),
         ("S", LONG),

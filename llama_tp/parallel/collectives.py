@@ -12,6 +12,7 @@ only rank would get. Nothing is pickled. Refuses to know what is sent.
 import torch
 import torch.distributed as dist
 
+from llama_tp.arch.summation import tree_add
 from llama_tp.parallel.groups import Ranks
 
 # One broadcast of this many int64 (8 KB) carries a usual step; longer messages take a second one.
@@ -42,20 +43,6 @@ def gather_stack(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     # deprecated from 2.13.
     dist.all_gather(list(out.unbind()), x.contiguous(), group=ranks.group)
     return out
-
-
-def tree_add(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Sums the parts as a binary tree, ((0+1)+(2+3))+...: neighbours first, an odd one out waits
-    for the next round.
-
-    With 2**k parts, a rank that tree-adds its own run of parts computes exactly one subtree of the
-    whole tree; hence `tree_sum` of such partial sums has the same bits for every tp that divides
-    the number of parts.
-    """
-    while len(parts) > 1:
-        pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(parts) - len(parts) % 2 :]
-    return parts[0]
 
 
 def tree_sum(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -16,17 +16,18 @@ import tempfile
 import torch
 import torch.distributed as dist
 
-from llama_tp.native.library import load
+from llama_tp.native.calls import DTYPES, Place, SharedMemory
+from llama_tp.native.library import MAX_RANKS, load
 from llama_tp.parallel import private_folder
 
-MAX_RANKS = 64  # shared.cpp's
 FOLDER, PREFIX = "/dev/shm", "llama_tp-ranks-"
 FOREVER_S = 1e9
 
 
 class SharedMemoryCommunicator:
     """One channel between tp ranks in a mapped file. Errors: RuntimeError when the others do not
-    come in time."""
+    come in
+    time; ValueError for a tensor that is not contiguous or not on CPU."""
 
     in_tree_order = True  # sums are those of collectives.tree_add
 
@@ -40,39 +41,33 @@ class SharedMemoryCommunicator:
         timeout_s: float,
     ):
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory, offset))
-        self._memory, self._library, self.tp = memory, library, tp
-        self.place = (base, tp, rank, timeout_s)  # as the C++ side takes it
-        self._sums = {
-            torch.float32: library.shared_sum_fp32,
-            torch.bfloat16: library.shared_sum_bf16,
-        }
+        self._memory, self._collectives, self.tp = memory, SharedMemory(library), tp
+        self.place = Place(base, tp, rank, timeout_s)
 
     @property
     def late(self) -> str:
         """What to say when an operation was not in time."""
-        return f"the other ranks did not come to a collective within {self.place[3]:g} s"
+        return f"the other ranks did not come to a collective within {self.place.timeout_s:g} s"
 
     def sums(self, x: torch.Tensor) -> bool:
         """Whether `sum` can take x."""
-        return x.dtype in self._sums and x.is_contiguous()
+        return x.dtype in DTYPES and x.is_contiguous()
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Sums x over the ranks in place: in fp32, as collectives.tree_add does, the same bits on
         every rank."""
-        return self._checked(self._sums[x.dtype](*self.place, x.data_ptr(), x.numel()), x)
+        return self._in_time(self._collectives.sum(self.place, x), x)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's x (contiguous) in rank order: (tp, *x.shape)."""
         out = x.new_empty((self.tp, *x.shape))
-        return self._checked(
-            self._library.shared_gather(*self.place, x.data_ptr(), out.data_ptr(), x.nbytes), out
-        )
+        return self._in_time(self._collectives.gather(self.place, x, out), out)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Overwrites x (contiguous) with the driver's, which does not wait for the workers."""
-        return self._checked(self._library.shared_broadcast(*self.place, x.data_ptr(), x.nbytes), x)
+        return self._in_time(self._collectives.broadcast(self.place, x), x)
 
-    def _checked(self, in_time: bool, result: torch.Tensor) -> torch.Tensor:
+    def _in_time(self, in_time: bool, result: torch.Tensor) -> torch.Tensor:
         if not in_time:
             raise RuntimeError(self.late)
         return result

@@ -7,6 +7,7 @@ tests/test_invariance.py.
 """
 
 import contextlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,17 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from llama_tp.arch.options import EngineOptions
 from llama_tp.arch.weights import table
+from llama_tp.backends import select
+from llama_tp.backends.attention.flash import FlashAttention
+from llama_tp.backends.base import LayerShape
 from llama_tp.engine import build, cuda_graph
-from llama_tp.engine.build import pick_kernels, startup_warnings
+from llama_tp.engine.build import startup_warnings
 from llama_tp.engine.cuda_graph import ONE, WAYS, CudaRecord, Key, sizes
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.engine.runner import Runner
 from llama_tp.engine.step import FILTERED, GREEDY, WHOLE, Draw, Step, StepRow
-from llama_tp.model.flash import PagedAttention
-from llama_tp.model.kernels import FlashKernels, TorchKernels
+from llama_tp.model import build as model_build
+from llama_tp.model.build import choose_backends, plain_backends
 from llama_tp.parallel.groups import Ranks, single_rank
 from tests import reference
-from tests.engines import Again, Counting, engine
+from tests.engines import Again, Counting, engine, shard_of
 from tests.flash import Varlen
 from tests.ranks import run as in_ranks
 from tests.shapes import SHRUNK
@@ -161,7 +165,6 @@ def test_the_start_says_in_one_line_why_nothing_is_captured(monkeypatch, capfd):
     model = engine(single_rank(), CONFIG, weights=WEIGHTS, runner=Runner).runner.model
     model.ranks = Ranks(0, 1, torch.device("cuda"))
     for name, fake in (
-        ("fuse", lambda model: None),
         ("CudaRecord", object),
         ("Runner", lambda *args: SimpleNamespace(capture=lambda: "RuntimeError: no capture")),
     ):
@@ -352,6 +355,14 @@ def test_a_stop_leaves_nothing_in_flight():
     assert ids == expected[:2] and not one.scheduler.in_flight and not one.has_work
 
 
+def with_flash(function, ranks, dtype):
+    """Plain backends, but for attention by `function`."""
+    shard = shard_of(WIDE, ranks)
+    shape = LayerShape.of(shard, False)
+    flash = FlashAttention(function, 1, False, shape, dtype, ranks.device)
+    return replace(plain_backends(shard, ranks, dtype), attention=flash)
+
+
 class Unguarded(Again):
     """For kernels that read values, as the stand-in for FlashAttention does."""
 
@@ -363,16 +374,17 @@ class Unguarded(Again):
 def test_paged_flash_attention_is_told_the_right_thing(graphs, step_tokens):
     weights = reference.random_weights(table(WIDE))
     expected = run(engine(single_rank(), WIDE, weights=weights, runner=Runner), 8)
-    kernels = FlashKernels(PagedAttention(Varlen("2.13", dtypes=(torch.float32,)), 1, False))
+    function = Varlen("2.13", dtypes=(torch.float32,))
+    backends = with_flash(function, single_rank(), torch.float32)
     ours = engine(
         single_rank(),
         WIDE,
         weights=weights,
         runner=Runner,
-        kernels=kernels,
+        backends=backends,
         graphs=graphs,
         n_blocks=8,
-        block_size=kernels.block_size,
+        block_size=backends.block_size,
         step_tokens=step_tokens,
         record=Unguarded,
     )
@@ -399,43 +411,43 @@ class NeverWaits(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-FLASH = FlashKernels(PagedAttention(Varlen("2.13"), 1, False))
-
-
 def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to_say_so(
     monkeypatch,
 ):
     """Blocks have one size on all ranks."""
     ranks, options = Ranks(0, 4, torch.device("cuda"), communicator=object()), EngineOptions("")
-    monkeypatch.setattr(build, "pick", lambda *args: FLASH)
-    monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine, mine, 16, mine])
-    kernels = pick_kernels(CONFIG, ranks, torch.bfloat16, False)
-    assert type(kernels) is TorchKernels and kernels.block_size == 16
-    [said] = startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, kernels)
+    flash = with_flash(Varlen("2.13"), ranks, torch.bfloat16).attention
+    monkeypatch.setattr(select, "open_flash", lambda *args: flash)
+    monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [2])
+    backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
+    assert backends.attention is not flash and backends.block_size == 16
+    [said] = startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
     assert (
         said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
     )
-    monkeypatch.setattr(build, "gather_ints", lambda mine, ranks: [mine] * 4)
-    assert pick_kernels(CONFIG, ranks, torch.bfloat16, False) is FLASH
-    assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, FLASH)
+    monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [])
+    backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
+    assert backends.attention is flash and backends.block_size == 256
+    assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
-    "kernels, dtype",
-    [(TorchKernels(), torch.float32), (FLASH, torch.bfloat16)],
-    ids=["torch", "flash"],
+    "flash, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["torch", "flash"]
 )
-def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(kernels, dtype, graphs):
+def test_a_step_needs_no_value_from_the_device_and_does_not_wait_for_it(flash, dtype, graphs):
     """On the meta device, whose tensors have no values and do not mix with the host's."""
+    ranks = single_rank("meta")
+    plain = plain_backends(shard_of(WIDE, ranks), ranks, dtype)
+    backends = with_flash(Varlen("2.13"), ranks, dtype) if flash else plain
     one = engine(
-        single_rank("meta"),
+        ranks,
         WIDE,
         dtype,
         runner=Runner,
-        kernels=kernels,
+        backends=backends,
         graphs=graphs,
-        block_size=kernels.block_size,
+        block_size=backends.block_size,
         record=Unguarded,
     )
     draws = {GREEDY: None, FILTERED: Draw(ONE, 5, ONE, 0, 7), WHOLE: Draw(ONE, 0, ONE, 0, 7)}

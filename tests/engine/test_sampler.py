@@ -20,11 +20,10 @@ from llama_tp.engine.sampler import (
     unpacked,
 )
 from llama_tp.engine.step import NOT_FINITE, UNDECIDED
-from llama_tp.model.kernels import TorchKernels
-from llama_tp.model.kernels import pick as pick_kernels
 from llama_tp.native.library import load
+from llama_tp.sampling.numerators import NativeNumerators, SoftmaxNumerators
 
-KERNELS = TorchKernels()
+NUMERATORS = SoftmaxNumerators()
 
 V = 50
 LOGITS = torch.randn(V, generator=torch.Generator().manual_seed(0)) * 3
@@ -43,10 +42,10 @@ def picked(rows: list[Sequence], logits: torch.Tensor, tp: int) -> list[int]:
     lists, first = [], 0
     for shard in logits.chunk(tp, dim=-1):
         values, at = likeliest(shard, SHORTLIST)
-        mass = KERNELS.weigh(shard, temperature, best).sum(-1, keepdim=True)
+        mass = NUMERATORS.chunk_sums(shard, temperature, best).sum(-1, keepdim=True)
         lists.append(torch.cat([values.view(torch.int32).long(), at + first, mass], dim=1))
         first += shard.shape[1]
-    return pick(torch.stack(lists), best, draws, KERNELS.weights).tolist()
+    return pick(torch.stack(lists), best, draws, NUMERATORS).tolist()
 
 
 def kept(**params) -> set[int]:
@@ -177,21 +176,19 @@ def test_a_shortlist_that_does_not_decide_says_so():
         assert picked([sequence(temperature=1.0, top_k=3)] * 2, logits, 2)[1] == NOT_FINITE
 
 
-@pytest.mark.parametrize("kernels", ["torch", "C++"])
-def test_a_draw_from_integer_weights_is_the_softmax_quantile(kernels):
+@pytest.mark.parametrize("way", ["torch", "C++"])
+def test_a_draw_from_integer_weights_is_the_softmax_quantile(way):
     """Against softmax in doubles: the same token unless u lies within 1e-6 of a boundary; and
     shards change nothing."""
-    if kernels == "C++" and load() is None:
+    if way == "C++" and load() is None:
         pytest.skip("the C++ parts are not built here: python -m llama_tp.native.build")
-    ours = pick_kernels(torch.device("cpu"), torch.float32, False) if kernels == "C++" else KERNELS
+    ours = NativeNumerators(load()) if way == "C++" else NUMERATORS
     logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(1)) * 4
     u = torch.rand(200, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     temperature, best = torch.full((200, 1), 0.8), logits.amax(-1, keepdim=True)
-    chunks = ours.weigh(logits, temperature, best)
+    chunks = ours.chunk_sums(logits, temperature, best)
     total = chunks.sum(-1, keepdim=True)
-    tokens = place_in(logits, chunks, (u * total.double()).long(), temperature, best, ours.weights)[
-        :, 0
-    ]
+    tokens = place_in(logits, chunks, (u * total.double()).long(), temperature, best, ours)[:, 0]
     reached = torch.softmax(logits.double() / 0.8, -1).cumsum(-1)
     expected = torch.searchsorted(reached, u, right=True)[:, 0]
     margin = (reached - u).abs().amin(-1)
@@ -199,7 +196,7 @@ def test_a_draw_from_integer_weights_is_the_softmax_quantile(kernels):
         torch.equal(tokens[margin > 1e-6], expected[margin > 1e-6]) and (margin > 1e-6).sum() > 180
     )
     halves = [
-        ours.weigh(half.contiguous(), temperature, best).sum(-1, keepdim=True)
+        ours.chunk_sums(half.contiguous(), temperature, best).sum(-1, keepdim=True)
         for half in logits.chunk(2, dim=-1)
     ]
     assert torch.equal(sum(halves), total)

@@ -7,8 +7,12 @@ import torch.distributed as dist
 from fairscale.nn import model_parallel
 from fairscale.nn.model_parallel import initialize
 
-from llama_tp.model.kernels import TorchKernels, pick
+from llama_tp.arch.shard_map import Axis
+from llama_tp.backends.base import LayerShape
+from llama_tp.backends.select import Backends, select, select_plain
+from llama_tp.model.build import peers_of
 from llama_tp.model.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from llama_tp.model.llama import TorchElementwise
 from llama_tp.parallel.collectives import gather_stack
 from tests.ranks import run
 
@@ -22,23 +26,31 @@ def weights(*shape: int) -> torch.Tensor:
 
 
 def filled(layer, part: torch.Tensor):
-    layer.slot(torch.device("cpu")).copy_(part)
+    layer.destination(torch.device("cpu")).copy_(part)
     layer.finish()
     return layer
 
 
+def backends_of(ranks, dtype: torch.dtype, plain: bool) -> Backends:
+    shape = LayerShape(IN, 4, 4, IN // 4, IN, 1e-5, 8 // ranks.tp, 8 // ranks.tp)
+    given = ranks.device, dtype, shape
+    if plain:
+        return select_plain(*given, TorchElementwise())
+    return select(*given, True, TorchElementwise(), peers_of(ranks))
+
+
 def both_ways(ranks, plain: bool) -> list[float]:
     """Largest relative difference to fairscale's layer, for each of ours."""
-    kernels = TorchKernels() if plain else pick(ranks.device, torch.float32, True)
+    backends = backends_of(ranks, torch.float32, plain)
     if ranks.tp == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         initialize.initialize_model_parallel(1)
     try:
         return [
-            column(ranks, kernels),
-            row(ranks, kernels, False),
-            row(ranks, kernels, True),
-            *(embedding(ranks, kernels, tied) for tied in (True, False)),
+            column(ranks, backends),
+            row(ranks, backends, False),
+            row(ranks, backends, True),
+            *(embedding(ranks, backends, tied) for tied in (True, False)),
         ]
     finally:
         if ranks.tp == 1:
@@ -50,17 +62,17 @@ def difference(ours, theirs) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def column(ranks, kernels) -> float:
+def column(ranks, backends) -> float:
     whole, x = weights(OUT, IN), weights(7, IN)
     mine = whole.chunk(ranks.tp)[ranks.rank]
     theirs = model_parallel.ColumnParallelLinear(IN, OUT, bias=False, gather_output=True)
     theirs.weight.data.copy_(mine)
-    ours = filled(ColumnParallelLinear(IN, OUT // ranks.tp, torch.float32, kernels), mine)
+    ours = filled(ColumnParallelLinear(IN, OUT // ranks.tp, torch.float32, backends), mine)
     with torch.no_grad():
         return difference(torch.cat(list(gather_stack(ours(x), ranks)), dim=-1), theirs(x))
 
 
-def row(ranks, kernels, deterministic: bool) -> float:
+def row(ranks, backends, deterministic: bool) -> float:
     whole, x = weights(OUT, IN), weights(7, IN)
     mine, my_x = (
         whole.chunk(ranks.tp, dim=1)[ranks.rank],
@@ -74,24 +86,23 @@ def row(ranks, kernels, deterministic: bool) -> float:
             OUT,
             torch.float32,
             ranks,
-            kernels,
+            backends,
             8 // ranks.tp if deterministic else 1,
             deterministic,
         ),
         mine,
     )
     with torch.no_grad():
-        return difference(ours(my_x), theirs(my_x))
+        return difference(ours(my_x).sum_over_ranks(), theirs(my_x))
 
 
-def embedding(ranks, kernels, tied) -> float:
+def embedding(ranks, backends, tied) -> float:
     whole, ids = weights(VOCAB, IN), torch.arange(VOCAB).flip(0)
     mine = whole.chunk(ranks.tp)[ranks.rank]
     theirs = model_parallel.VocabParallelEmbedding(VOCAB, IN)
     theirs.weight.data.copy_(mine)
-    ours = filled(
-        VocabParallelEmbedding(VOCAB // ranks.tp, IN, torch.float32, ranks, kernels, tied), mine
-    )
+    rows = Axis(VOCAB, (1,) * ranks.tp).of(ranks.rank)
+    ours = filled(VocabParallelEmbedding(rows, IN, torch.float32, ranks, backends, tied), mine)
     with torch.no_grad():
         return difference(ours(ids), theirs(ids))
 
@@ -107,12 +118,12 @@ def test_equal_to_fairscale(tp, plain):
 def row_bits(ranks, dtype: torch.dtype, plain: bool) -> torch.Tensor:
     whole, x = weights(OUT, IN).to(dtype), weights(33, IN).to(dtype)
     mine = whole.chunk(ranks.tp, dim=1)[ranks.rank]
-    kernels = TorchKernels(True) if plain else pick(ranks.device, dtype, True)
+    backends = backends_of(ranks, dtype, plain)
     layer = filled(
-        RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, kernels, 8 // ranks.tp, True), mine
+        RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, backends, 8 // ranks.tp, True), mine
     )
     with torch.no_grad():
-        return layer(x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous())
+        return layer(x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous()).sum_over_ranks()
 
 
 @pytest.mark.parametrize("tp", [2, 4, pytest.param(8, marks=pytest.mark.slow)])

@@ -7,11 +7,10 @@ import torch.distributed as dist
 
 from llama_tp.arch.config import ModelConfig, RopeScaling
 from llama_tp.arch.weights import table
-from llama_tp.model.attention import Span
-from llama_tp.model.kv_cache import KVCache, Slots
-from llama_tp.model.layer import Batch
+from llama_tp.backends.base import ForwardBatch, Span
+from llama_tp.backends.kv_cache import Slots
+from llama_tp.model.build import from_weights
 from llama_tp.model.rope import frequencies
-from llama_tp.model.transformer import build
 from llama_tp.parallel.groups import single_rank
 from tests import reference
 from tests.shapes import SHRUNK
@@ -119,14 +118,15 @@ def test_reference_equals_meta(shape, one_rank_of_fairscale):
 def test_model_equals_reference(shape, deterministic):
     config = SHRUNK[shape]
     weights = reference.random_weights(table(config))
-    model = build(config, single_rank(), torch.float32, 512, weights, deterministic)
-    cache = KVCache(config, 1, 8, 16, torch.float32, torch.device("cpu"))
+    model = from_weights(config, single_rank(), torch.float32, 512, weights, deterministic)
+    attention = model.backends.attention
+    cache = attention.new_cache(config.n_layers, 8)
     table_ = [5, 2, 7, 0, 3]
     flat = torch.tensor([IDS, list(range(len(IDS))), [table_[p // 16] for p in range(len(IDS))]])
-    plan = model.kernels.plan([Span(0, 0, len(IDS), table_)], config.n_heads, cache, len(IDS))
+    plan = attention.plan([Span(0, 0, len(IDS), table_)], cache, len(IDS))
     with torch.inference_mode():
         ours = model.logits(
-            model(Batch(flat[0], flat[1], Slots(flat[2], flat[1] % 16), plan), cache)
+            model(ForwardBatch(flat[0], flat[1], Slots(flat[2], flat[1] % 16), plan), cache)
         )
     assert relative(ours, reference.logits(weights, config, IDS)) < 1e-4
 

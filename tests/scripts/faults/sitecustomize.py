@@ -36,7 +36,7 @@ class Planter:
     """An import hook: wraps the product's function as soon as its module has been imported."""
 
     TARGETS = {
-        "load": ("llama_tp.model.transformer", "Transformer", "loaded", 1),
+        "load": ("llama_tp.model.destinations", "Destinations", "mark_loaded", 1),
         "step": ("llama_tp.engine.runner", "Runner", "run", 5),
     }
 

@@ -1,59 +1,41 @@
 """The paged KV cache of one rank: its own KV heads only, in blocks that sequences own through block
-tables."""
+tables. What lies inside a block is the attention backend's."""
 
 import math
 
 import numpy as np
 import torch
 
-from llama_tp.arch.config import ModelConfig
-
 
 class KVCache:
-    """Keys and values of all layers, each (L, N, K, S, E): layer, block, local KV head, slot in the
-    block, head dim.
+    """Keys and values of all layers, each (L, N, *block_shape): layer, block, and what lies inside
+    a block, which the attention backend that made the cache decides.
 
-    A block keeps one head's slots together, so that attention reads them as a contiguous (S, E)
-    matrix (the C++ kernels order the numbers of every 16 slots of a head in their own way: GROUP in
-    kernels.cpp). Two blocks more
-    than the `n_blocks` that sequences may own are kept: `trash`, which padding rows of a step write
-    to, and `empty`, which nobody writes to and attention reads where a block table is padded (its
-    zeros, weighted with zero, stay zero).
+    Two blocks more than the `n_blocks` that sequences may own are kept: `trash`, which padding rows
+    of a step write to, and `empty`, which nobody writes to and attention reads where a block table
+    is padded (its zeros, weighted with zero, stay zero).
     """
 
     def __init__(
         self,
-        config: ModelConfig,
-        tp: int,
+        n_layers: int,
         n_blocks: int,
         block_size: int,
+        block_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
     ):
-        shape = (
-            config.n_layers,
-            n_blocks + 2,
-            config.local_kv_heads(tp),
-            block_size,
-            config.head_dim,
-        )
+        shape = (n_layers, n_blocks + 2, *block_shape)
         self.n_blocks, self.block_size = n_blocks, block_size
         self.trash, self.empty = n_blocks, n_blocks + 1
         self.k, self.v = zeros(shape, dtype, device), zeros(shape, dtype, device)
         # indexing a tensor takes longer than adding to it
         self.layers = list(zip(self.k.unbind(), self.v.unbind()))
 
-    def write(self, layer: int, slots: "Slots", k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores this step's keys and values. k, v: (T, K, E)."""
-        its_k, its_v = self.layers[layer]
-        its_k[slots.blocks, :, slots.offsets] = k
-        its_v[slots.blocks, :, slots.offsets] = v
-
     def clear(self, blocks: torch.Tensor) -> None:
         """Zeroes blocks that a new owner takes over. Attention multiplies unwritten slots by zero
-        weights: without
-        this, a NaN left behind by a failed request would reach its successor (0 * NaN is NaN).
-        blocks: (n,) int64."""
+        weights: without this, a NaN left behind by a failed request would reach its successor (0 *
+        NaN is NaN). blocks: (n,) int64."""
         self.k[:, blocks] = 0
         self.v[:, blocks] = 0
 

@@ -7,16 +7,22 @@ import pytest
 import torch
 from torch.nn.attention import varlen
 
-from llama_tp.model import flash, kernels
-from llama_tp.model.attention import Paged, Span, attend, plan
-from llama_tp.model.flash import ARGUMENTS, Heads, PagedAttention, open_paged
-from llama_tp.model.kernels import FlashKernels, TorchKernels, pick
+from llama_tp.backends import select
+from llama_tp.backends.attention import flash
+from llama_tp.backends.attention.flash import ARGUMENTS, FlashAttention, PagedPlan, try_flash
+from llama_tp.backends.attention.tiles import TileAttention, plan
+from llama_tp.backends.base import LayerShape, Peers, Span
+from llama_tp.model.llama import TorchElementwise
 from tests.flash import Varlen, varlen_of_2_11
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 S, K, E = 256, 2, 16
 USED = (5, 300, 700)
 TABLE = [[0, 9, 9], [1, 2, 9], [3, 4, 5]]  # 9: a block of zeros
+
+
+def shape(n_heads: int, head_dim: int) -> LayerShape:
+    return LayerShape(32, n_heads, K, head_dim, 8, 1e-5, 1, 1)
 
 
 def of_decodes(H: int, dtype=torch.bfloat16, n_padding: int = 0):
@@ -31,7 +37,9 @@ def of_decodes(H: int, dtype=torch.bfloat16, n_padding: int = 0):
         q,
         k,
         v,
-        Paged(torch.tensor(TABLE, dtype=torch.int32), used, torch.arange(4, dtype=torch.int32), 1),
+        PagedPlan(
+            torch.tensor(TABLE, dtype=torch.int32), used, torch.arange(4, dtype=torch.int32), 1
+        ),
     )
 
 
@@ -40,10 +48,10 @@ def expected(q, k, v, ns=(1, 1, 1)):
     for used, n, blocks in zip(USED, ns, TABLE):
         spans.append(Span(row, used - n, n, blocks))
         row += n
-    return attend(q, k, v, plan(spans, q.shape[1], S, 9, CPU))
+    return plan(spans, q.shape[1], S, 9, CPU).attend(q, k, v)
 
 
-def call(function, q, k, v, given: Paged, **changed):
+def call(function, q, k, v, given: PagedPlan, **changed):
     keys = {"cu_seq_k": given.key_ends, "window_size": (-1, -1), "num_splits": None} | changed
     return function(
         q,
@@ -94,19 +102,21 @@ def test_the_silent_error_is_what_the_issue_shows():
 @pytest.mark.parametrize("H", [K, 3 * K])
 def test_every_call_of_ours_is_taken_and_right(version, H, fixed_bits):
     function = Varlen(version)
-    paged = open_paged(function, Heads(H, K, E), torch.bfloat16, CPU, fixed_bits)
-    assert isinstance(paged, PagedAttention) and paged.one_pass == (
+    paged = try_flash(function, shape(H, E), torch.bfloat16, CPU, fixed_bits)
+    assert isinstance(paged, FlashAttention) and paged.one_pass == (
         None if version == "2.12" else 1
     )
     for n_padding in (0, 2):
         q, k, v, decodes = of_decodes(H, n_padding=n_padding)
-        out = paged(q, k, v, decodes)
+        out = paged.paged(q, k, v, decodes)
         torch.testing.assert_close(out, expected(q, k, v), rtol=2e-2, atol=2e-2)
     ns = (5, 1, 130)
     q, k, v, _ = of_decodes(H, n_padding=sum(ns) - 3)
     ends = torch.tensor([0, 5, 6, 136], dtype=torch.int32)
-    chunks = Paged(decodes.table, decodes.used, ends, 130)
-    torch.testing.assert_close(paged(q, k, v, chunks), expected(q, k, v, ns), rtol=2e-2, atol=2e-2)
+    chunks = PagedPlan(decodes.table, decodes.used, ends, 130)
+    torch.testing.assert_close(
+        paged.paged(q, k, v, chunks), expected(q, k, v, ns), rtol=2e-2, atol=2e-2
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,15 +132,15 @@ def test_only_decodes_of_grouped_heads_are_split_and_none_with_fixed_bits(
     version, fixed_bits, decode, chunk
 ):
     function = Varlen(version)
-    paged = open_paged(function, Heads(4, K, E), torch.bfloat16, CPU, fixed_bits)
+    paged = try_flash(function, shape(4, E), torch.bfloat16, CPU, fixed_bits)
     function.calls.clear()
     q, k, v, decodes = of_decodes(4)
-    paged(q, k, v, decodes)
-    paged(
+    paged.paged(q, k, v, decodes)
+    paged.paged(
         q,
         k,
         v,
-        Paged(decodes.table[2:], decodes.used[2:], torch.tensor([0, 3], dtype=torch.int32), 3),
+        PagedPlan(decodes.table[2:], decodes.used[2:], torch.tensor([0, 3], dtype=torch.int32), 3),
     )
     assert function.calls == [(1, *decode), (3, *chunk)]
 
@@ -138,15 +148,15 @@ def test_only_decodes_of_grouped_heads_are_split_and_none_with_fixed_bits(
 @pytest.mark.parametrize(
     "function, heads, why",
     [
-        (varlen_of_2_11, Heads(4, K, E), "has no block_table, enable_gqa, num_splits, seqused_k"),
-        (Varlen("2.13"), Heads(4, K, 4), "heads 4 wide"),
-        (Varlen("2.13"), Heads(4, K, 264), "heads 264 wide"),
-        (Varlen("2.12", dtypes=()), Heads(4, K, E), "FlashAttention only support"),
+        (varlen_of_2_11, shape(4, E), "has no block_table, enable_gqa, num_splits, seqused_k"),
+        (Varlen("2.13"), shape(4, 4), "heads 4 wide"),
+        (Varlen("2.13"), shape(4, 264), "heads 264 wide"),
+        (Varlen("2.12", dtypes=()), shape(4, E), "FlashAttention only support"),
         (
             lambda *args, **named: Varlen("2.13", silent=True)(
                 *args, **named | {"num_splits": None}
             ),
-            Heads(4, K, E),
+            shape(4, E),
             "off by nan",
         ),
     ],
@@ -155,50 +165,49 @@ def test_only_decodes_of_grouped_heads_are_split_and_none_with_fixed_bits(
 def test_what_cannot_be_used_says_why(function, heads, why):
     if not hasattr(function, "calls") and function is not varlen_of_2_11:
         function.__signature__ = inspect.signature(Varlen("2.13"))
-    assert why in open_paged(function, heads, torch.bfloat16, CPU, False)
+    assert why in try_flash(function, heads, torch.bfloat16, CPU, False)
 
 
 def test_the_installed_torch_takes_our_calls():
     """Its Python layer and its shapes, on the meta device; what lies below runs on GPUs only."""
     missing = ARGUMENTS - inspect.signature(varlen.varlen_attn).parameters.keys()
     if missing:
-        assert "has no" in open_paged(
-            varlen.varlen_attn, Heads(4, K, E), torch.bfloat16, CPU, False
-        )
+        assert "has no" in try_flash(varlen.varlen_attn, shape(4, E), torch.bfloat16, CPU, False)
         return
     q, k, v, decodes = of_decodes(4)
-    on_meta = Paged(*(each.to("meta") for each in (decodes.table, decodes.used, decodes.ends)), 1)
+    on_meta = PagedPlan(
+        *(each.to("meta") for each in (decodes.table, decodes.used, decodes.ends)), 1
+    )
+    given = shape(4, E), torch.bfloat16, torch.device("meta")
     for paged in (
-        PagedAttention(varlen.varlen_attn, 1, False),
-        PagedAttention(varlen.varlen_attn, None, True),
+        FlashAttention(varlen.varlen_attn, 1, False, *given),
+        FlashAttention(varlen.varlen_attn, None, True, *given),
     ):
-        assert paged(q.to("meta"), k.to("meta"), v.to("meta"), on_meta).shape == q.shape
+        assert paged.paged(q.to("meta"), k.to("meta"), v.to("meta"), on_meta).shape == q.shape
+
+
+FOUND = FlashAttention(Varlen("2.13"), 1, False, shape(4, E), torch.bfloat16, CUDA)
 
 
 @pytest.mark.parametrize(
-    "capability, dtype, found, kind, lacks",
+    "capability, dtype, found, failed, why",
     [
-        ((9, 0), torch.bfloat16, PagedAttention(Varlen("2.13"), 1, False), FlashKernels, None),
-        ((7, 5), torch.bfloat16, None, TorchKernels, "7.5"),
-        ((9, 0), torch.float32, None, TorchKernels, "float32"),
-        (
-            (9, 0),
-            torch.bfloat16,
-            "its varlen_attn has no block_table",
-            TorchKernels,
-            "no block_table",
-        ),
+        ((9, 0), torch.bfloat16, FOUND, [], None),
+        ((9, 0), torch.bfloat16, FOUND, [1], "rank 1 cannot use it"),
+        ((7, 5), torch.bfloat16, None, [0], "7.5"),
+        ((9, 0), torch.float32, None, [0], "float32"),
+        ((9, 0), torch.bfloat16, "its varlen_attn has no block_table", [0], "no block_table"),
     ],
 )
-def test_it_is_picked_where_it_runs_and_else_the_reason_is_kept(
-    monkeypatch, capability, dtype, found, kind, lacks
+def test_it_is_chosen_where_all_ranks_have_it_and_else_the_reason_is_kept(
+    monkeypatch, capability, dtype, found, failed, why
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(flash, "open_paged", lambda *args: found)
-    monkeypatch.setattr(kernels, "open_paged", lambda *args: found)
-    picked = pick(CUDA, dtype, False, Heads(4, K, E))
-    assert (
-        type(picked) is kind
-        and (lacks is None) == (picked.lacks is None)
-        and (lacks or "") in (picked.lacks or "")
-    )
+    monkeypatch.setattr(flash, "try_flash", lambda *args: found)
+    told = []
+    peers = Peers(0, 2, lambda mine: told.append(mine) or failed, None, lambda n: None)
+    plain = TorchElementwise()
+    chosen = select.select(CUDA, dtype, shape(4, E), False, plain, peers)
+    assert type(chosen.attention) is (TileAttention if why else FlashAttention)
+    assert chosen.block_size == (16 if why else 256) and told == [0 in failed]
+    assert [why in said for said in chosen.not_taken] == ([True] if why else [])

@@ -5,10 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama_tp.arch.config import ModelConfig
-from llama_tp.model import attention
-from llama_tp.model.attention import Span, attend, plan
-from llama_tp.model.kv_cache import KVCache
+from llama_tp.backends.attention import tiles
+from llama_tp.backends.attention.tiles import TileAttention, plan
+from llama_tp.backends.base import LayerShape, Span
 
 CPU = torch.device("cpu")
 S = 16
@@ -48,7 +47,7 @@ def test_mixed_step_equals_sdpa(heads, kv_heads, head_dim):
         row += n
     # 2 padding rows
     q = torch.randn(row + 2, heads, head_dim, generator=torch.Generator().manual_seed(2))
-    out = attend(q, k_cache, v_cache, plan(spans, heads, S, EMPTY, CPU))
+    out = plan(spans, heads, S, EMPTY, CPU).attend(q, k_cache, v_cache)
     for span in spans:
         rows = slice(span.row, span.row + span.n)
         torch.testing.assert_close(
@@ -66,27 +65,22 @@ def test_limits_on_scores_change_no_bits(monkeypatch):
         Span(201, 40, 1, [34, 35, 36]),
     ]
     q = torch.randn(202, 8, 16, generator=torch.Generator().manual_seed(3))
-    whole = attend(q, k_cache, v_cache, plan(spans, 8, S, EMPTY, CPU))
+    whole = plan(spans, 8, S, EMPTY, CPU).attend(q, k_cache, v_cache)
     for limit, chunk in ((1, 128), (20_000, 50), (1 << 25, 7)):
-        monkeypatch.setattr(attention, "SCORES_LIMIT", limit)
-        monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
-        assert torch.equal(attend(q, k_cache, v_cache, plan(spans, 8, S, EMPTY, CPU)), whole)
+        monkeypatch.setattr(tiles, "SCORES_LIMIT", limit)
+        monkeypatch.setattr(tiles, "QUERY_CHUNK", chunk)
+        assert torch.equal(plan(spans, 8, S, EMPTY, CPU).attend(q, k_cache, v_cache), whole)
 
 
 def test_a_nan_left_behind_reaches_nobody():
-    config = ModelConfig(
-        dim=32, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=8, vocab_size=8
-    )
-    cache = KVCache(config, 1, 4, S, torch.float32, CPU)
+    attention = TileAttention(LayerShape(32, 4, 2, 16, 8, 1e-5, 1, 1), torch.float32, CPU)
+    cache = attention.new_cache(1, 4)
     cache.k.fill_(float("nan"))
     cache.v.fill_(float("nan"))
     cache.clear([0, 2, cache.empty])
     spans = [Span(0, 20, 1, [0, 2])]
-    assert (
-        attend(torch.ones(1, 4, 16), cache.k[0], cache.v[0], plan(spans, 4, S, cache.empty, CPU))
-        .isfinite()
-        .all()
-    )
+    out = attention.attend(torch.ones(1, 4, 16), cache, 0, attention.plan(spans, cache, 1))
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,14 +92,11 @@ def test_a_row_has_its_bits_in_any_chunk_at_any_head_width(G, dtype):
     for head_dim in (*range(2, 17, 2), 20, 24, 32, 64, 128):
         k_cache, v_cache = caches(2, head_dim, dtype)
         q = torch.randn(n, 2 * G, head_dim, generator=torch.Generator().manual_seed(4)).to(dtype)
-        whole = attend(q, k_cache, v_cache, plan([Span(0, start, n, blocks)], 2 * G, S, EMPTY, CPU))
+        whole = plan([Span(0, start, n, blocks)], 2 * G, S, EMPTY, CPU).attend(q, k_cache, v_cache)
         for cut in range(1, n):
             parts = [
-                attend(
-                    q[at:end],
-                    k_cache,
-                    v_cache,
-                    plan([Span(0, start + at, end - at, blocks)], 2 * G, S, EMPTY, CPU),
+                plan([Span(0, start + at, end - at, blocks)], 2 * G, S, EMPTY, CPU).attend(
+                    q[at:end], k_cache, v_cache
                 )
                 for at, end in ((0, cut), (cut, n))
             ]
