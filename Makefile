@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-slow test-clients check lint format types bench clean
+.PHONY: help setup demo chat test test-slow test-clients check lint format types bench sanitize clean
 
 # Tests start many Pythons. Without bytecode on disk each compiles the package anew, 0.3 s of a core.
 unexport PYTHONDONTWRITEBYTECODE
@@ -64,6 +64,10 @@ FOREIGN := $(patsubst tests/clients/%.txt,$(VENV)/clients/%/.done,$(wildcard tes
 
 test-clients: $(VENV)/.clients $(FOREIGN)  ## openai, langchain, lm-eval, huggingface_hub, instructor, a browser ... and a 10-minute load
 	$(PYTEST) --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
+
+sanitize: $(VENV)/.test  ## run the tests of the C++ parts under ASan and UBSan, then under TSan (with libomp-dev, loops too)
+	$(BIN)/python tests/scripts/sanitize.py address
+	$(BIN)/python tests/scripts/sanitize.py thread
 
 bench: $(VENV)/.core  ## what this machine could do at best, and what the demo model does (a minute)
 	@for n in 1 2; do $(BIN)/python -m llama_tp.launch --nproc_per_node $$n bench latency --ckpt_dir checkpoints/demo \

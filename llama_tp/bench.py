@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
@@ -241,13 +241,13 @@ def check_files(save: str | None, plot: str | None, beside: tuple[str, ...]) -> 
             ) from None
 
 
-def _show(tables: list[list[dict]], result: dict) -> None:
+def _show(tables: list[list[dict[str, Any]]], result: dict[str, Any]) -> None:
     for table in tables:
         print("\n" + markdown(table))
     print("\n" + json.dumps(result))
 
 
-def _keep(result: dict, save: str | None) -> None:
+def _keep(result: dict[str, Any], save: str | None) -> None:
     if save:
         with open(save, "w") as f:
             json.dump(result, f)

@@ -193,7 +193,7 @@ def _line(line: str, number: int, file: str) -> str:
     if not line.startswith('"'):
         return line
     try:
-        text = json.loads(line)
+        text: str = json.loads(line)
     except ValueError as error:
         raise UserError(
             f'{file} line {number} begins with " and is no JSON string',

@@ -133,7 +133,7 @@ def main(
         link = RankEnd(link_path(), server_has_gone) if os.environ["RANK"] == "0" else None
         engine = build(options)
         loaded.append(True)
-        if engine.is_driver:
+        if link is not None:  # the driver
             serve(engine, link)
             engine.dismiss()
         else:

@@ -5,5 +5,5 @@ import numpy  # noqa: F401
 import pytest  # noqa: F401
 import torch.distributed  # noqa: F401
 
-import llama_tp.engine.build  # noqa: F401
+import llama_tp.engine.build
 import llama_tp.protocol.order  # noqa: F401

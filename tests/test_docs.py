@@ -50,7 +50,8 @@ OTHERS = {
     "rewrite",
     "dry_run",
     "help",
-}  # pytest's here, single_node.sh's, everybody's
+    "quick",
+}  # pytest's here, single_node.sh's, everybody's, parity.py's
 
 
 def flags_of(name: str) -> dict:

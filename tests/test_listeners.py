@@ -144,7 +144,7 @@ def test_torchrun_runs_what_strangers_send_and_is_warned_of(options, waiting, tm
         job.wait_for("running", where="stdout")
         warnings = [line for line in job.stderr.splitlines() if "warning: " in line]
         assert len(warnings) == 1 and "python -m llama_tp.launch --nproc_per_node 2" in warnings[0]
-        for pid, address, port in listeners([job.process.pid]):
+        for _, _, port in listeners([job.process.pid]):
             store = dist.TCPStore("127.0.0.1", port, is_master=False)
             for key in store.list_keys():
                 if re.search(r"torch\.rendezvous\.[\w-]+$", key):

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.batch_job.lines import has_failed
@@ -149,7 +150,7 @@ class Journal:
         _sync_folder(path)
 
 
-def read_job(path: Path) -> dict | None:
+def read_job(path: Path) -> dict[str, Any] | None:
     """What stands in a job's sidecar; None if there is none. Raises UserError for one that cannot
     be read."""
     try:
@@ -164,7 +165,7 @@ def read_job(path: Path) -> dict | None:
         raise UserError(f"{path} cannot be read", str(error)[:200], fix) from None
 
 
-def write_job(path: Path, job: dict) -> None:
+def write_job(path: Path, job: dict[str, Any]) -> None:
     """Writes a sidecar: all of it or nothing. Raises UserError when the disk does not take it."""
     part = path.with_name(path.name + ".part")
     try:
@@ -180,7 +181,7 @@ def write_job(path: Path, job: dict) -> None:
         raise UserError(f"{path} cannot be written", str(error.strerror), RESUME) from None
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two jobs are made of that is not the same, in words."""
     found = []
     for name in sorted(old.keys() | new.keys()):

@@ -176,7 +176,9 @@ def read_header(path: str, files: Files, n_weights: int) -> dict[str, Stored]:
     return tensors
 
 
-def _entry(path: str, key: str, entry) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
+def _entry(
+    path: str, key: str, entry: object
+) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
     """dtype, shape and span of one header entry that agree with each other."""
 
     def bad(found: str) -> UserError:

@@ -9,7 +9,7 @@ decisions, from the files alone.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd
@@ -239,7 +239,7 @@ def _box(shape: tuple[int, ...], part: Part) -> tuple[tuple[int, int], tuple[int
     return (ranges[0], ranges[1]) if len(ranges) == 2 else ((0, 1), ranges[0])
 
 
-def _remarks(config: ModelConfig, dtypes: Counter, said_tied: bool):
+def _remarks(config: ModelConfig, dtypes: Counter[torch.dtype], said_tied: bool) -> Iterator[str]:
     """What is odd but not wrong about a checkpoint."""
     if len(dtypes) > 1:
         yield "weights are stored in several dtypes: " + ", ".join(
@@ -289,21 +289,21 @@ def open_checkpoint(
             "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files "
             "are not read)",
         )
-    failure = None
+    failures: list[UserError] = []
     for layout, where in found:
         try:
             source = _open(layout, where, rope_factor, format_of)
         except UserError as error:
-            failure = failure or error
+            failures.append(error)
             continue
-        if failure:
+        if failures:
             source.notes += (
-                f"{where}: Meta's files used, as the safetensors cannot be: {failure}",
+                f"{where}: Meta's files used, as the safetensors cannot be: {failures[0]}",
             )
         elif layout == "hf" and ("meta", folder) in found:
             source.notes += (f"{folder} holds a model in both layouts: the safetensors are used",)
         return source
-    raise failure
+    raise failures[0]
 
 
 def _layouts(folder: str) -> list[tuple[str, str]]:

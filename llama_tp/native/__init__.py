@@ -1,3 +1,3 @@
-"""The parts written in C++ for CPUs: kernels.cpp (attention and the small operations around it) and
-shared.cpp (sums between ranks of one host). `python -m llama_tp.native.build` compiles them;
-without them torch and gloo do the work."""
+"""The parts written in C++ for CPUs: attention, products, whole layers, and collectives between the
+ranks of one host. `python -m llama_tp.native.build` compiles them; without them torch and gloo do
+the work. native.h declares what they export; calls.py is how the other rooms call it."""

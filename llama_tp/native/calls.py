@@ -438,11 +438,11 @@ class Layers:
         )
 
 
-class SoftmaxNumerators:
-    """exp((logit - best) / temperature) as integers, 2**44 for the best."""
+class Numerators:
+    """Softmax numerators of logits, as integers (see sampling/numerators.py)."""
 
     def __init__(self, library: ctypes.CDLL):
-        self._weights, self._weigh = library.weights, library.weigh
+        self._softmax_numerators, self._chunk_sums = library.softmax_numerators, library.chunk_sums
 
     def softmax_numerators(
         self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
@@ -452,7 +452,7 @@ class SoftmaxNumerators:
         R, n = self._require(logits, temperature, best)
         out = torch.empty((R, n), dtype=torch.int64)
         pointers = temperature.data_ptr(), best.data_ptr(), out.data_ptr()
-        self._weights(logits.data_ptr(), logits.stride(0), *pointers, R, n)
+        self._softmax_numerators(logits.data_ptr(), logits.stride(0), *pointers, R, n)
         return out
 
     def chunk_sums(
@@ -462,7 +462,7 @@ class SoftmaxNumerators:
         R, V = self._require(logits, temperature, best)
         out = torch.empty((R, -(-V // size)), dtype=torch.int64)
         pointers = temperature.data_ptr(), best.data_ptr(), out.data_ptr()
-        self._weigh(logits.data_ptr(), logits.stride(0), *pointers, R, V, size)
+        self._chunk_sums(logits.data_ptr(), logits.stride(0), *pointers, R, V, size)
         return out
 
     def _require(

@@ -110,7 +110,7 @@ template <typename C> struct Task {
             const int seen = int(std::min<int64_t>(TILE, (end - tile + GROUP - 1) / GROUP * GROUP));
             for (int at = 0; at < seen; at += 2 * GROUP)
                 for (int64_t h = 0; h < n_heads; h++) score_groups(w, h, tile, at, at + GROUP < seen);
-            for (int64_t r = 0; r < n_heads * rows; r++) weigh(w, int(r), seen, first + std::min(r % rows / G, n - 1) - tile);
+            for (int64_t r = 0; r < n_heads * rows; r++) softmax_tile(w, int(r), seen, first + std::min(r % rows / G, n - 1) - tile);
             for (int at = 0; at < seen; at += SOME * GROUP)
                 for (int64_t h = 0; h < n_heads; h++) add_values(w, h, tile, at, std::min<int>(SOME, (seen - at) / GROUP));
         }
@@ -147,7 +147,7 @@ template <typename C> struct Task {
     }
 
     // Scores -> weights of one row in a tile whose slots up to `last` it sees; what was summed so far is rescaled.
-    void weigh(Scratch<C>& w, int r, int seen, int64_t last) const {
+    void softmax_tile(Scratch<C>& w, int r, int seen, int64_t last) const {
         float* s = &w.scores[r * TILE];
         for (int64_t i = std::max<int64_t>(0, last + 1); i < seen; i++) s[i] = -INFINITY;
         f32x16 most = splat(-INFINITY);
@@ -238,7 +238,7 @@ void add_norm(C* x, const C* delta, const C* weight, float eps, C* out, int64_t 
 #define EACH_TWICE 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7
 #define SWAPPED 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
 
-// Turns the pairs (2i, 2i + 1) of a head; cos and sin hold each angle's value twice, sin with its signs.
+// Rotates the pairs (2i, 2i + 1) of a head; cos and sin hold each angle's value twice, sin with its signs.
 template <typename C> inline void rotate(C* x, const float* cos, const float* sin, int64_t E) {
     for (int64_t e = 0; e < E; e += 16) {
         f32x16 v = load_some(x + e, E - e);
@@ -290,15 +290,6 @@ void write_rows(const C* k, int64_t k_stride, const C* v, int64_t v_stride, cons
         }
 }
 
-// rotate_rows of queries and keys, then write_rows.
-template <typename C>
-void rotate_write(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
-                  int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) {
-    const int64_t stride = (H + 2 * K) * E;
-    rotate_rows(qkv, stride, cos, sin, T, H + K, E);
-    write_rows(qkv + H * E, stride, qkv + (H + K) * E, stride, blocks, offsets, k, v, T, K, S, E);
-}
-
 // (T, 2F), gates then ups -> (T, F): silu(gate) * up, the silu rounded to C as a tensor of its own would be.
 template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
 #pragma omp parallel for if (T > 1)
@@ -311,14 +302,14 @@ template <typename C> void silu_mul(const C* x, C* out, int64_t T, int64_t F) {
 
 typedef int64_t i64x16 __attribute__((vector_size(128)));
 
-// exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (kernels.py says what for).
-static inline i64x16 weights16(f32x16 x, float temperature, float best) {
+// exp((x - best) / temperature) of 16 logits as integers, 2^44 for the best (sampling/numerators.py says what for).
+static inline i64x16 numerators16(f32x16 x, float temperature, float best) {
     const f32x16 shifted = x / temperature - best / temperature;
     return __builtin_convertvector(exp16(shifted) * 17592186044416.0f, i64x16);
 }
 
 // Logits [from, from + n) of a row, 16 at a time, those beyond its end as minus infinity.
-template <typename F> void each_weight(const float* row, int64_t from, int64_t n, float temperature, float best, F use) {
+template <typename F> void each_numerator(const float* row, int64_t from, int64_t n, float temperature, float best, F use) {
     for (int64_t i = 0; i < n; i += 16) {
         float some[16];
         const int64_t m = std::min<int64_t>(16, n - i);
@@ -328,29 +319,28 @@ template <typename F> void each_weight(const float* row, int64_t from, int64_t n
         }
         f32x16 x;
         memcpy(&x, m < 16 ? some : row + from + i, 64);
-        use(i, m, weights16(x, temperature, best));
+        use(i, m, numerators16(x, temperature, best));
     }
 }
 
 }  // namespace
 
-extern "C" void weights(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
+extern "C" void softmax_numerators(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
                         int64_t n) {
     for (int64_t r = 0; r < R; r++)
-        each_weight(x + r * stride, 0, n, temperature[r], best[r], [&](int64_t i, int64_t m, i64x16 w) {
+        each_numerator(x + r * stride, 0, n, temperature[r], best[r], [&](int64_t i, int64_t m, i64x16 w) {
             memcpy(out + r * n + i, &w, 8 * m);
         });
 }
 
-// Sums of every `size` weights of each row.
-extern "C" void weigh(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
+extern "C" void chunk_sums(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
                       int64_t V, int64_t size) {
     const int64_t C = (V + size - 1) / size;
 #pragma omp parallel for
     for (int64_t at = 0; at < R * C; at++) {
         const int64_t r = at / C, from = at % C * size;
         i64x16 sums = {};
-        each_weight(x + r * stride, from, std::min(size, V - from), temperature[r], best[r],
+        each_numerator(x + r * stride, from, std::min(size, V - from), temperature[r], best[r],
                     [&](int64_t, int64_t, i64x16 w) { sums += w; });
         int64_t total = 0;
         for (int i = 0; i < 16; i++) total += sums[i];
@@ -382,10 +372,6 @@ extern "C" uint64_t read_all(const uint64_t* p, int64_t n) {
     } \
     extern "C" void add_norm_##NAME(C* x, const C* delta, const C* weight, float eps, C* out, int64_t T, int64_t D) { \
         add_norm(x, delta, weight, eps, out, T, D); \
-    } \
-    extern "C" void rotate_write_##NAME(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, \
-                                        C* k, C* v, int64_t T, int64_t H, int64_t K, int64_t S, int64_t E) { \
-        rotate_write(qkv, cos, sin, blocks, offsets, k, v, T, H, K, S, E); \
     } \
     extern "C" void rotate_##NAME(C* x, int64_t stride, const float* cos, const float* sin, int64_t T, int64_t heads, int64_t E) { \
         rotate_rows(x, stride, cos, sin, T, heads, E); \

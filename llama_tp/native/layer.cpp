@@ -1,4 +1,4 @@
-// A whole layer in one call: what Transformer._one_by_one does with the functions of kernels.cpp and product.cpp, without Python in
+// A whole layer in one call: what Transformer.layer_by_layer does with the functions of kernels.cpp and product.cpp, without Python in
 // between, which takes 12 us for each of them once the weights have swept it out of the caches (1.7 ms of a 40 ms token).
 //
 // Letters as in transformer.py: T tokens, D model dim, H query heads, K KV heads, E head dim, F ffn dim, S slots a block.
@@ -22,7 +22,8 @@ template <typename C> struct Call;
     template <> struct Call<C> { \
         static constexpr auto add_norm = add_norm_##NAME; \
         static constexpr auto product = product_##NAME; \
-        static constexpr auto rotate_write = rotate_write_##NAME; \
+        static constexpr auto rotate = rotate_##NAME; \
+        static constexpr auto write_kv = write_kv_##NAME; \
         static constexpr auto attend = attend_##NAME; \
         static constexpr auto silu_mul = silu_mul_##NAME; \
         static constexpr auto shared_sum = shared_sum_##NAME; \
@@ -31,7 +32,7 @@ FOR_DTYPE(fp32, float)
 FOR_DTYPE(bf16, bf16)
 #undef FOR_DTYPE
 
-// linear.RowParallelLinear: x (T, in) times w -> out (T, D), summed over the ranks. False if they do not come in time.
+// model.linear.RowParallelLinear: x (T, in) times w -> out (T, D), summed over the ranks. False if they do not come in time.
 template <typename C> bool row_parallel(const LayerArgs<C>& layer, const C* x, const Lane<C>* w, int64_t T, int64_t in, C* out) {
     const int64_t D = layer.D, n = T * D;
     if (layer.tp == 1 || !layer.fp32_sums) {
@@ -55,7 +56,9 @@ template <typename C> bool run(const LayerArgs<C>& layer, const StepArgs& step, 
 
     Call<C>::add_norm(x, has_delta ? delta : nullptr, layer.attention_norm, float(layer.eps), normed, T, D);
     Call<C>::product(normed, layer.wqkv, nullptr, qkv, T, D, heads * E, 1);
-    Call<C>::rotate_write(qkv, step.cos, step.sin, step.blocks, step.offsets, k, v, T, H, K, step.S, E);
+    Call<C>::rotate(qkv, heads * E, step.cos, step.sin, T, H + K, E);
+    C *key = qkv + H * E, *value = key + K * E;
+    Call<C>::write_kv(key, heads * E, value, heads * E, step.blocks, step.offsets, k, v, T, K, step.S, E);
     if (!step.complete) std::fill(attended, attended + T * H * E, C{});
     Call<C>::attend(qkv, heads * E, attended, k, v, step.spans, step.n_spans, step.tables, H, K, step.S, E);
     if (!row_parallel(layer, attended, layer.wo, T, H * E, delta)) return false;

@@ -78,21 +78,17 @@ template <typename C>
 using WriteKV = void(const C* k, int64_t k_stride, const C* v, int64_t v_stride, const int64_t* blocks, const int64_t* offsets,
                      C* k_cache, C* v_cache, int64_t T, int64_t K, int64_t S, int64_t E);
 
-// Rotate of queries and keys of qkv (T, H + 2K, E), then WriteKV of its keys and values.
-template <typename C>
-using RotateWrite = void(C* qkv, const float* cos, const float* sin, const int64_t* blocks, const int64_t* offsets, C* k, C* v,
-                         int64_t T, int64_t H, int64_t K, int64_t S, int64_t E);
-
 // x (T, 2F), gates, then ups -> out (T, F) = silu(gate) * up.
 template <typename C> using SiluMul = void(const C* x, C* out, int64_t T, int64_t F);
 
 // exp((x - best) / temperature) of each logit as an integer, 2^44 for the best.
 // x: (R, n), rows `stride` elements apart; temperature, best: (R); out: (R, n).
-using Weights = void(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R, int64_t n);
+using SoftmaxNumerators = void(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R,
+                               int64_t n);
 
-// Sums of every `size` of these integers of each row. x: (R, V), rows `stride` elements apart; out: (R, ceil(V / size)).
-using Weigh = void(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R, int64_t V,
-                   int64_t size);
+// Sums of every `size` of a row's softmax numerators. x: (R, V), rows `stride` elements apart; out: (R, ceil(V / size)).
+using ChunkSums = void(const float* x, int64_t stride, const float* temperature, const float* best, int64_t* out, int64_t R, int64_t V,
+                       int64_t size);
 
 // Reads n numbers, a multiple of 512, as fast as the threads can; -> their sum.
 using ReadAll = uint64_t(const uint64_t* p, int64_t n);
@@ -149,7 +145,6 @@ using Interface = const char*();
     EXPORT(add_norm_##NAME, AddNorm<C>) \
     EXPORT(rotate_##NAME, Rotate<C>) \
     EXPORT(write_kv_##NAME, WriteKV<C>) \
-    EXPORT(rotate_write_##NAME, RotateWrite<C>) \
     EXPORT(silu_mul_##NAME, SiluMul<C>) \
     EXPORT(inputs_together_##NAME, InputsTogether) \
     EXPORT(pack_##NAME, Pack<C>) \
@@ -160,8 +155,8 @@ using Interface = const char*();
 #define FOR_EXPORTS(EXPORT) \
     FOR_DTYPE_EXPORTS(EXPORT, fp32, float) \
     FOR_DTYPE_EXPORTS(EXPORT, bf16, bf16) \
-    EXPORT(weights, Weights) \
-    EXPORT(weigh, Weigh) \
+    EXPORT(softmax_numerators, SoftmaxNumerators) \
+    EXPORT(chunk_sums, ChunkSums) \
     EXPORT(read_all, ReadAll) \
     EXPORT(shared_bytes, SharedBytes) \
     EXPORT(shared_gather, SharedGather) \

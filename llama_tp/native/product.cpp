@@ -30,7 +30,7 @@ template <int D, bool LOW> inline f32x16 mix(f32x16 a, f32x16 b) {
                                    L(13), L(14), L(15));
 #undef L
 }
-template <int D> inline void turn_step(f32x16* r) {
+template <int D> inline void transpose_step(f32x16* r) {
     for (int i = 0; i < 16; i++)
         if (!(i & D)) {
             f32x16 a = r[i], b = r[i + D];
@@ -39,7 +39,7 @@ template <int D> inline void turn_step(f32x16* r) {
         }
 }
 // 16 x 16 transposition of 32-bit lanes.
-inline void turn(f32x16* r) { turn_step<8>(r); turn_step<4>(r); turn_step<2>(r); turn_step<1>(r); }
+inline void transpose(f32x16* r) { transpose_step<8>(r); transpose_step<4>(r); transpose_step<2>(r); transpose_step<1>(r); }
 
 // (N, K) row by row -> packed, in place, through a copy of one block's rows.
 template <typename C> void pack(Lane<C>* w, int64_t N, int64_t K) {
@@ -57,7 +57,7 @@ template <typename C> void pack(Lane<C>* w, int64_t N, int64_t K) {
                     if (sizeof(Lane<C>) == 4 && k + 16 <= steps) {
                         f32x16 r[16];
                         for (int j = 0; j < 16; j++) memcpy(&r[j], from + j * steps, 64);
-                        turn(r);
+                        transpose(r);
                         for (int j = 0; j < 16; j++) memcpy(to + (k + j) * WIDTH + i, &r[j], 64);
                     } else {
                         for (int64_t j = 0; j < std::min<int64_t>(16, steps - k); j++)
@@ -138,7 +138,7 @@ void some_rows(int64_t M, const C* x, int64_t stride, const Lane<C>* w, int64_t 
     }
 }
 
-// x (M, K) times packed w -> (M, n_out): the sums of n_chunks equal parts of K, added as collectives.tree_add does; into `partial_sums`
+// x (M, K) times packed w -> (M, n_out): the sums of n_chunks equal parts of K, added as arch.summation.tree_add does; into `partial_sums`
 // as they are, or rounded into `out`. n_out is N without what fills up the last block.
 template <typename C>
 void product(const C* x, const Lane<C>* w, float* partial_sums, C* out, int64_t M, int64_t K, int64_t n_out, int64_t n_chunks) {

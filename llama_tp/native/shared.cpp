@@ -1,6 +1,6 @@
 // Collectives between the ranks of one host through a piece of shared memory, declared in native.h, called through ctypes.
 //
-// Layout: a Seat for each rank, then two sets of tp buffers of CHUNK bytes. Operations are numbered; number n uses set
+// Layout: a RankCounters for each rank, then two sets of tp buffers of CHUNK bytes. Operations are numbered; number n uses set
 // n % 2. A rank posts n when its data lie in its buffer, and says done when it has read what it needs from the others.
 // Before it writes for n it waits until all are done with n - 2, which is nearly always so already: an operation
 // costs one wait. Waiting spins, then yields, then sleeps on a futex, for ranks that outnumber the cores or idle.
@@ -31,7 +31,9 @@ struct Counter {
     alignas(128) std::atomic<uint32_t> n;
     std::atomic<uint32_t> sleepers;
 };
-struct Seat { Counter posted, done; };
+struct RankCounters { Counter posted, done; };
+static_assert(sizeof(RankCounters) == 256 && sizeof(std::atomic<uint32_t>) == 4, "futexes are 32 bits, each counter on lines of its own");
+static_assert(std::atomic<uint32_t>::is_always_lock_free, "a lock would be of one process only");
 
 double now_s() {
     timespec t;
@@ -88,52 +90,52 @@ bool await(Counter& c, uint32_t n, double timeout_s) {
     return ok;
 }
 
-struct Room {
-    Seat* seats;
+struct Communicator {
+    RankCounters* counters;
     char* buffers;
     int tp, rank;
     double timeout_s;
 
-    Room(void* base, int tp, int rank, double timeout_s)
-        : seats(static_cast<Seat*>(base)), buffers(static_cast<char*>(base) + tp * sizeof(Seat)), tp(tp), rank(rank),
+    Communicator(void* base, int tp, int rank, double timeout_s)
+        : counters(static_cast<RankCounters*>(base)), buffers(static_cast<char*>(base) + tp * sizeof(RankCounters)), tp(tp), rank(rank),
           timeout_s(timeout_s) {}
 
-    uint32_t next() const { return seats[rank].posted.n.load() + 1; }
+    uint32_t next() const { return counters[rank].posted.n.load() + 1; }
     char* buffer(uint32_t n, int of) const { return buffers + ((n % 2) * tp + of) * CHUNK; }
 
     bool may_write(uint32_t n) const {
         for (int r = 0; r < tp; r++)
-            if (r != rank && !await(seats[r].done, n - 2, timeout_s)) return false;
+            if (r != rank && !await(counters[r].done, n - 2, timeout_s)) return false;
         return true;
     }
     bool all_posted(uint32_t n) const {
         for (int r = 0; r < tp; r++)
-            if (r != rank && !await(seats[r].posted, n, timeout_s)) return false;
+            if (r != rank && !await(counters[r].posted, n, timeout_s)) return false;
         return true;
     }
     // Puts `bytes` (at most CHUNK) on the table and waits for everybody's.
     bool exchange(uint32_t n, const void* data, int64_t bytes) const {
         if (!may_write(n)) return false;
         memcpy(buffer(n, rank), data, bytes);
-        advance(seats[rank].posted, n);
+        advance(counters[rank].posted, n);
         return all_posted(n);
     }
 };
 
-template <typename C> bool reduce(const Room& room, C* x, int64_t n) {
+template <typename C> bool reduce(const Communicator& communicator, C* x, int64_t n) {
     constexpr int64_t step = CHUNK / sizeof(C);
     for (int64_t at = 0; at < n; at += step) {
         const int64_t some = std::min(step, n - at);
-        const uint32_t number = room.next();
-        if (!room.exchange(number, x + at, some * sizeof(C))) return false;
+        const uint32_t number = communicator.next();
+        if (!communicator.exchange(number, x + at, some * sizeof(C))) return false;
         for (int64_t i = 0; i < some; i += 16) {            // buffers are whole vectors: the last may hold leftovers
             f32x16 parts[MAX_RANKS];
-            for (int r = 0; r < room.tp; r++) parts[r] = load(reinterpret_cast<C*>(room.buffer(number, r)) + i);
+            for (int r = 0; r < communicator.tp; r++) parts[r] = load(reinterpret_cast<C*>(communicator.buffer(number, r)) + i);
             C out[16];
-            store(out, tree_add(parts, room.tp));
+            store(out, tree_add(parts, communicator.tp));
             memcpy(x + at + i, out, std::min<int64_t>(16, some - i) * sizeof(C));
         }
-        advance(room.seats[room.rank].done, number);
+        advance(communicator.counters[communicator.rank].done, number);
     }
     return true;
 }
@@ -143,43 +145,43 @@ template <typename C> bool reduce(const Room& room, C* x, int64_t n) {
 // All return false when the others have not come within timeout_s.
 extern "C" {
 
-int64_t shared_bytes(int tp) { return tp * int64_t(sizeof(Seat)) + 2 * tp * CHUNK; }
+int64_t shared_bytes(int tp) { return tp * int64_t(sizeof(RankCounters)) + 2 * tp * CHUNK; }
 
 bool shared_sum_fp32(void* base, int tp, int rank, double timeout_s, float* x, int64_t n) {
-    return reduce(Room(base, tp, rank, timeout_s), x, n);
+    return reduce(Communicator(base, tp, rank, timeout_s), x, n);
 }
 bool shared_sum_bf16(void* base, int tp, int rank, double timeout_s, bf16* x, int64_t n) {
-    return reduce(Room(base, tp, rank, timeout_s), x, n);
+    return reduce(Communicator(base, tp, rank, timeout_s), x, n);
 }
 
 // Every rank's `bytes` at x -> out, one after the other in rank order.
 bool shared_gather(void* base, int tp, int rank, double timeout_s, const char* x, char* out, int64_t bytes) {
-    Room room(base, tp, rank, timeout_s);
+    Communicator communicator(base, tp, rank, timeout_s);
     for (int64_t at = 0; at < bytes; at += CHUNK) {
         const int64_t some = std::min(CHUNK, bytes - at);
-        const uint32_t n = room.next();
-        if (!room.exchange(n, x + at, some)) return false;
-        for (int r = 0; r < tp; r++) memcpy(out + r * bytes + at, room.buffer(n, r), some);
-        advance(room.seats[rank].done, n);
+        const uint32_t n = communicator.next();
+        if (!communicator.exchange(n, x + at, some)) return false;
+        for (int r = 0; r < tp; r++) memcpy(out + r * bytes + at, communicator.buffer(n, r), some);
+        advance(communicator.counters[rank].done, n);
     }
     return true;
 }
 
 // The driver's `bytes` at x, to the same place on every worker. The driver does not wait for them.
 bool shared_broadcast(void* base, int tp, int rank, double timeout_s, char* x, int64_t bytes) {
-    Room room(base, tp, rank, timeout_s);
+    Communicator communicator(base, tp, rank, timeout_s);
     for (int64_t at = 0; at < bytes; at += CHUNK) {
         const int64_t some = std::min(CHUNK, bytes - at);
-        const uint32_t n = room.next();
+        const uint32_t n = communicator.next();
         if (rank == 0) {
-            if (!room.may_write(n)) return false;
-            memcpy(room.buffer(n, 0), x + at, some);
+            if (!communicator.may_write(n)) return false;
+            memcpy(communicator.buffer(n, 0), x + at, some);
         } else {
-            if (!await(room.seats[0].posted, n, timeout_s)) return false;
-            memcpy(x + at, room.buffer(n, 0), some);
+            if (!await(communicator.counters[0].posted, n, timeout_s)) return false;
+            memcpy(x + at, communicator.buffer(n, 0), some);
         }
-        advance(room.seats[rank].posted, n);
-        advance(room.seats[rank].done, n);
+        advance(communicator.counters[rank].posted, n);
+        advance(communicator.counters[rank].done, n);
     }
     return true;
 }

@@ -119,7 +119,7 @@ template <typename C> constexpr int64_t TOGETHER = sizeof(Lane<C>) / sizeof(C);
 
 constexpr int MAX_PARTS = 64;
 
-// collectives.tree_add for vectors: neighbours first, an odd one out waits for the next round.
+// arch.summation.tree_add for vectors: neighbours first, an odd one out waits for the next round.
 static inline f32x16 tree_add(f32x16* v, int n) {
     for (; n > 1; n = (n + 1) / 2) {
         for (int i = 0; i < n / 2; i++) v[i] = v[2 * i] + v[2 * i + 1];

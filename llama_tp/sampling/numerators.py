@@ -10,6 +10,7 @@ import ctypes
 import torch
 import torch.nn.functional as F
 
+from llama_tp.native.calls import Numerators
 from llama_tp.native.library import load
 
 NUMERATOR_OF_BEST = 2.0**44  # a vocabulary of 2**18 times this fits in an int64
@@ -47,36 +48,17 @@ class NativeNumerators(SoftmaxNumerators):
     """The same in C++ (native/kernels.cpp), on CPU. A row's logits must be contiguous."""
 
     def __init__(self, library: ctypes.CDLL):
-        self._weights, self._weigh = library.weights, library.weigh
+        self._calls = Numerators(library)
 
     def softmax_numerators(
         self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.empty(logits.shape, dtype=torch.int64)
-        self._weights(
-            logits.data_ptr(),
-            logits.stride(0),
-            temperature.data_ptr(),
-            best.data_ptr(),
-            out.data_ptr(),
-            *logits.shape,
-        )
-        return out
+        return self._calls.softmax_numerators(logits, temperature, best)
 
     def chunk_sums(
         self, logits: torch.Tensor, temperature: torch.Tensor, best: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.empty((len(logits), -(-logits.shape[1] // CHUNK)), dtype=torch.int64)
-        self._weigh(
-            logits.data_ptr(),
-            logits.stride(0),
-            temperature.data_ptr(),
-            best.data_ptr(),
-            out.data_ptr(),
-            *logits.shape,
-            CHUNK,
-        )
-        return out
+        return self._calls.chunk_sums(logits, temperature, best, CHUNK)
 
 
 def numerators_on(device: torch.device) -> SoftmaxNumerators:

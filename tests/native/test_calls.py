@@ -13,9 +13,9 @@ from llama_tp.native.calls import (
     Layers,
     LayerSizes,
     LayerTensors,
+    Numerators,
     Place,
     SharedMemory,
-    SoftmaxNumerators,
     padded,
     read_all,
     require,
@@ -72,7 +72,7 @@ def run_layers(dtype, x, cos, sin, blocks, offsets, k_cache, v_cache) -> torch.T
 
 def cases(dtype) -> dict[str, tuple[Callable, Arguments]]:
     """Each checked call as a function of tensors that it accepts."""
-    f, numerators = Functions(load(), dtype), SoftmaxNumerators(load())
+    f, numerators = Functions(load(), dtype), Numerators(load())
     angles = normal(T, 1, E // 2)
     rotary = {"cos": angles.cos(), "sin": angles.sin()}
     slots = {"blocks": ints(0, 0, 3), "offsets": ints(0, 1, 7)}

@@ -12,7 +12,7 @@ from llama_tp.native.calls import (
     Layers,
     LayerSizes,
     LayerTensors,
-    SoftmaxNumerators,
+    Numerators,
     padded,
     read_all,
 )
@@ -66,7 +66,7 @@ def layers(f: Functions, cache) -> list[torch.Tensor]:
 def everything(dtype: torch.dtype, n_threads: int) -> list[torch.Tensor]:
     """What each function gives with so many threads."""
     torch.set_num_threads(n_threads)
-    f, numerators = Functions(load(), dtype), SoftmaxNumerators(load())
+    f, numerators = Functions(load(), dtype), Numerators(load())
     x, weight = normal(600, D, dtype=dtype), packed(f, 200, D)
     logits = normal(3, 5000), torch.full((3, 1), 0.7), torch.full((3, 1), 5.0)
     cache = list(normal(2, N, K, S, E, dtype=dtype, seed=2))

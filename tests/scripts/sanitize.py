@@ -25,9 +25,9 @@ TESTS = [  # what calls the library; several OpenMP threads in the first of them
     "tests/native/test_threads.py",
     "tests/native",
     "tests/parallel/test_shared_memory.py",
-    "tests/model/test_kernels.py",
-    "tests/model/test_matrix.py",
-    "tests/model/test_native_layers.py",
+    "tests/backends/test_native.py",
+    "tests/backends/test_linear.py",
+    "tests/backends/test_layers.py",
 ]
 WITHOUT_LOOPS = ["tests/native", "tests/parallel/test_shared_memory.py"]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
