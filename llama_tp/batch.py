@@ -379,8 +379,9 @@ def resume_command(flags: dict[str, Any], launched: tuple[int, int] | None) -> s
         n_nodes, n_ranks = launched
         nodes = ["--nnodes", str(n_nodes), "..."] if n_nodes > 1 else []
         words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(n_ranks), "batch"]
-    for name, flag in flags_of(main).items():
-        value = flags[name]
+    required_first = sorted(flags_of(main).values(), key=lambda flag: not flag.required)
+    for flag in required_first:
+        name, value = flag.name, flags[flag.name]
         if value != flag.default:
             words += (
                 [f"--{name}" if value else f"--no_{name}"]

@@ -85,8 +85,6 @@ def main(
         logprobs: with --json, log-probability of each token and of the K likeliest
         json: one JSON line a sample: prompt, generation, tokens, finish_reason, logprobs
         quiet: print nothing but text and errors
-
-    Resources:
     """
     texts = prompts_of(prompt, prompts_file)
     if logprobs is not None and not json:

@@ -282,10 +282,12 @@ def launch_flags(
 def words_of(options: EngineOptions) -> list[str]:
     """The options as the ranks are given them. None is left to its default, and the chat template
     to the server, which encodes dialogs itself."""
+    given = {name: value for name, value in vars(options).items() if name != "chat_template"}
     return [
-        f"--{name}={value}"
-        for name, value in vars(options).items()
-        if value is not None and name != "chat_template"
+        f"--{name}={each}"
+        for name, value in given.items()
+        for each in (value if isinstance(value, tuple) else (value,))
+        if each is not None
     ]
 
 

@@ -89,6 +89,7 @@ def test_a_flag_that_there_was_is_what_it_was(command):
 
 MADE_UP = """
     made_up: Annotated[int, Help("Resources", "what a test made up"), Range(1, 9)] = 5
+    and_more: Annotated[tuple[str, ...], Help("New", "under a title that no command has")] = ()
 """
 DERIVED = """
 import inspect
@@ -107,6 +108,7 @@ for command in (generate, batch, serve, bench):
     lines = cli.help_text(command.main, flags).splitlines()
     [line] = [line for line in lines if line.startswith("    --made_up")]
     assert line.split() == "--made_up INT what a test made up (default 5)".split(), line
+    assert lines[lines.index("New:") + 1].startswith("    --and_more TEXT"), lines
     words = ["--ckpt_dir", "D", "--made_up", "7", *own[command.__name__.split(".")[1]]]
     options = cli.arguments(flags, cli.parse(flags, words))["options"]
     assert isinstance(options, EngineOptions) and options.made_up == 7
@@ -117,9 +119,10 @@ for command in (generate, batch, serve, bench):
     else:
         raise AssertionError("a range that nobody holds")
 flags = cli.flags_of(serve.main)
-words = serve.words_of(EngineOptions("D", made_up=7))
+options = EngineOptions("D", made_up=7, and_more=("a", "b"))
+words = serve.words_of(options)
 assert "--made_up=7" in words
-assert cli.arguments(flags, cli.parse(flags, words))["options"].made_up == 7
+assert cli.arguments(flags, cli.parse(flags, words))["options"] == options
 assert EngineOptions("D").made_up == inspect.signature(Llama.build).parameters["made_up"].default
 assert "made_up: what a test made up" in inspect.getdoc(Llama.build)
 print("derived")
