@@ -234,7 +234,7 @@ class Transformer:
         backends: Backends,
     ):
         config = shard.config
-        self.config, self.ranks, self.dtype = config, ranks, dtype
+        self.shard, self.config, self.ranks, self.dtype = shard, config, ranks, dtype
         self.n_positions, self.deterministic, self.backends = n_positions, deterministic, backends
         D, V = config.dim, shard.vocab.width
         self.tok_embeddings = VocabParallelEmbedding(
