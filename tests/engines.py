@@ -205,14 +205,16 @@ def engine(
     backends=None,
     tokenizer=None,
     record=Again,
+    shard_map=None,
 ) -> Recorder:
     """fast: with what this machine can do, C++ kernels and shared memory; else plain torch and
     gloo. graphs: as on CUDA, decodes replayed (here: run again) and steps planned one ahead."""
     weights = weights or reference.random_weights(table(config), dtype=dtype)
     ranks = ranks if fast else replace(ranks, communicator=None, control_communicator=None)
     if backends is None and (not fast or graphs):
-        backends = plain_backends(shard_of(config, ranks), ranks, dtype, deterministic)
-    model = from_weights(config, ranks, dtype, 1024, weights, deterministic, backends)
+        shard = shard_map.shard(ranks.rank) if shard_map else shard_of(config, ranks)
+        backends = plain_backends(shard, ranks, dtype, deterministic)
+    model = from_weights(config, ranks, dtype, 1024, weights, deterministic, backends, shard_map)
     cache = model.backends.attention.new_cache(config.n_layers, n_blocks, block_size)
     scheduler = Scheduler(
         BlockManager(n_blocks, block_size, prefix_cache), max_rows, step_tokens, 1024

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from llama_tp.arch.config import DETERMINISTIC_CHUNKS, ModelConfig
+from llama_tp.arch.summation import subtrees
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class Axis:
         """The leaves that `rank` holds."""
         first = sum(self.dealt[:rank])
         return range(first, first + self.dealt[rank])
+
+    def subtrees(self, rank: int) -> list[range]:
+        """The leaves that `rank` holds as subtrees of a sum over all leaves (arch.summation)."""
+        return subtrees(self.leaves(rank), self.n_leaves)
+
+    @property
+    def n_partials(self) -> int:
+        """Partial sums of the rank that has most; 1 where every rank holds one subtree."""
+        return max(len(self.subtrees(rank)) for rank in range(len(self.dealt)))
 
     def of(self, rank: int) -> Range:
         """The units that `rank` holds."""
@@ -167,3 +177,8 @@ class Shard:
     def ffn_leaves(self) -> range:
         """The K-chunks of w2 likewise."""
         return self.map.ffn.leaves(self.rank)
+
+    @property
+    def n_partials(self) -> int:
+        """Partial sums of the rank that has most of them, the same on every rank."""
+        return max(self.map.query.n_partials, self.map.ffn.n_partials)

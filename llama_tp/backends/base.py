@@ -23,8 +23,11 @@ Plan = TypeVar("Plan")
 
 
 class LayerShape(NamedTuple):
-    """Sizes of a layer on one rank. wo_chunks, w2_chunks: K-chunks of the row-parallel products on
-    this rank (1 unless deterministic)."""
+    """Sizes of a layer on one rank.
+
+    wo_chunks, w2_chunks: K-chunks of the row-parallel products on this rank (1 unless
+    deterministic). n_partials: most partial sums that any rank has of such a product.
+    """
 
     dim: int
     n_heads: int
@@ -34,6 +37,7 @@ class LayerShape(NamedTuple):
     norm_eps: float
     wo_chunks: int
     w2_chunks: int
+    n_partials: int = 1
 
     @classmethod
     def of(cls, shard: Shard, deterministic: bool) -> "LayerShape":
@@ -47,12 +51,13 @@ class LayerShape(NamedTuple):
             shard.config.norm_eps,
             len(shard.query_leaves) if deterministic else 1,
             len(shard.ffn_leaves) if deterministic else 1,
+            shard.n_partials if deterministic else 1,
         )
 
     @property
     def linears(self) -> dict[str, tuple[int, int, int]]:
         """(out, in, K-chunks) of each product of a layer."""
-        D, H, K, E, F, _, wo_chunks, w2_chunks = self
+        D, H, K, E, F, _, wo_chunks, w2_chunks, _ = self
         return {
             "wqkv": ((H + 2 * K) * E, D, 1),
             "wo": (D, H * E, wo_chunks),

@@ -164,6 +164,8 @@ def no_native_layers(
     for name, (_, n_in, n_chunks) in shape.linears.items():
         if not linears[0].takes(n_in, n_chunks):
             return f"{name} has {n_in} inputs in {n_chunks} parts, too odd for the C++ products"
+    if shape.n_partials > 1:
+        return f"a rank holds {shape.n_partials} parts of a sum, and the C++ layer adds one"
     if shape.wo_chunks != shape.w2_chunks:
         return f"wo is in {shape.wo_chunks} parts and w2 in {shape.w2_chunks}, not in as many"
     if peers.tp > 1 and peers.shared_sums is None:

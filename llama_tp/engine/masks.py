@@ -263,8 +263,8 @@ class Masks:
             self._fail(one, error, sample)
             return
         one.n_unanswered -= 1
-        if one.allowed_cpu_s == math.inf:
-            one.allowed_cpu_s = worker.cpu_s + SLOW_S
+        if one.worker and one.allowed_cpu_s == math.inf:
+            one.allowed_cpu_s = one.worker.cpu_s + SLOW_S
         _, sample = HEAD.unpack_from(answer)
         if sample in one.samples:  # else it has ended meanwhile
             one.masks[sample] = np.frombuffer(answer, np.uint32, offset=HEAD.size)

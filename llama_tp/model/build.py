@@ -67,6 +67,7 @@ def from_weights(
     weights: dict[str, torch.Tensor],
     deterministic: bool = False,
     backends: Backends | None = None,
+    shard_map: ShardMap | None = None,
 ) -> Transformer:
     """A model filled from whole weights in memory (tests, and models made up on the spot).
 
@@ -74,8 +75,9 @@ def from_weights(
         weights: Meta's names, whole shapes; each rank keeps its own part, zero-padded as the loader
             would.
         backends: the fastest that there are unless given.
+        shard_map: how it is dealt; evenly unless given.
     """
-    shard = ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    shard = (shard_map or ShardMap.even(config, ranks.tp)).shard(ranks.rank)
     backends = backends or choose_backends(shard, ranks, dtype, deterministic)
     model = Transformer(shard, ranks, dtype, n_positions, deterministic, backends)
     destinations = Destinations(model)

@@ -11,11 +11,13 @@ is trained, saved or moved, and calling an nn.Module costs as much as a small pr
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from llama_tp.arch.shard_map import Range
+from llama_tp.arch.shard_map import Axis, Range
+from llama_tp.arch.summation import add_subtrees
 from llama_tp.backends.base import EmbeddingLinear, Linear
 from llama_tp.backends.select import Backends
-from llama_tp.parallel.collectives import all_reduce, tree_sum
+from llama_tp.parallel.collectives import all_reduce, gather_stack, tree_sum
 from llama_tp.parallel.groups import Ranks
 
 
@@ -24,25 +26,35 @@ class Partials:
     """What one rank has of a sum over all ranks: the product of a row-parallel linear.
 
     Attributes:
-        parts: (T, out) each, one for each maximal subtree of the sum that this rank holds, in the
-            order of K. Today that is one, since a rank holds a run of 2**k of the K-chunks.
-        fixed_order: whether the parts are fp32 and are added in arch.summation's order; else they
-            are in `dtype`, and the order is the collective's.
+        parts: (T, out) each. In a fixed order fp32, one for each of `axis.subtrees`; else one, in
+            `dtype`.
+        fixed_order: whether they are added in arch.summation's order; else the order is the
+            collective's.
+        axis: the K-chunks, and how they are dealt to the ranks.
         dtype: of the sum.
     """
 
     parts: list[torch.Tensor]
     fixed_order: bool
+    axis: Axis
     dtype: torch.dtype
     ranks: Ranks
 
     def sum_over_ranks(self) -> torch.Tensor:
         """-> (T, out), the same on every rank. One collective, or none with one rank; may overwrite
         the parts."""
-        [part] = self.parts
-        if self.fixed_order:
-            return tree_sum(part, self.ranks).to(self.dtype)
-        return all_reduce(part, self.ranks)
+        if not self.fixed_order:
+            return all_reduce(self.parts[0], self.ranks)
+        if self.axis.n_partials == 1:
+            return tree_sum(self.parts[0], self.ranks).to(self.dtype)
+        n, mine = self.axis.n_partials, torch.stack(self.parts)
+        stack = gather_stack(F.pad(mine, (0, 0, 0, 0, 0, n - len(mine))), self.ranks)
+        sums = {
+            tree: stack[rank, i]
+            for rank in range(self.ranks.tp)
+            for i, tree in enumerate(self.axis.subtrees(rank))
+        }
+        return add_subtrees(sums, self.axis.n_leaves).to(self.dtype)
 
 
 class ShardedWeight:
@@ -83,6 +95,11 @@ class ParallelLinear(ShardedWeight):
         super().__init__((out_features, in_features), dtype)
         self.backends, self.n_chunks = backends, n_chunks
 
+    @property
+    def linears(self) -> list[Linear]:
+        """All products; more than one where a rank holds several subtrees of a sum."""
+        return [self.linear]
+
     def finish(self) -> None:
         weight, self.weight = self.weight, torch.empty_like(self.weight, device="meta")
         self.linear = self.make_linear(weight)
@@ -103,25 +120,66 @@ class RowParallelLinear(ParallelLinear):
     """y = sum over ranks of x_r W_r^T, W's columns and x cut over the ranks: (T, in on this rank)
     -> Partials of (T, out).
 
-    n_chunks: this rank's K-chunks in deterministic mode, else 1.
+    In deterministic mode it is one product for each subtree of the sum that this rank holds, and
+    that product is cut into the subtree's K-chunks. Equal parts are one subtree each.
+
+    Args:
+        axis: W's columns, and how they are dealt.
+        place: this rank's among those that they are dealt to.
     """
 
     def __init__(
         self,
-        in_features: int,
+        axis: Axis,
+        place: int,
         out_features: int,
         dtype: torch.dtype,
         ranks: Ranks,
         backends: Backends,
-        n_chunks: int = 1,
         deterministic: bool = False,
     ):
-        super().__init__(in_features, out_features, dtype, backends, n_chunks)
-        self.ranks, self.fixed_order = ranks, deterministic and ranks.tp > 1
+        super().__init__(axis.of(place).width, out_features, dtype, backends)
+        self.axis, self.ranks, self.fixed_order = axis, ranks, deterministic and ranks.tp > 1
+        leaves = axis.leaves(place)
+        trees = axis.subtrees(place) if self.fixed_order else [leaves]
+        self.n_chunks = len(leaves) if deterministic else 1
+        # columns of each product, and its K-chunks
+        self.products = [
+            (
+                slice(
+                    (tree.start - leaves.start) * axis.leaf, (tree.stop - leaves.start) * axis.leaf
+                ),
+                len(tree),
+            )
+            for tree in trees
+        ]
+
+    @property
+    def linears(self) -> list[Linear]:
+        return self._linears
+
+    def finish(self) -> None:
+        weight, self.weight = self.weight, torch.empty_like(self.weight, device="meta")
+        if len(self.products) == 1:
+            self.linear = self.make_linear(weight)
+            self._linears = [self.linear]
+            return
+        self._linears = [
+            self.backends.linear(weight[:, columns].contiguous(), n_chunks)
+            for columns, n_chunks in self.products
+        ]
 
     def __call__(self, x: torch.Tensor) -> Partials:
-        y = self.linear.partial_sums(x) if self.fixed_order else self.linear(x)
-        return Partials([y], self.fixed_order, x.dtype, self.ranks)
+        if not self.fixed_order:
+            parts = [self.linear(x)]
+        elif len(self.products) == 1:
+            parts = [self.linear.partial_sums(x)]
+        else:
+            parts = [
+                linear.partial_sums(x[:, columns])
+                for linear, (columns, _) in zip(self.linears, self.products)
+            ]
+        return Partials(parts, self.fixed_order, self.axis, x.dtype, self.ranks)
 
 
 class VocabParallelEmbedding(ParallelLinear):

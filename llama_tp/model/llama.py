@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from llama_tp.arch.shard_map import Shard
-from llama_tp.backends.base import ForwardBatch, LayerRunner, LayerShape, LayerWeights
+from llama_tp.backends.base import ForwardBatch, LayerRunner, LayerWeights
 from llama_tp.backends.kv_cache import KVCache
 from llama_tp.backends.select import Backends
 from llama_tp.model.linear import (
@@ -112,18 +112,29 @@ class Attention:
 
     def __init__(
         self,
-        shape: LayerShape,
+        shard: Shard,
         ranks: Ranks,
         dtype: torch.dtype,
         deterministic: bool,
         backends: Backends,
     ):
+<<<<<<< HEAD
         D, H, K, E = shape.dim, shape.n_heads, shape.n_kv_heads, shape.head_dim
         n_chunks = shape.wo_chunks
         self.H, self.K, self.E = H, K, E
         self.backend, self.elementwise = backends.attention, backends.elementwise
         self.wqkv = ColumnParallelLinear(D, (H + 2 * K) * E, dtype, backends)
         self.wo = RowParallelLinear(H * E, D, dtype, ranks, backends, n_chunks, deterministic)
+=======
+        D, E = shard.config.dim, shard.config.head_dim
+        H, K = len(shard.query_heads), len(shard.kv_heads)
+        self.H, self.K, self.E = H, K, E
+        self.backend, self.elementwise = backends.attention, backends.elementwise
+        self.wqkv = ColumnParallelLinear(D, (H + 2 * K) * E, dtype, backends)
+        self.wo = RowParallelLinear(
+            shard.map.query, shard.rank, D, dtype, ranks, backends, deterministic
+        )
+>>>>>>> h/uneven
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, rotary: Rotary, cache: KVCache, layer: int
@@ -143,16 +154,25 @@ class FeedForward:
 
     def __init__(
         self,
-        shape: LayerShape,
+        shard: Shard,
         ranks: Ranks,
         dtype: torch.dtype,
         deterministic: bool,
         backends: Backends,
     ):
+<<<<<<< HEAD
         D, n_chunks = shape.dim, shape.w2_chunks
         self.F, self.elementwise = shape.ffn_dim, backends.elementwise
         self.w13 = ColumnParallelLinear(D, 2 * self.F, dtype, backends)
         self.w2 = RowParallelLinear(self.F, D, dtype, ranks, backends, n_chunks, deterministic)
+=======
+        D, F_ = shard.config.dim, shard.ffn.width
+        self.F, self.elementwise = F_, backends.elementwise
+        self.w13 = ColumnParallelLinear(D, 2 * F_, dtype, backends)
+        self.w2 = RowParallelLinear(
+            shard.map.ffn, shard.rank, D, dtype, ranks, backends, deterministic
+        )
+>>>>>>> h/uneven
 
     def __call__(self, x: torch.Tensor) -> Partials:
         gate_up = self.w13(x)  # (T, 2F)
@@ -165,16 +185,17 @@ class Layer:
 
     def __init__(
         self,
-        shape: LayerShape,
+        shard: Shard,
         ranks: Ranks,
         dtype: torch.dtype,
         deterministic: bool,
         backends: Backends,
     ):
-        self.attention_norm = RMSNorm(shape.dim, shape.norm_eps, dtype, backends)
-        self.attention = Attention(shape, ranks, dtype, deterministic, backends)
-        self.ffn_norm = RMSNorm(shape.dim, shape.norm_eps, dtype, backends)
-        self.feed_forward = FeedForward(shape, ranks, dtype, deterministic, backends)
+        D, eps = shard.config.dim, shard.config.norm_eps
+        self.attention_norm = RMSNorm(D, eps, dtype, backends)
+        self.attention = Attention(shard, ranks, dtype, deterministic, backends)
+        self.ffn_norm = RMSNorm(D, eps, dtype, backends)
+        self.feed_forward = FeedForward(shard, ranks, dtype, deterministic, backends)
 
     def __call__(
         self,
@@ -191,6 +212,16 @@ class Layer:
         partials = self.attention(h, batch, rotary, cache, layer)
         h = self.ffn_norm(x, partials)  # (T, D)
         return self.feed_forward(h)
+
+    @property
+    def linears(self) -> list[ParallelLinear]:
+        attention, ffn = self.attention, self.feed_forward
+        return [attention.wqkv, attention.wo, ffn.w13, ffn.w2]
+
+    def weights(self) -> LayerWeights:
+        """The layer for a runner that computes it in another way."""
+        wqkv, wo, w13, w2 = (each.linear for each in self.linears)
+        return LayerWeights(self.attention_norm.weight, wqkv, wo, self.ffn_norm.weight, w13, w2)
 
 
 class Transformer:
@@ -220,15 +251,14 @@ class Transformer:
         backends: Backends,
     ):
         config = shard.config
-        self.config, self.ranks, self.dtype = config, ranks, dtype
+        self.shard, self.config, self.ranks, self.dtype = shard, config, ranks, dtype
         self.n_positions, self.deterministic, self.backends = n_positions, deterministic, backends
         D, V = config.dim, shard.vocab.width
-        shape = LayerShape.of(shard, deterministic)
         self.tok_embeddings = VocabParallelEmbedding(
             shard.vocab, D, dtype, ranks, backends, config.tied
         )
         self.layers = [
-            Layer(shape, ranks, dtype, deterministic, backends) for _ in range(config.n_layers)
+            Layer(shard, ranks, dtype, deterministic, backends) for _ in range(config.n_layers)
         ]
         self.norm = RMSNorm(D, config.norm_eps, dtype, backends)
         self.output: ParallelLinear = (
@@ -270,19 +300,9 @@ class Transformer:
 
     def weights_loaded(self) -> None:
         """Called once all weights are there: what runs the layers can now be made of them."""
-        layers = [
-            LayerWeights(
-                layer.attention_norm.weight,
-                layer.attention.wqkv.linear,
-                layer.attention.wo.linear,
-                layer.ffn_norm.weight,
-                layer.feed_forward.w13.linear,
-                layer.feed_forward.w2.linear,
-            )
-            for layer in self.layers
-        ]
         if self.backends.make_layers:
+            layers = [layer.weights() for layer in self.layers]
             self.run_layers = self.backends.make_layers(layers, self.norm.weight)
         if self.deterministic:
-            linears = [self.output.linear, *(linear for each in layers for linear in each.linears)]
-            self.min_rows = max(linear.min_rows for linear in linears)
+            modules = [self.output, *(each for layer in self.layers for each in layer.linears)]
+            self.min_rows = max(linear.min_rows for each in modules for linear in each.linears)

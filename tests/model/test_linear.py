@@ -82,12 +82,12 @@ def row(ranks, backends, deterministic: bool) -> float:
     theirs.weight.data.copy_(mine)
     ours = filled(
         RowParallelLinear(
-            IN // ranks.tp,
+            Axis(IN, (8 // ranks.tp,) * ranks.tp),
+            ranks.rank,
             OUT,
             torch.float32,
             ranks,
             backends,
-            8 // ranks.tp if deterministic else 1,
             deterministic,
         ),
         mine,
@@ -119,9 +119,8 @@ def row_bits(ranks, dtype: torch.dtype, plain: bool) -> torch.Tensor:
     whole, x = weights(OUT, IN).to(dtype), weights(33, IN).to(dtype)
     mine = whole.chunk(ranks.tp, dim=1)[ranks.rank]
     backends = backends_of(ranks, dtype, plain)
-    layer = filled(
-        RowParallelLinear(IN // ranks.tp, OUT, dtype, ranks, backends, 8 // ranks.tp, True), mine
-    )
+    axis = Axis(IN, (8 // ranks.tp,) * ranks.tp)
+    layer = filled(RowParallelLinear(axis, ranks.rank, OUT, dtype, ranks, backends, True), mine)
     with torch.no_grad():
         return layer(x.chunk(ranks.tp, dim=1)[ranks.rank].contiguous()).sum_over_ranks()
 
