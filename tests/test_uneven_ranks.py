@@ -16,10 +16,19 @@ DEAL = (3, 3, 2)
 PROMPTS = [[(i * k * k + 5 * k + i) % 260 for k in range(n)] for i, n in enumerate((5, 33, 290), 1)]
 REQUESTS = [
     *((f"greedy{i}", ids, {"temperature": 0.0, "max_tokens": 8}) for i, ids in enumerate(PROMPTS)),
-    *((f"drawn{i}", ids, {"seed": i, "max_tokens": 8, **params})
-      for i, (ids, params) in enumerate(zip(PROMPTS, (
-          {"temperature": 1.0, "top_p": 1.0}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
-          {"temperature": 0.7, "presence_penalty": 0.5})))),
+    *(
+        (f"drawn{i}", ids, {"seed": i, "max_tokens": 8, **params})
+        for i, (ids, params) in enumerate(
+            zip(
+                PROMPTS,
+                (
+                    {"temperature": 1.0, "top_p": 1.0},
+                    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+                    {"temperature": 0.7, "presence_penalty": 0.5},
+                ),
+            )
+        )
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from llama_tp.backends.base import ForwardBatch, Span
 from llama_tp.backends.kv_cache import KVCache, Slots, on_device
@@ -190,10 +191,14 @@ class Worker:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None
         elsewhere."""
-        shards = gather_to_driver(self.model.logits(hidden), self.ranks)
-        return (
-            None if shards is None else torch.cat(shards, dim=-1)[:, : self.model.config.vocab_size]
-        )
+        mine, vocab = self.model.logits(hidden), self.model.shard.map.vocab
+        parts = [vocab.of(place) for place in range(self.model.shard.map.n_ranks)]
+        if (missing := max(part.width for part in parts) - mine.shape[1]) > 0:
+            mine = F.pad(mine, (0, missing))  # all ranks must send as much
+        shards = gather_to_driver(mine, self.ranks)
+        if shards is None:
+            return None
+        return torch.cat([shard[:, : len(part)] for shard, part in zip(shards, parts)], dim=-1)
 
     def _score(self, row: StepRow, hidden: torch.Tensor, callbacks: DriverCallbacks | None) -> None:
         for at in range(0, row.n, SCORE_ROWS):
@@ -232,7 +237,8 @@ class Worker:
         model's dtype. -> (R,) int64."""
         head = self.model.head if draws is None else self.model.logits
         logits = head(hidden)  # (R, V)
-        return self.sampler.sample(logits, self.ranks.rank * logits.shape[1], modes, draws, masks)
+        first = self.model.shard.vocab.start
+        return self.sampler.sample(logits, first, modes, draws, masks)
 
     def _choose(
         self,

@@ -118,14 +118,6 @@ class Attention:
         deterministic: bool,
         backends: Backends,
     ):
-<<<<<<< HEAD
-        D, H, K, E = shape.dim, shape.n_heads, shape.n_kv_heads, shape.head_dim
-        n_chunks = shape.wo_chunks
-        self.H, self.K, self.E = H, K, E
-        self.backend, self.elementwise = backends.attention, backends.elementwise
-        self.wqkv = ColumnParallelLinear(D, (H + 2 * K) * E, dtype, backends)
-        self.wo = RowParallelLinear(H * E, D, dtype, ranks, backends, n_chunks, deterministic)
-=======
         D, E = shard.config.dim, shard.config.head_dim
         H, K = len(shard.query_heads), len(shard.kv_heads)
         self.H, self.K, self.E = H, K, E
@@ -134,7 +126,6 @@ class Attention:
         self.wo = RowParallelLinear(
             shard.map.query, shard.rank, D, dtype, ranks, backends, deterministic
         )
->>>>>>> h/uneven
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, rotary: Rotary, cache: KVCache, layer: int
@@ -160,19 +151,12 @@ class FeedForward:
         deterministic: bool,
         backends: Backends,
     ):
-<<<<<<< HEAD
-        D, n_chunks = shape.dim, shape.w2_chunks
-        self.F, self.elementwise = shape.ffn_dim, backends.elementwise
+        D = shard.config.dim
+        self.F, self.elementwise = shard.ffn.width, backends.elementwise
         self.w13 = ColumnParallelLinear(D, 2 * self.F, dtype, backends)
-        self.w2 = RowParallelLinear(self.F, D, dtype, ranks, backends, n_chunks, deterministic)
-=======
-        D, F_ = shard.config.dim, shard.ffn.width
-        self.F, self.elementwise = F_, backends.elementwise
-        self.w13 = ColumnParallelLinear(D, 2 * F_, dtype, backends)
         self.w2 = RowParallelLinear(
             shard.map.ffn, shard.rank, D, dtype, ranks, backends, deterministic
         )
->>>>>>> h/uneven
 
     def __call__(self, x: torch.Tensor) -> Partials:
         gate_up = self.w13(x)  # (T, 2F)
