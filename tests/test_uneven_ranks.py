@@ -53,6 +53,6 @@ def test_three_ranks_with_uneven_parts_give_the_bits_of_one(fast, dtype):
 def test_tokens_are_those_of_one_rank_in_the_default_mode_too():
     from llama_tp.engine.worker import Worker
 
-    options = {"config": CONFIG, "runner": Worker}
+    options = {"config": CONFIG, "worker": Worker}
     tokens = run(1, serve, REQUESTS, **options)[0][0]
     assert run(3, serve, REQUESTS, shard_map=uneven(), **options)[0][0] == tokens

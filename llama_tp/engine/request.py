@@ -36,7 +36,7 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     outputs: tuple[tuple[int, ...] | None, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:
             raise refused("a request's id", "a string that is not empty", self.id)
         if not isinstance(self.params, SamplingParams):

@@ -8,8 +8,9 @@ may be one step later.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +139,7 @@ class Worker:
         self.last[self._tensor(sampled)] = everything
         return read_later(sampled, everything) if callbacks else dict
 
-    def _tensor(self, ints: list | tuple) -> torch.Tensor:
+    def _tensor(self, ints: Sequence[Any]) -> torch.Tensor:
         """int64 on the device."""
         return on_device(torch.tensor(ints), self.ranks.device)
 

@@ -41,7 +41,8 @@ class SoftmaxNumerators:
         (R, V) -> (R, ceil(V / CHUNK)) int64."""
         numerators = self.softmax_numerators(logits, temperature, best)
         padded = F.pad(numerators, (0, -numerators.shape[1] % CHUNK))
-        return padded.unflatten(1, (-1, CHUNK)).sum(-1)
+        sums: torch.Tensor = padded.unflatten(1, (-1, CHUNK)).sum(-1)
+        return sums
 
 
 class NativeNumerators(SoftmaxNumerators):

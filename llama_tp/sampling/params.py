@@ -175,7 +175,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     form: Form | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         temperature = _real("temperature", self.temperature, 0.0, 100.0)
         if 0.0 < temperature < MIN_TEMPERATURE:
             raise refused(

@@ -1,5 +1,5 @@
-"""The order of sums: the same tree, however its leaves are dealt. The oracle is the tree written out
-as text, so that any other order shows."""
+"""The order of sums: the same tree, however its leaves are dealt. The oracle is the tree written
+out as text, so that any other order shows."""
 
 from hypothesis import given
 from hypothesis import strategies as st
