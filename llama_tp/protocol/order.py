@@ -186,20 +186,24 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict[str
 def _check_template_fields(body: ChatBody, model: ServedModel) -> None:
     """Refuses what is meant for the chat template and would change what it writes; what no template
     asks for changes nothing."""
-    reads = ChatFormat.reads if model.chat is None else model.chat.reads
-    if body.reasoning_effort is not None and reads("reasoning_effort"):
+    if body.reasoning_effort is not None and _reads(model, "reasoning_effort"):
         raise unsupported(
             "reasoning_effort",
             f"found {body.reasoning_effort[:80]!r}",
             "the chat template reads it: leave it out",
         )
     for name, value in body.chat_template_kwargs.items():
-        if value is not None and reads(name):
+        if value is not None and _reads(model, name):
             raise unsupported(
                 f"chat_template_kwargs.{name[:64]}",
                 f"found {short(value)}",
                 "the chat format is the server's own: leave it out",
             )
+
+
+def _reads(model: ServedModel, name: str) -> bool:
+    """Whether what encodes the model's dialogs reads a value of this name."""
+    return ChatFormat.reads(name) if model.chat is None else model.chat.reads(name)
 
 
 def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[int]:
