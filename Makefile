@@ -11,7 +11,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chat test test-slow test-clients check bench sanitize clean
+.PHONY: help setup demo chat test test-slow test-clients check lint format types bench sanitize clean
+
+# Tests start many Pythons. Without bytecode on disk each compiles the package anew, 0.3 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTEST := $(BIN)/python -m pytest
+# Two workers, a file at a time each; the longest files come first (tests/conftest.py).
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 
 help:  ## show this list
 	@echo "llama_tp: tensor-parallel inference for Llama 3 checkpoints"
@@ -30,21 +37,33 @@ demo: $(VENV)/.core  ## stream verse from the demo model on two CPU ranks
 chat: $(VENV)/.doors  ## talk with the demo model: server and terminal client together
 	@PATH="$(CURDIR)/$(BIN):$$PATH" launch/chat.sh --ckpt_dir checkpoints/demo --device cpu --quiet -- --max_tokens 60
 
-test: $(VENV)/.test  ## run the tests (about 17 minutes on 2 cores)
-	$(BIN)/python -m pytest
+check: $(VENV)/.test  ## lint, types, house rules and the model's tests (about 1 minute on 2 cores)
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target lint check-tests
 
-test-slow: $(VENV)/.test  ## run all tests but test-clients, also many ranks, big files and peers
-	$(BIN)/python -m pytest --slow --ignore tests/clients
+lint: format types  ## format, lint and types, without tests
+
+format: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+.PHONY: check-tests
+check-tests: $(VENV)/.test
+	$(PYTEST) -q tests/test_architecture.py tests/arch tests/model
+
+test: $(VENV)/.test  ## the tests that every change must pass (about 6 minutes on 2 cores)
+	$(PYTEST) $(WORKERS)
+
+test-slow: $(VENV)/.test  ## all tests but the 10-minute load: also many ranks, big files, every variant
+	$(PYTEST) --slow --deselect 'tests/clients/test_load.py::test_500_streams_at_once[600-512-12582912]'
 
 # Clients whose pins clash with ours have an environment each, made of tests/clients/NAME.txt.
 FOREIGN := $(patsubst tests/clients/%.txt,$(VENV)/clients/%/.done,$(wildcard tests/clients/*.txt))
 
 test-clients: $(VENV)/.clients $(FOREIGN)  ## openai, langchain, lm-eval, huggingface_hub, instructor, a browser ... and a 10-minute load
-	$(BIN)/python -m pytest --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
-
-check: $(VENV)/.test  ## lint, and hold the code against the architecture page (seconds)
-	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q tests/test_architecture.py
+	$(PYTEST) --slow -s tests/clients tests/test_golden_sse.py tests/server/test_page.py
 
 sanitize: $(VENV)/.test  ## run the tests of the C++ parts under ASan and UBSan, then under TSan (with libomp-dev, loops too)
 	$(BIN)/python tests/scripts/sanitize.py address
@@ -55,7 +74,7 @@ bench: $(VENV)/.core  ## what this machine could do at best, and what the demo m
 	    --device cpu || exit 1; echo; done
 
 clean:  ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
 
 # Stamps, so that a second `make` costs nothing and a changed pyproject.toml installs again.
 $(VENV)/.core: pyproject.toml Makefile $(wildcard llama_tp/native/*.cpp llama_tp/native/*.h)

@@ -6,6 +6,7 @@ torch).
 """
 
 import importlib
+from typing import Any
 
 _PUBLIC = {
     "Llama": "api",
@@ -18,7 +19,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(f"llama_tp.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'llama_tp' has no attribute {name!r}")

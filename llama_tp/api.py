@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast, get_type_hints
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
@@ -43,8 +43,8 @@ class Completion:
     text: str
     tokens: list[int]
     finish_reason: str | None = None
-    logprobs: list[dict] | None = None
-    prompt_logprobs: list[dict | None] | None = None
+    logprobs: list[dict[str, Any]] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
     index: int = 0
     error: str | None = None
 
@@ -65,7 +65,14 @@ def _called_with_the_fields_of(
                 )
             return function(options(*args, **kwargs))
 
-        vars(call)["__signature__"] = inspect.signature(EngineOptions)
+        # what help(Llama.build) shows: the fields, without the table's marks
+        signature, types = inspect.signature(EngineOptions), get_type_hints(EngineOptions)
+        vars(call)["__signature__"] = signature.replace(
+            parameters=[
+                each.replace(annotation=types[name]) for name, each in signature.parameters.items()
+            ],
+            return_annotation=inspect.signature(function).return_annotation,
+        )
         call.__doc__ = f"{inspect.getdoc(function)}\n\n{args_doc()}"
         return call
 
@@ -162,7 +169,7 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Continues texts. -> [{"generation": text}], with "tokens" (their texts) and "logprobs" if
         asked for."""
         ids = [self.tokenizer.encode(prompt, bos=True) for prompt in prompts]
@@ -170,7 +177,7 @@ class Llama:
             ids, self._length(max_gen_len), temperature, top_p, logprobs, echo
         )
         texts = [self.tokenizer.decode(each) for each in tokens]
-        if not logprobs:
+        if values is None:
             return [{"generation": text} for text in texts]
         return [
             {
@@ -188,16 +195,16 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-    ) -> list[dict]:
+    ) -> list[dict[str, Any]]:
         """Answers dialogs; contents are stripped, as llama3 did. -> [{"generation": {"role":
         "assistant", "content"}}], with "tokens" (their texts) and "logprobs" if asked for."""
         ids = [self._chat.encode_dialog(dialog, strip=True) for dialog in dialogs]
         tokens, values = self.generate(ids, self._length(max_gen_len), temperature, top_p, logprobs)
-        answers = [
+        answers: list[dict[str, Any]] = [
             {"generation": {"role": "assistant", "content": self.tokenizer.decode(each)}}
             for each in tokens
         ]
-        if logprobs:
+        if values is not None:
             for answer, each, numbers in zip(answers, tokens, values):
                 answer |= {
                     "tokens": [self.tokenizer.decode([t]) for t in each],
@@ -225,10 +232,11 @@ class Llama:
         list, prompt by prompt and sample by sample.
         """
         one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
-        prompts = [prompts] if one else list(prompts)
-        each = _params(params, len(prompts))
+        # no type says that a list of ids is one prompt, and a list of lists several
+        several = cast(list[Prompt], [prompts] if one else list(prompts))
+        each = _params(params, len(several))
         out = self._complete(
-            "complete", lambda: [self._encoded(prompt) for prompt in prompts], each
+            "complete", lambda: [self._encoded(prompt) for prompt in several], each
         )
         return out[0] if one and len(out) == 1 else out
 
@@ -240,7 +248,7 @@ class Llama:
         """Answers one conversation (a list of {"role", "content"}) or several. Results as
         `complete`."""
         one = bool(messages) and isinstance(messages[0], dict)
-        dialogs = [messages] if one else list(messages)
+        dialogs = cast(list[Dialog], [messages] if one else list(messages))
         each = _params(params, len(dialogs))
         out = self._complete(
             "chat", lambda: [("", self._chat.encode_dialog(dialog)) for dialog in dialogs], each
@@ -252,28 +260,34 @@ class Llama:
         come one after the
         other if params.n > 1."""
 
-        def work() -> Iterator[dict]:
+        def work() -> Iterator[dict[str, Any]]:
             return map(
                 _as_dict, run(self.engine, [self._encoded(prompt)], [params or SamplingParams()])
             )
 
         for item in self._calls.stream("stream", work):
-            yield Completion(**item)
+            yield _completion(item)
 
     def _encoded(self, prompt: Prompt) -> tuple[str, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt, bos=True)
         return "", list(prompt)
 
-    def _complete(self, name: str, prompts, params: list[SamplingParams]) -> list[Completion]:
-        def work() -> list[dict]:
+    def _complete(
+        self,
+        name: str,
+        prompts: Callable[[], list[tuple[str, list[int]]]],
+        params: list[SamplingParams],
+    ) -> list[Completion]:
+        def work() -> list[dict[str, Any]]:
             return [
                 _as_dict(sample)
                 for sample in run(self.engine, prompts(), params)
                 if sample.finish_reason
             ]
 
-        return [Completion(**item) for item in self._calls.call(name, work)]
+        items = cast(list[object], self._calls.call(name, work))  # JSON, as the driver sent it
+        return [_completion(item) for item in items]
 
 
 def _meta_top_p(top_p: float) -> float:
@@ -282,7 +296,9 @@ def _meta_top_p(top_p: float) -> float:
     return top_p if top_p > 0 else 1e-9
 
 
-def _params(params, n: int) -> list[SamplingParams]:
+def _params(
+    params: SamplingParams | Sequence[SamplingParams] | None, n: int
+) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * n
     if len(params) != n:
@@ -294,7 +310,12 @@ def _params(params, n: int) -> list[SamplingParams]:
     return list(params)
 
 
-def _as_dict(sample: Sample) -> dict:
+def _completion(item: object) -> Completion:
+    """What `_as_dict` made of a sample, from the driver."""
+    return Completion(**cast(dict[str, Any], item))
+
+
+def _as_dict(sample: Sample) -> dict[str, Any]:
     return {
         "text": sample.text,
         "tokens": list(sample.tokens),

@@ -1,8 +1,7 @@
-"""Command: JSON lines in, JSON lines out; kill it anywhere, run it again, and the finished file is
-the same.
+"""Command: answers a file of requests. A job that is killed and run again ends with the same file.
 
-Rank 0 reads and writes and decides before any model is loaded whether there is something to do; the
-others wait for that word, and then follow its steps.
+Rank 0 reads the input and writes the output. Before any model is loaded it decides whether lines
+are left; the other ranks wait for that decision in the launch's store, and then follow its steps.
 """
 
 import os
@@ -12,22 +11,25 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any, Protocol
 
 from tqdm import tqdm
 
-from llama_tp.arch.config import check_launch
+from llama_tp.arch.config import ModelConfig, check_launch
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.options import DEFAULT_SEQ_LEN, EngineOptions, Help
 from llama_tp.batch_job.job import Job, open_job, sampled_digest, tokenizer_digest
-from llama_tp.batch_job.work import Work
+from llama_tp.batch_job.work import Engine, Work
 from llama_tp.cli import check_can_be_written, flags_of, run
 from llama_tp.protocol.defaults import SamplingDefaults, generation_config_of, sampling_flags
 from llama_tp.protocol.order import ServedModel
-from llama_tp.text.tokenizer import check_vocab
+from llama_tp.text.template import ChatTemplate, open_template
+from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 LINE_EVERY_S = 10.0  # how often the state is printed where there is no terminal for a bar
-WORD = "llama_tp/batch"  # key in the launch's store
+GO_KEY = "llama_tp/batch"  # key in the launch's store
 PARAMETERS = (
     "temperature",
     "top_p",
@@ -71,7 +73,7 @@ def main(
     max_gen_len: int | None = None,
     generation_config: str = "auto",
     model_name: str | None = None,
-):
+) -> None:
     """Answer a file of requests. The same command goes on where it was stopped, killed or out of
     disk.
 
@@ -113,6 +115,80 @@ def main(
     """
     flags = dict(locals())
     flags |= vars(flags.pop("options"))
+    check_files(input, output)
+    given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
+    check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
+
+    from llama_tp.checkpoint.hub import fetch
+    from llama_tp.checkpoint.source import open_checkpoint
+    from llama_tp.engine.build import build
+    from llama_tp.engine.session import report
+    from llama_tp.parallel.rendezvous import open_store, read_launch
+
+    launch, store = read_launch(os.environ), None
+    if launch is not None and launch.world > 1:
+        store = open_store(launch, options.load_timeout)
+    job: Job | None = None
+    if launch is None or launch.rank == 0:
+        source = open_checkpoint(fetch(options.ckpt_dir), options.rope_factor)
+        tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
+        folder = fetch(options.ckpt_dir, cached_only=True)
+        chat = None
+        if options.chat_template == "hf":
+            chat = open_template(folder, tokenizer, TEMPLATES_DATE)
+        model = served(source.config, tokenizer, chat, options, model_name)
+        weights = sampled_digest(source.folder, source.weight_files(), source.digest())
+        defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
+
+        def tell(line: str) -> None:
+            if not options.quiet:
+                print(f"batch: {line}", file=sys.stderr, flush=True)
+
+        if defaults.file:
+            tell(f"what lines do not say: {defaults}")
+        job = open_job(
+            input,
+            output,
+            model,
+            defaults,
+            made_of(weights, model, defaults, flags),
+            skip_bad,
+            retry_failed,
+            tell,
+        )
+        source.close()
+    if not something_to_do(job, store):
+        return say_finished(job, options.quiet)
+
+    engine = build(options, store)
+    stop, finished = Stop(engine.is_driver), True
+    try:
+        if job is None:
+            engine.follow()
+        else:
+            dtype = str(engine.runner.model.dtype).removeprefix("torch.")
+            job.computed_by({"device": engine.ranks.device.type, "dtype": dtype})
+            finished = work(job, engine, options.max_batch_size, stop, options.quiet)
+            engine.dismiss()
+        report(engine, options.quiet)
+    except UserError as error:
+        engine.watch.fail(error)
+    engine.close()
+    if job and stop.signal and not finished:
+        launched = None if launch is None else (launch.n_nodes, launch.local_size)
+        command = resume_command(flags, launched)
+        print(
+            f"batch: stopped by {stop.signal.name} after {job.target.n_lines} of {job.n_lines} "
+            f"lines; to go on: {command}",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(128 + stop.signal)
+    say_finished(job, options.quiet)
+
+
+def check_files(input: str, output: str) -> None:
+    """Raises UserError for files that cannot be what they have to be."""
     if not os.path.isfile(input):
         raise UserError(
             f"--input {input} cannot be read",
@@ -135,92 +211,35 @@ def main(
             "it is the --input, or a file beside it is",
             "name another",
         )
-    given = sampling_flags(temperature=temperature, top_p=top_p, max_tokens=max_gen_len)
-    check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
-
-    from llama_tp.checkpoint.hub import fetch
-    from llama_tp.checkpoint.source import open_checkpoint
-    from llama_tp.engine.build import build
-    from llama_tp.engine.session import report
-    from llama_tp.parallel.rendezvous import open_store, read_launch
-    from llama_tp.text.template import open_template
-    from llama_tp.text.tokenizer import open_tokenizer
-
-    launch, job = read_launch(os.environ), None
-    store = None
-    if launch is not None and launch.world > 1:
-        store = open_store(launch, options.load_timeout)
-    if launch is None or launch.rank == 0:
-        source = open_checkpoint(fetch(options.ckpt_dir), options.rope_factor)
-        tokenizer = open_tokenizer(options.tokenizer_path, source.folder)
-        folder = fetch(options.ckpt_dir, cached_only=True)
-        chat = None
-        if options.chat_template == "hf":
-            chat = open_template(folder, tokenizer, TEMPLATES_DATE)
-        model = served(source, tokenizer, chat, options, model_name)
-        defaults = SamplingDefaults(generation_config_of(folder, generation_config), given)
-
-        def tell(line: str) -> None:
-            if not options.quiet:
-                print(f"batch: {line}", file=sys.stderr, flush=True)
-
-        if defaults.file:
-            tell(f"what lines do not say: {defaults}")
-        job = open_job(
-            input,
-            output,
-            model,
-            defaults,
-            made_of(source, model, defaults, flags),
-            skip_bad,
-            retry_failed,
-            tell,
-        )
-        source.close()
-    if not something_to_do(job, store):
-        return job and closing_word(job, job.n_failed, options.quiet)
-
-    engine = build(options, store)
-    stop, finished = Stop(engine.is_driver), True
-    try:
-        if engine.is_driver:
-            finished = work(job, engine, options.max_batch_size, stop, options.quiet)
-            engine.dismiss()
-        else:
-            engine.follow()
-        report(engine, options.quiet)
-    except UserError as error:
-        engine.watch.fail(error)
-    engine.close()
-    if not finished:
-        print(
-            f"batch: stopped by {stop.signal.name} after {job.target.n_lines} of {job.n_lines} "
-            "lines; to go on: "
-            f"{same_command(flags, launch)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        sys.exit(128 + stop.signal)
-    return job and closing_word(job, job.n_failed, options.quiet)
 
 
-def served(source, tokenizer, chat, options: EngineOptions, model_name: str | None) -> ServedModel:
-    """What the input's lines are held against: `source` is an opened checkpoint, `chat` its
-    template if that is used."""
-    check_vocab(tokenizer, source.config.vocab_size)
+def served(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+    options: EngineOptions,
+    model_name: str | None,
+) -> ServedModel:
+    """What the input's lines are held against; `chat` is the folder's template, if that is
+    used."""
+    check_vocab(tokenizer, config.vocab_size)
     name = model_name or os.path.basename(os.path.abspath(options.ckpt_dir))
-    max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, source.config.max_context)
-    n_vocab = min(tokenizer.n_vocab, source.config.vocab_size)
+    max_seq_len = min(options.max_seq_len or DEFAULT_SEQ_LEN, config.max_context)
+    n_vocab = min(tokenizer.n_vocab, config.vocab_size)
     return ServedModel(name, tokenizer, max_seq_len, n_vocab, chat=chat)
 
 
-def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict) -> dict:
-    """What must stay the same for a file to be gone on with: all that an answer depends on, and no
-    tp."""
-    template = {} if model.chat is None else {"chat template": model.chat.digest()}
+def made_of(
+    weights: str, model: ServedModel, defaults: SamplingDefaults, flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What answers depend on: a job goes on only if all of it is the same. tp is not part of it.
+    `weights` is a digest of the checkpoint."""
+    template: dict[str, Any] = {}
+    if isinstance(model.chat, ChatTemplate):
+        template = {"chat template": model.chat.digest()}
     config = {"generation config": dict(defaults.file)} if defaults.file else {}
     return {
-        "model": sampled_digest(source.folder, source.weight_files(), source.digest()),
+        "model": weights,
         "tokenizer": tokenizer_digest(model),
         **template,
         **config,
@@ -229,13 +248,24 @@ def made_of(source, model: ServedModel, defaults: SamplingDefaults, flags: dict)
     }
 
 
-def something_to_do(job: Job | None, store) -> bool:
-    """Whether there is any line left: rank 0 knows, the others wait to hear it in the launch's
-    store, if need be for hours."""
+class Store(Protocol):
+    """The part of torch's Store that is used here; this module does not import torch."""
+
+    def set_timeout(self, timeout: timedelta, /) -> None: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+
+def something_to_do(job: Job | None, store: Store | None) -> bool:
+    """Whether any line is left. Rank 0 has the job and decides; the others wait for the decision in
+    the launch's store, for hours if need be."""
     if job is None:
+        assert store is not None, "a worker has a store"
         store.set_timeout(STORE_WAIT)
         try:
-            return store.get(WORD) == b"go"
+            return store.get(GO_KEY) == b"go"
         except RuntimeError as error:  # torch's network errors are RuntimeErrors
             said = str(error).split("\n")[0][:200]
             raise UserError(
@@ -244,14 +274,12 @@ def something_to_do(job: Job | None, store) -> bool:
     if job.is_done:
         job.finish()
     if store is not None:
-        store.set(WORD, "done" if job.is_done else "go")
+        store.set(GO_KEY, "done" if job.is_done else "go")
     return not job.is_done
 
 
-def work(job: Job, engine, n_rows: int, stop: "Stop", quiet: bool) -> bool:
+def work(job: Job, engine: Engine, n_rows: int, stop: "Stop", quiet: bool) -> bool:
     """Driver: the job's lines through the engine. -> whether all are written."""
-    dtype = str(engine.runner.model.dtype).removeprefix("torch.")
-    job.computed_by({"device": engine.ranks.device.type, "dtype": dtype})
     with Progress(job, quiet) as progress:
         return Work(job, engine, n_rows, f"fp_{job.key.hex()[:12]}", progress).run(
             lambda: stop.signal is not None
@@ -259,9 +287,10 @@ def work(job: Job, engine, n_rows: int, stop: "Stop", quiet: bool) -> bool:
 
 
 class Stop:
-    """What a signal asks for: the driver ends after its step, the workers when the driver says so.
+    """The signal that asked this job to stop, if one did. The driver then ends after its step, and
+    the workers when the driver tells them.
 
-    Made on every rank, after the engine: until then a signal ends a rank at once, and nothing has
+    Made on every rank after the engine. Until then a signal ends a rank at once, and nothing has
     been written.
     """
 
@@ -272,7 +301,7 @@ class Stop:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._asked if is_driver else signal.SIG_IGN)
 
-    def _asked(self, number: int, frame) -> None:
+    def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # asked twice: now
             raise SystemExit(128 + number)
         self.signal = signal.Signals(number)
@@ -322,17 +351,19 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
-def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
-    """Says that the file is whole. Raises UserError if any of its lines failed, whenever that
-    was."""
-    if n_failed:
+def say_finished(job: Job | None, quiet: bool) -> None:
+    """Rank 0: says that the output is complete. Raises UserError if any of its lines failed, in
+    this run or an earlier one."""
+    if job is None:
+        return
+    if job.n_failed:
         raise UserError(
-            f"{n_failed} of {job.n_lines} lines failed",
+            f"{job.n_failed} of {job.n_lines} lines failed",
             f'{job.output} is whole, and says why in their "error"',
             "--retry_failed runs them again",
         )
@@ -340,12 +371,14 @@ def closing_word(job: Job, n_failed: int, quiet: bool) -> None:
         print(f"batch: all {job.n_lines} lines are in {job.output}", file=sys.stderr, flush=True)
 
 
-def same_command(flags: dict, launch) -> str:
-    """The command that goes on from here, as one types it."""
+def resume_command(flags: dict[str, Any], launched: tuple[int, int] | None) -> str:
+    """The command line that continues the job. `launched`: the number of machines and of ranks on
+    each, if a launcher started them."""
     words = ["python", "-m", "llama_tp.batch"]
-    if launch is not None:
-        nodes = ["--nnodes", str(launch.n_nodes), "..."] if launch.n_nodes > 1 else []
-        words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(launch.local_size), "batch"]
+    if launched is not None:
+        n_nodes, n_ranks = launched
+        nodes = ["--nnodes", str(n_nodes), "..."] if n_nodes > 1 else []
+        words[2:] = ["llama_tp.launch", *nodes, "--nproc_per_node", str(n_ranks), "batch"]
     for name, flag in flags_of(main).items():
         value = flags[name]
         if value != flag.default:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
@@ -67,7 +67,7 @@ def main(
     api_key: str | None = None,
     goodput: tuple[str, ...] = (),
     request_timeout: float = 600.0,
-):
+) -> None:
     """Measure latency, throughput or startup, on one rank or more, beside what the machine could do
     at best; or load a server.
 
@@ -131,7 +131,7 @@ def main(
             )
         from llama_tp.benchmarks import serve, served
 
-        load = serve.Load(
+        requests = serve.Load(
             url,
             model,
             chat,
@@ -149,7 +149,7 @@ def main(
             serve.limits_of(goodput),
             request_timeout,
         )
-        result = serve.measure(load, show=lambda text: print(text, file=sys.stderr, flush=True))
+        result = serve.measure(requests, show=lambda text: print(text, file=sys.stderr, flush=True))
         _show(served.tables(result), served.summary(result))
         _keep(result, save)
         if plot:
@@ -172,7 +172,8 @@ def main(
             f"found {model!r}",
             f"use one of {', '.join(PUBLISHED)}",
         )
-    if (tp is None) != (simulate_rank is None) or (tp and not (model and 0 <= simulate_rank < tp)):
+    is_rank = simulate_rank is not None and tp is not None and 0 <= simulate_rank < tp
+    if (tp is not None or simulate_rank is not None) and not (model and is_rank):
         raise UserError(
             "--tp and --simulate_rank go together, with --model",
             f"found --tp {tp} --simulate_rank {simulate_rank}",
@@ -201,21 +202,21 @@ def main(
     )
     engine, ages_s = session.open_engine(load, options, model, n_layers, tp)
     try:
-        result, tables = session.measure(
+        measured, tables = session.measure(
             engine,
             ages_s,
             load,
-            options.ckpt_dir or model,
+            model or options.ckpt_dir,
             allreduce_us,
             show=lambda text: print(text, flush=True),
         )
     except UserError as error:
         engine.watch.fail(error)
-    if engine.is_driver:
-        _show(tables, result)
-        _keep(result, save)
+    if measured is not None:  # on the driver
+        _show(tables, measured)
+        _keep(measured, save)
         if plot:
-            plots.draw([*(json.loads(Path(path).read_bytes()) for path in beside), result], plot)
+            plots.draw([*(json.loads(Path(path).read_bytes()) for path in beside), measured], plot)
     engine.close()
 
 
@@ -240,13 +241,13 @@ def check_files(save: str | None, plot: str | None, beside: tuple[str, ...]) -> 
             ) from None
 
 
-def _show(tables: list[list[dict]], result: dict) -> None:
+def _show(tables: list[list[dict[str, Any]]], result: dict[str, Any]) -> None:
     for table in tables:
         print("\n" + markdown(table))
     print("\n" + json.dumps(result))
 
 
-def _keep(result: dict, save: str | None) -> None:
+def _keep(result: dict[str, Any], save: str | None) -> None:
     if save:
         with open(save, "w") as f:
             json.dump(result, f)

@@ -12,7 +12,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.cli import run
@@ -22,7 +23,7 @@ from llama_tp.text.conversation import Answer, Conversation
 try:
     import termios
 except ImportError:  # not on Windows, where there is nothing to switch off
-    termios = None
+    termios = None  # type: ignore[assignment]  # asked for before it is used
 try:
     import httpx
     import prompt_toolkit
@@ -53,7 +54,7 @@ def main(
     markdown: bool = True,
     history_file: str = "~/.llama_tp_history",
     wait: float = 0.0,
-):
+) -> None:
     """Talk with a model that a server runs. /help inside lists the commands.
 
     Examples:
@@ -101,7 +102,7 @@ def main(
         console.print(
             f"{conversation.model} at {url}. /help lists the commands.", style="dim", markup=False
         )
-        read = session(history_file).prompt
+        read: Callable[[], str] = session(history_file).prompt
     else:
         read = iter(_piped()).__next__
     talk(conversation, server, read, console, markdown and console.is_terminal)
@@ -144,7 +145,8 @@ class Server:
             try:
                 reply = self.client.get(f"{self.root}/v1/models", timeout=10.0)
                 if reply.status_code != 503:
-                    return reply.raise_for_status().json()["data"][0]["id"]
+                    name: str = reply.raise_for_status().json()["data"][0]["id"]
+                    return name
                 said = "HTTP 503"
             except httpx.TransportError as error:
                 said = f"{type(error).__name__}: {error}"
@@ -163,7 +165,7 @@ class Server:
                 )
             time.sleep(0.2)
 
-    def stream(self, body: dict, answer: Answer) -> Iterator[str]:
+    def stream(self, body: dict[str, Any], answer: Answer) -> Generator[str, None, None]:
         """The pieces of an answer's text as they come; `answer` is kept up to date. UserError when
         the server refuses or fails."""
         sent, events = time.monotonic(), Events()
@@ -188,7 +190,7 @@ class Server:
         if not events.done and not answer.finish_reason:
             raise UserError("the server broke off", "the answer has no end", "/retry asks again")
 
-    def _piece(self, event: dict, answer: Answer, sent: float) -> Iterator[str]:
+    def _piece(self, event: dict[str, Any], answer: Answer, sent: float) -> Iterator[str]:
         if event.get("error"):
             raise UserError(
                 "the server failed", _message(json.dumps(event).encode()), "/retry asks again"
@@ -227,12 +229,12 @@ def _message(data: bytes) -> str:
     return " ".join(_CONTROL.sub(" ", text).split())[:300]
 
 
-def session(history_file: str, **terminal) -> "prompt_toolkit.PromptSession":
+def session(history_file: str, **terminal: Any) -> "prompt_toolkit.PromptSession[str]":
     """A prompt at which Enter sends, unless three quotes are open, and Alt-Enter makes a line."""
     keys = prompt_toolkit.key_binding.KeyBindings()
 
     @keys.add("enter")
-    def _(event):
+    def _(event: Any) -> None:
         text = event.current_buffer.text
         if text.startswith('"""') and text.count('"""') < 2:
             event.current_buffer.insert_text("\n")
@@ -240,7 +242,7 @@ def session(history_file: str, **terminal) -> "prompt_toolkit.PromptSession":
             event.current_buffer.validate_and_handle()
 
     @keys.add("escape", "enter")
-    def _(event):
+    def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
     return prompt_toolkit.PromptSession(
@@ -339,17 +341,17 @@ class CtrlC:
     """Ctrl-C raises KeyboardInterrupt while we wait for the next piece, and is remembered while we
     draw: half a drawing would be drawn again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pressed = self.waiting = False
 
     def __enter__(self) -> "CtrlC":
         self.before = signal.signal(signal.SIGINT, self._press)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self.before)
 
-    def _press(self, *_) -> None:
+    def _press(self, *_: object) -> None:
         self.pressed = True
         if self.waiting:
             self.waiting = False  # a second Ctrl-C does not interrupt the closing of the stream

@@ -49,11 +49,14 @@ import textwrap
 import time
 import types
 import typing
+from collections.abc import Callable
 
 import fire
 
 from llama_tp.arch.errors import UserError, mark_told
 from llama_tp.arch.options import PYTHON_ONLY, Help, Range, Without
+
+Main = Callable[..., None]
 
 # torchrun ends every rank when the first one leaves, so a worker that fails waits this long: if the
 # driver has failed too, it gets to say why, and torchrun ends the worker before the time is up. If
@@ -93,7 +96,7 @@ class Flag:
     def required(self) -> bool:
         return self.default is inspect.Parameter.empty
 
-    def value(self, text: str):
+    def value(self, text: str) -> typing.Any:
         """What `text` means for this flag; UserError when it means nothing."""
         if self.optional and self.kind is not str and text.lower() == "none":
             return None
@@ -112,7 +115,7 @@ class Flag:
         return value
 
 
-def run(main, argv: list[str] | None = None) -> None:
+def run(main: Main, argv: list[str] | None = None) -> None:
     """Check `argv` (default: the process's own) against `main`, call it, and turn UserError into
     one line and a code.
 
@@ -150,14 +153,14 @@ def run(main, argv: list[str] | None = None) -> None:
         sys.exit(INTERRUPTED)
 
 
-def flags_of(main) -> dict[str, Flag]:
+def flags_of(main: Main) -> dict[str, Flag]:
     """The flags that `main` declares, by name, those of its table in the table's order. TypeError
     for an annotation that no flag can have, and for a name that is there twice (our bugs)."""
     hints = typing.get_type_hints(main, include_extras=True)
     flags: dict[str, Flag] = {}
     for name, parameter in inspect.signature(main).parameters.items():
-        table, marks = _taken_apart(hints[name])
-        if dataclasses.is_dataclass(table):
+        table, marks = _unwrapped(hints[name])
+        if isinstance(table, type) and dataclasses.is_dataclass(table):
             without = [each for mark in marks if isinstance(mark, Without) for each in mark.names]
             found = [flag for flag in _options_of(table, name) if flag.name not in without]
         else:
@@ -175,7 +178,7 @@ def _options_of(table: type, parameter: str) -> list[Flag]:
     hints = typing.get_type_hints(table, include_extras=True)
     flags = []
     for field in dataclasses.fields(table):
-        if PYTHON_ONLY not in _taken_apart(hints[field.name])[1]:
+        if PYTHON_ONLY not in _unwrapped(hints[field.name])[1]:
             default = field.default
             if default is dataclasses.MISSING:
                 default = inspect.Parameter.empty
@@ -186,7 +189,7 @@ def _options_of(table: type, parameter: str) -> list[Flag]:
 
 def _flag(where: str, name: str, hint: object, default: object) -> Flag:
     """The flag that an annotation declares. TypeError for one that no flag can have."""
-    kind, marks = _taken_apart(hint)
+    kind, marks = _unwrapped(hint)
     found: dict[str, typing.Any] = {}
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kinds = [k for k in typing.get_args(kind) if k is not types.NoneType]
@@ -203,7 +206,7 @@ def _flag(where: str, name: str, hint: object, default: object) -> Flag:
     return Flag(name, kind, default=default, **found)
 
 
-def _taken_apart(hint: typing.Any) -> tuple[typing.Any, tuple]:
+def _unwrapped(hint: typing.Any) -> tuple[typing.Any, tuple[object, ...]]:
     """An annotation without `Annotated`, and the marks that stood in it."""
     # before 3.11, get_type_hints wraps one whose default is None in another Optional
     inner = [each for each in typing.get_args(hint) if each is not types.NoneType]
@@ -249,7 +252,8 @@ def parse(flags: dict[str, Flag], argv: list[str]) -> dict[str, object] | None:
         UserError: a word that is no flag, a flag without value or given twice, a wrong value, a
             missing flag.
     """
-    values, words = {}, list(argv)
+    values: dict[str, typing.Any] = {}
+    words = list(argv)
     previous = None  # the flag before, to explain a word that stands where a flag should
     while words:
         word = words.pop(0)
@@ -328,7 +332,10 @@ def _unknown(word: str, name: str, flags: dict[str, Flag]) -> UserError:
 
 
 def _stray_word(
-    word: str, previous: Flag | None, values: dict, flags: dict[str, Flag]
+    word: str,
+    previous: Flag | None,
+    values: dict[str, typing.Any],
+    flags: dict[str, Flag],
 ) -> UserError:
     if likely := [name for name in _likely_flags(word) if name in flags and name not in values]:
         fix = f"did you mean --{likely[0]} {word}?"
@@ -362,28 +369,27 @@ def check_can_be_written(flag: str, path: str) -> None:
         )
 
 
-def help_text(main, flags: dict[str, Flag]) -> str:
+def help_text(main: Main, flags: dict[str, Flag]) -> str:
     """`main`'s docstring, with each line that documents a flag turned into `--flag TYPE  text
     (default)`, and the options of its table under their titles."""
     width = max(60, min(110, shutil.get_terminal_size((100, 24)).columns))
     documented = inspect.cleandoc(main.__doc__ or "").splitlines()
     own = {m[1] for m in map(_FLAG_LINE.match, documented) if m}
-    for title, lines in _table_lines(flags, own).items():
-        documented = _put_under(title, lines, documented)
-    lines, entries = [], {}  # entries: flag name -> [index of its line, its text]
-    entry = None
+    for title, new in _table_lines(flags, own).items():
+        documented = _put_under(title, new, documented)
+    lines: list[str] = []
+    entries: dict[int, tuple[Flag, str]] = {}  # the place of a flag's line -> it, and its text
     for line in documented:
-        match = _FLAG_LINE.match(line)
+        match, last = _FLAG_LINE.match(line), len(lines) - 1
         if match and match[1] in flags:
-            entry = entries[match[1]] = [len(lines), match[2]]
+            entries[len(lines)] = flags[match[1]], match[2]
             lines.append("")
-        elif entry and line.startswith(" " * 8):
-            entry[1] += " " + line.strip()
+        elif last in entries and line.startswith(" " * 8):
+            entries[last] = entries[last][0], f"{entries[last][1]} {line.strip()}"
         else:
-            entry = None
             lines.append(line)
-    for name, (index, text) in entries.items():
-        lines[index] = _help_entry(flags[name], text, width)
+    for place, (flag, text) in entries.items():
+        lines[place] = _help_entry(flag, text, width)
     words = [" " + name.upper() for name, flag in flags.items() if flag.bare]
     return "\n".join([f"{_command()}{''.join(words)} [flags]", "", *lines])
 

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from llama_tp.arch.config import check_launch
 from llama_tp.arch.errors import UserError
@@ -42,7 +44,7 @@ def main(
     echo: bool = False,
     logprobs: int | None = None,
     json: bool = False,
-):
+) -> None:
     """Write text with a Llama 3 checkpoint, on one rank or, started by llama_tp.launch, on several.
 
     Examples:
@@ -96,7 +98,7 @@ def main(
     if options.chat_template != "meta" and not chat:
         raise UserError("--chat_template is for chats", "--chat is not set", "add --chat")
     check_launch(options.ckpt_dir, int(os.environ.get("WORLD_SIZE", 1)))
-    with said_of_flags():
+    with naming_flags():
         params = SamplingParams(
             max_tokens=max_gen_len,
             min_tokens=min_tokens,
@@ -193,7 +195,7 @@ def _line(line: str, number: int, file: str) -> str:
     if not line.startswith('"'):
         return line
     try:
-        text = json.loads(line)
+        text: str = json.loads(line)
     except ValueError as error:
         raise UserError(
             f'{file} line {number} begins with " and is no JSON string',
@@ -216,7 +218,7 @@ def biases_of(pairs: tuple[str, ...]) -> dict[int, float]:
 
 
 @contextlib.contextmanager
-def said_of_flags():
+def naming_flags() -> Iterator[None]:
     """A refusal by SamplingParams names this command's flags: --max_gen_len and not max_tokens."""
     names = {field.name: field.name for field in dataclasses.fields(SamplingParams)}
     names |= {"max_tokens": "max_gen_len", "n": "n_samples"}
@@ -232,13 +234,24 @@ def said_of_flags():
         raise UserError(said(error.what), said(error.found), said(error.fix)) from None
 
 
+class Sample(Protocol):
+    """What is read of the engine's samples, whose module imports torch."""
+
+    prompt: str
+    text: str
+    finish_reason: str | None
+
+    def as_json(self, echo: bool) -> dict[str, Any]: ...
+
+
 class Text:
     """Prints samples one after the other, each as it grows."""
 
     def __init__(self, echo: bool):
-        self.echo, self.shown = echo, None
+        self.echo = echo
+        self.shown: Sample | None = None
 
-    def __call__(self, sample) -> None:
+    def __call__(self, sample: Sample) -> None:
         if self.shown is not sample:
             self.shown = sample
             self.written = 0
@@ -255,7 +268,7 @@ class JsonLines:
     def __init__(self, echo: bool):
         self.echo = echo
 
-    def __call__(self, sample) -> None:
+    def __call__(self, sample: Sample) -> None:
         if sample.finish_reason:
             print(json.dumps(sample.as_json(self.echo), ensure_ascii=False), flush=True)
 

@@ -16,7 +16,7 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from llama_tp.arch.errors import TOLD, UserError
 from llama_tp.parallel.private_folder import PrivateFolder
@@ -24,6 +24,9 @@ from llama_tp.parallel.private_folder import PrivateFolder
 USAGE, FAILURE = 2, 1
 RANKS = ("generate", "batch", "bench")  # the commands that ranks run
 FOLDER = "LLAMA_TP_FOLDER"  # the private folder's path, in the environment of the ranks
+
+
+ProcessFailure = Any  # torch's, which is imported when the flags are right
 
 
 class Words(argparse.ArgumentParser):
@@ -209,10 +212,10 @@ def rendezvous(words: argparse.Namespace, folder: str) -> list[str]:
     ]
 
 
-def tell(rank: int, failure) -> int:
+def tell(rank: int, failure: ProcessFailure) -> int:
     """Says that a rank was killed, unless a rank has said why; any other failure has been printed
     by the rank itself. -> The code to leave with."""
-    code = failure.exitcode
+    code: int = failure.exitcode
     if code < 0 and not os.path.exists(os.environ[TOLD]):
         hint = (
             "often the machine is out of memory"

@@ -53,7 +53,7 @@ def main(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     max_gen_len: int | None = None,
-):
+) -> None:
     """Serve a Llama 3 checkpoint to OpenAI's clients, and to a browser at /.
 
     It starts torchrun itself, and starts it again when a rank dies: requests then go on where they
@@ -123,14 +123,17 @@ def main(
         from llama_tp.parallel.hard_exit import leave
         from llama_tp.server.link import RankEnd
 
-        link, loaded = None, []
-        if os.environ["RANK"] == "0":
-            # a server that goes while we load is not waited for; later the loop sees it, and ends
-            # in good order
-            link = RankEnd(link_path(), lambda: loaded or leave(1, "the HTTP server has gone"))
+        loaded: list[bool] = []
+
+        def server_has_gone() -> None:
+            # while we load, it is not waited for; later the loop sees it, and ends in good order
+            if not loaded:
+                leave(1, "the HTTP server has gone")
+
+        link = RankEnd(link_path(), server_has_gone) if os.environ["RANK"] == "0" else None
         engine = build(options)
         loaded.append(True)
-        if engine.is_driver:
+        if link is not None:  # the driver
             serve(engine, link)
             engine.dismiss()
         else:

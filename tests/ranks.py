@@ -1,7 +1,7 @@
-"""Real ranks for tests: a pool of gloo processes that run functions, and a torchrun that cannot
-outlive its test.
+"""Real processes for tests: a pool of gloo ranks that run functions, commands that start in
+milliseconds, and a torchrun that cannot outlive its test.
 
-    from tests.ranks import run, torchrun
+    from tests.ranks import command, run, torchrun
 
     def adds(ranks, n):                       # module level, so that the other processes find it
         return all_reduce(torch.full((n,), 1.0), ranks).tolist()
@@ -9,8 +9,14 @@ outlive its test.
     def test_adds():
         assert run(2, adds, 3) == [[2.0] * 3] * 2
 
+    def test_generate():
+        assert command("generate", "--prompt", "x", "--ckpt_dir", folder).returncode == 0
+
 The pool of each size is started at its first use and lives until the session ends. Results and
 arguments are pickled: that is for tests only.
+
+Importing torch takes 1 to 2 s of a core. Pools and commands are forked from a server that has done
+it (`FORK`). What `torchrun` launches, and the servers of tests/servers.py, are new processes.
 """
 
 import atexit
@@ -19,11 +25,13 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -33,6 +41,9 @@ from llama_tp.parallel.groups import close, init_ranks, single_rank
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 120  # for what must come, on a busy machine too: ends a hang, promises nothing
 _pools: dict[int, "Pool"] = {}
+# The process that children are forked from. It has no threads, and no state but imported modules.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["tests.preload"])
 
 
 class RankFailed(AssertionError):
@@ -61,12 +72,11 @@ class Pool:
     """tp processes, each with `Ranks` of its own, waiting for functions to call."""
 
     def __init__(self, tp: int):
-        context = multiprocessing.get_context("spawn")
         port = free_port()
         self.tp, self.pipes, self.processes = tp, [], []
         for rank in range(tp):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_rank_main, args=(rank, tp, port, theirs), daemon=True)
+            ours, theirs = FORK.Pipe()
+            process = FORK.Process(target=_rank_main, args=(rank, tp, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -129,6 +139,59 @@ def _rank_main(rank: int, tp: int, port: int, pipe) -> None:
             answer = (None, traceback.format_exc())
         pipe.send(answer)
     close(ranks)
+
+
+def command(
+    *words: str, stdin: str | bytes = "", env: dict[str, str] | None = None, code: int | None = None
+) -> subprocess.CompletedProcess:
+    """The finished `python -m llama_tp.WORDS`, with its stdout and stderr as text; one process.
+
+    It is forked from a process that has imported torch, so it starts in milliseconds. Arguments,
+    environment, standard streams, exit code, threads and signals are as in a new process. What a
+    command imports, and when, is not seen here: a test of that starts a new Python.
+
+    Args:
+        env: added to this process's environment.
+        code: fails the test unless the command ended with it.
+    """
+    env = {**os.environ, "LLAMA_TP_THREADS": "1", **(env or {})}
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name, stream) for stream in ("stdin", "stdout", "stderr")]
+        files[0].write_bytes(stdin if isinstance(stdin, bytes) else stdin.encode())
+        process = FORK.Process(target=_command, args=(files, words, env))
+        process.start()
+        process.join(PATIENCE_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        stdout, stderr = (file.read_text("utf-8") if file.exists() else "" for file in files[1:])
+    assert process.exitcode != -signal.SIGKILL, f"ended after {PATIENCE_S} s: {stdout}\n{stderr}"
+    assert code in (None, process.exitcode), stderr
+    return subprocess.CompletedProcess(words, process.exitcode, stdout, stderr)
+
+
+def _command(files: list[Path], words: tuple[str, ...], env: dict[str, str]) -> None:
+    """In the forked process: becomes `python -m llama_tp.WORDS` with these standard streams."""
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv, code = list(words), 0  # runpy puts the module's path in the first one's place
+    try:
+        runpy.run_module(f"llama_tp.{words[0]}", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # as every Python ends: threads are joined, then atexit functions run
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 @atexit.register

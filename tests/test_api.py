@@ -12,7 +12,7 @@ SCRIPTS = Path(__file__).parent / "scripts"
 DEMO = str(Path(__file__).parent.parent / "checkpoints" / "demo")
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_metas_script_prints_once(tp):
     """Its greedy lines at tp 2 need not be those of tp 1: the demo runs in bf16, and the script
     knows no --deterministic."""
@@ -49,7 +49,7 @@ def test_modern_calls_on_every_rank(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["1", pytest.param("0", marks=pytest.mark.slow)])
 def test_a_call_made_on_one_rank_only_ends_in_one_error(rank):
     with torchrun(2, [str(SCRIPTS / "one_sided.py"), DEMO, rank]) as job:
         assert job.wait() != 0

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "sampling": ["arch", "native", "parallel"],
     "engine": ["arch", "text", "native", "parallel", "checkpoint", "backends", "model", "sampling"],
     "protocol": ["arch", "text", "engine.request", "engine.delta"],
-    "batch_job": ["arch", "text", "protocol"],
+    "batch_job": ["arch", "text", "protocol", "engine.request", "engine.delta"],
     "server": [
         "arch",
         "text",
@@ -81,7 +81,7 @@ EXTRAS = {
 LATE = {"torch.nn.attention.varlen"}  # imports torch's compiler, a second, and only CUDA needs it
 
 NO_TORCH = re.compile(
-    r"__init__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.__init__|native\.(?!calls\b)\w+|"
+    r"__(init|main)__|cli|chat|launch|plan|parallel\.(__init__|private_folder)|sampling\.__init__|native\.(?!calls\b)\w+|"
     r"(arch|text|protocol|batch_job|server)\.\w+|"
     r"engine\.(__init__|request|delta|blocks|scheduler|step|masks)|benchmarks\.(__init__|table|plot)"
 )
@@ -199,8 +199,8 @@ def node_faults(name: str, node: ast.AST):
         word = node.id if isinstance(node, ast.Name) else node.attr
         if word in FORBIDDEN_NAMES:
             yield f"{word} has no place here"
-        if isinstance(node, ast.Attribute) and word == "argv" and name != "cli":
-            yield "argv is read in cli alone"
+        if isinstance(node, ast.Attribute) and word == "argv" and name not in ("cli", "__main__"):
+            yield "argv is read in cli alone, and where a command is found"
     if isinstance(node, ast.Call):
         keywords = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
         function = ast.unparse(node.func)

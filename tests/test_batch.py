@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import PATIENCE_S, torchrun
+from tests.ranks import PATIENCE_S, command, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ["--ckpt_dir", str(ROOT / "checkpoints/demo"), "--device", "cpu"]
@@ -88,10 +88,8 @@ def batch(
     source: Path | str, target: Path | str, *more: str, rows: int = 4, code: int = 0
 ) -> subprocess.CompletedProcess:
     """The finished command on one rank; fails the test unless it ended with `code`."""
-    command = [sys.executable, *words(source, target, *more, rows=rows)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=200)
-    assert done.returncode == code, done.stderr
-    return done
+    _, module, *rest = words(source, target, *more, rows=rows)
+    return command(module.removeprefix("llama_tp."), *rest, code=code)
 
 
 def answers(target: Path) -> list[dict]:
@@ -177,7 +175,12 @@ def test_another_batch_size_and_a_finished_file(forty, tmp_path):
     assert (
         "all 40 lines" in done.stderr and "ready" not in done.stderr and target.read_bytes() == data
     )
-    # the other ranks hear that there is nothing to do
+
+
+@pytest.mark.slow
+def test_the_other_ranks_of_a_finished_job_hear_that_there_is_nothing_to_do(forty, tmp_path):
+    source, data = forty
+    target = finished(forty, tmp_path)
     with torchrun(2, words(source, target)) as job:
         assert job.wait() == 0 and "ready" not in job.stderr
     assert target.read_bytes() == data
@@ -189,14 +192,19 @@ def kill(job, who: str) -> None:
     job.wait()
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(forty, tmp_path):
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [("0", 7)],
+        pytest.param([("0", 6), ("1", 15), ("torchrun", 27)], marks=pytest.mark.slow),
+    ],
+    ids=["writer", "each"],
+)
+def test_killed_anywhere_it_ends_with_the_same_bytes(kills, forty, tmp_path):
+    """`kills`: who is killed, and after how many lines. Rank 0 is the one that writes."""
     source, data = forty
-    target, dice = tmp_path / "out.jsonl", random.Random(7)
-    for who, goal in [
-        ("0", dice.randint(1, 10)),
-        ("1", dice.randint(11, 20)),
-        ("torchrun", dice.randint(21, 32)),
-    ]:
+    target = tmp_path / "out.jsonl"
+    for who, goal in kills:
         with torchrun(2, words(source, target)) as job:
             while n_lines(target) < goal:
                 assert job.process.poll() is None, job.stderr
@@ -373,11 +381,15 @@ def test_failed_lines_are_run_again_in_their_places(forty, tmp_path):
     # skipped, but not forgotten
     assert "2 of 40 lines failed" in done.stderr and "ready" not in done.stderr
     assert target.read_bytes() == b"".join(lines)
-    with torchrun(2, words(source, target, "--retry_failed")) as job:
-        retry = tmp_path / "out.jsonl.retry"
-        while n_lines(retry) < 10 and job.process.poll() is None:
+    retry = tmp_path / "out.jsonl.retry"
+    with subprocess.Popen(
+        [sys.executable, *words(source, target, "--retry_failed")],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    ) as one:
+        while n_lines(retry) < 10 and one.poll() is None:
             time.sleep(0.002)
-        kill(job, "0")
+        one.kill()
     batch(source, target, "--retry_failed")
     assert target.read_bytes() == data and not retry.exists()
 
@@ -454,6 +466,7 @@ def small_disk(folder: Path, size: str):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_the_job_goes_on_when_there_is_room(forty, tmp_path):
     source, data = forty
     with small_disk(tmp_path / "disk", "64k") as disk:

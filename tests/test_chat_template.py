@@ -15,6 +15,7 @@ from llama_tp.batch import TEMPLATES_DATE
 from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.template import open_template
 from llama_tp.text.tokenizer import open_tokenizer
+from tests import ranks
 from tests.checkpoint.make import random_weights, write_hf
 from tests.ranks import ROOT
 from tests.servers import serving
@@ -68,24 +69,7 @@ def ids_of(folder: Path, now: datetime, **options) -> list[int]:
 
 
 def command(name: str, folder: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            f"llama_tp.{name}",
-            "--ckpt_dir",
-            str(folder),
-            "--device",
-            "cpu",
-            *words,
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=100,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+    return ranks.command(name, "--ckpt_dir", str(folder), "--device", "cpu", *words, code=code)
 
 
 def test_the_template_is_not_metas_format(folder):

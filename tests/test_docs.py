@@ -47,9 +47,11 @@ OTHERS = {
     "include",
     "local_dir",  # hf download's
     "slow",
+    "rewrite",
     "dry_run",
     "help",
-}  # pytest's here, single_node.sh's, everybody's
+    "quick",
+}  # pytest's here, single_node.sh's, everybody's, parity.py's
 
 
 def flags_of(name: str) -> dict:

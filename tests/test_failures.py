@@ -54,7 +54,7 @@ def ended(job, promised_s: float) -> str:
     return errors(job)[0]
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_job(rank):
     with torchrun(2, ENDLESS) as job:
         generating(job)
@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_job(rank):
         assert f"rank {rank} " in (message := ended(job, 30)) and "died" in message
 
 
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_stopped_rank_ends_the_job(rank):
     with torchrun(2, [*ENDLESS, "--step_timeout", "4"]) as job:
         generating(job)
@@ -82,6 +82,7 @@ def test_a_rank_stopped_while_it_imports_ends_the_job(rank):
         assert f"rank {rank} has not come within 5 s" in ended(job, 60)
 
 
+@pytest.mark.slow
 def test_a_killed_torchrun_leaves_no_rank_behind():
     with torchrun(2, ENDLESS) as job:
         generating(job)
@@ -92,11 +93,19 @@ def test_a_killed_torchrun_leaves_no_rank_behind():
 @pytest.mark.parametrize(
     "fault, says",
     [
-        ("1:load:raise", "rank 1: ValueError: a fault was planted here"),
+        pytest.param(
+            "1:load:raise",
+            "rank 1: ValueError: a fault was planted here",
+            marks=pytest.mark.slow,
+        ),
         ("1:step:raise", "rank 1: ValueError: a fault was planted here"),
-        ("0:step:raise", "rank 0: ValueError: a fault was planted here"),
+        pytest.param(
+            "0:step:raise",
+            "rank 0: ValueError: a fault was planted here",
+            marks=pytest.mark.slow,
+        ),
         ("1:step:hang", "hangs"),
-        ("1:load:exit", "died during load"),
+        pytest.param("1:load:exit", "died during load", marks=pytest.mark.slow),
     ],
 )
 def test_a_faulty_rank_ends_the_job(fault, says):
@@ -127,6 +136,7 @@ def test_a_truncated_shard_ends_every_rank(tmp_path):
     assert "consolidated.01.pth" in message and "again" in message
 
 
+@pytest.mark.slow
 def test_two_nodes_on_one_host():
     """Two torchrun agents, one rank each, write the text of one torchrun with two ranks; only rank
     0 prints."""

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from llama_tp.arch.errors import UserError
 from llama_tp.generate import biases_of, prompts_of
 from llama_tp.text.tokenizer import open_tokenizer
-from tests.ranks import torchrun
+from tests.ranks import command, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ["--ckpt_dir", "checkpoints/demo", "--max_seq_len", "256"]
@@ -25,16 +24,7 @@ KEYS = ["prompt", "generation", "tokens", "finish_reason", "logprobs"]
 
 def generate(*words: str, stdin: str = "", code: int = 0) -> subprocess.CompletedProcess:
     """The finished command; fails the test unless it ended with `code`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.generate", *words],
-        cwd=ROOT,
-        input=stdin,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=100,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+    return command("generate", *words, stdin=stdin, code=code)
 
 
 def lines(*words: str, **options) -> list[dict]:
@@ -165,7 +155,7 @@ def test_chat_wraps_the_prompt_and_keeps_its_text_plain(tokenizer):
     assert eot not in tokenizer.encode(prompt)
 
 
-@pytest.mark.parametrize("temperature", ["0", "1"])
+@pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_two_ranks_print_what_one_does(temperature):
     words = [
         *DEMO,

@@ -6,6 +6,8 @@ every logit that a token was chosen from, at every tp, in every company, chunkin
 prefix hit, in fp32 and bf16.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from tests.engines import engine, serve
 from tests.ranks import run
 from tests.shapes import SHRUNK
 
-TPS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)]
+TPS = [1, 2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (4, 8))]
 PROMPTS = [
     [(i * k * k + 5 * k + i) % 260 for k in range(n)]
     for i, n in enumerate((5, 33, 70, 1, 290, 17), start=1)
@@ -37,6 +39,14 @@ CROWD = [
 ] + [("again", PROMPTS[4], GREEDY)]
 TIGHT = {"n_blocks": 20, "max_rows": 6, "step_tokens": 24, "arrivals": 1}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def cases(*choices, quick: list[tuple]) -> list:
+    """Each choice of each at tp 1, 2, 4 and 8; slow unless named in `quick`."""
+    return [
+        pytest.param(*case, marks=[] if case in quick else pytest.mark.slow)
+        for case in itertools.product(*choices, (1, 2, 4, 8))
+    ]
 
 
 def served(tp: int, requests, **options):
@@ -115,8 +125,7 @@ def test_the_same_seed_gives_the_same_tokens_at_every_tp(shape, tp):
     assert tokens == expected and len({tuple(ids) for ids in tokens.values()}) == 2 * len(SEEDED)
 
 
-@pytest.mark.parametrize("tp", TPS)
-@pytest.mark.parametrize("shape", ["1b", "mha"])
+@pytest.mark.parametrize("shape, tp", cases(["1b", "mha"], quick=[("1b", 1), ("mha", 2)]))
 def test_replayed_decodes_and_steps_planned_ahead_change_no_token(shape, tp):
     """As on CUDA: greedy, filtered and driver-chosen tokens, in a crowd that preempts, against the
     plain way."""
@@ -151,20 +160,31 @@ def baseline():
     return of
 
 
-@pytest.mark.parametrize("tp", TPS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape, fast",
-    [
-        ("1b", True),
-        ("8b", True),
-        ("wide", True),
-        ("8b", False),
-        *(pytest.param(big, True, marks=pytest.mark.slow) for big in ("70b", "405b")),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "fast" if value else "plain",
+    "shape, dtype, tp",
+    cases(
+        ["1b", "8b", "wide", "70b", "405b"],
+        DTYPES,
+        quick=[
+            ("1b", "bf16", 2),
+            ("8b", "bf16", 1),
+            ("8b", "bf16", 2),
+            ("8b", "bf16", 4),
+            ("8b", "fp32", 2),
+            ("wide", "bf16", 2),
+        ],
+    ),
 )
-def test_deterministic_bits(shape, fast, dtype, tp, baseline):
+def test_deterministic_bits(shape, dtype, tp, baseline):
+    deterministic_bits(shape, dtype, tp, baseline)
+
+
+@pytest.mark.parametrize("dtype, tp", cases(DTYPES, quick=[("bf16", 2)]))
+def test_deterministic_bits_in_plain_torch(dtype, tp, baseline):
+    deterministic_bits("8b", dtype, tp, baseline, fast=False)
+
+
+def deterministic_bits(shape, dtype, tp, baseline, fast=True):
     """--deterministic: alone at tp 1 = together at tp n = in a crowd with chunks, preemptions and
     prefix hits at tp n."""
     options = {"config": SHRUNK[shape], "dtype": DTYPES[dtype], "deterministic": True, "fast": fast}

@@ -23,7 +23,7 @@ from tests.ranks import PATIENCE_S, ROOT, run, torchrun
 DEMO = ROOT / "checkpoints" / "demo"
 PROMPTS = [[1256, 74, 300, 9, 9, 1000], [5], list(range(700, 760))]
 REQUESTS = [(str(i), ids, {"temperature": 0.0, "max_tokens": 12}) for i, ids in enumerate(PROMPTS)]
-TPS = [1, 2, 4, pytest.param(8, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
+TPS = [1, 2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (4, 8, 16))]
 EIGHT = ModelConfig(
     dim=128, n_layers=2, n_heads=16, n_kv_heads=8, head_dim=8, ffn_dim=256, vocab_size=1512
 )
@@ -36,7 +36,7 @@ def serve_folder(ranks, folder: str):
     for weight in table(source.config):  # rank 0 of 1 gives the whole weights ...
         whole[weight.name] = torch.empty(weight.shape)
     alone = ShardMap.even(source.config, 1).shard(0)
-    for _ in load(source, alone, lambda weight: whole[weight.name]):
+    for _ in load(source, alone, lambda weight, _: whole[weight.name]):
         pass
     model_parts = {}
     source = open_checkpoint(folder)
@@ -44,7 +44,7 @@ def serve_folder(ranks, folder: str):
     for weight in load(
         source,
         shard,
-        lambda w: model_parts.setdefault(w.name, torch.empty(w.local_shape(shard))),
+        lambda w, t: model_parts.setdefault(w.name, torch.empty(t.local_shape(w, shard))),
     ):
         # ... of which this rank's part is a slice
         part = weight.part(shard)
@@ -185,7 +185,7 @@ def hf_folder(tmp_path_factory):
     return folder, theirs, library
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_hf_folder_generates_what_transformers_does(hf_folder, tp):
     folder, theirs, library = hf_folder
     prompt = "wherefore art thou"

@@ -7,6 +7,7 @@ Python API, and the page OPTIONS.md, which also lists each environment variable.
 import ast
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Annotated
 
 import pytest
 
-from llama_tp import cli, launch
+from llama_tp import Llama, cli, launch
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.options import EngineOptions, Help, Range, Without
 from llama_tp.serve import words_of
@@ -149,6 +150,14 @@ def test_the_ranks_are_given_what_the_server_was():
     given = cli.arguments(flags, cli.parse(flags, words_of(options)))
     # the server encodes dialogs itself
     assert given == {"options": dataclasses.replace(options, chat_template="meta")}
+
+
+def test_build_has_metas_parameters_in_metas_order():
+    metas = ["ckpt_dir", "tokenizer_path", "max_seq_len", "max_batch_size"]
+    metas += ["model_parallel_size", "seed"]
+    assert [*inspect.signature(Llama.build).parameters][:6] == metas
+    with pytest.raises(UserError, match="Llama.build has no argument speed - use ckpt_dir, "):
+        Llama.build("D", speed=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 
 from llama_tp.arch.errors import UserError
 from llama_tp.serve import check_names, check_origins
-from tests.ranks import PATIENCE_S, ROOT, free_pair, is_alive
+from tests.ranks import PATIENCE_S, ROOT, command, free_pair, is_alive
 from tests.servers import DEMO, serving
 
 FAULTS = str(Path(__file__).parent / "scripts" / "faults")
@@ -89,8 +89,8 @@ def calm(server):
 @pytest.mark.parametrize(
     "rank, number",
     [
-        (0, signal.SIGKILL),
         (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),  # as scripts/fake_rank.py dies
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
     ],
 )
@@ -402,38 +402,19 @@ def test_a_full_queue_is_429_with_retry_after(server):
     ],
 )
 def test_a_bad_launch_is_one_line(words, code, says):
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.serve", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = command("serve", *words)
     assert done.returncode == code and done.stderr.startswith("error: ") and says in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_port_that_is_taken_is_one_line(server):
     port = server.url.rpartition(":")[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.serve", "--ckpt_dir", str(DEMO), "--port", port],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = command("serve", "--ckpt_dir", str(DEMO), "--port", port)
     assert done.returncode == 1 and f"cannot listen at 127.0.0.1:{port}" in done.stderr
 
 
 def test_torchrun_is_not_the_way_to_start_it():
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.serve", "--ckpt_dir", str(DEMO)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "RANK": "0"},
-    )
+    done = command("serve", "--ckpt_dir", str(DEMO), env={"RANK": "0"})
     assert done.returncode == 1 and "serve starts its ranks itself" in done.stderr
 
 
@@ -478,15 +459,7 @@ def test_names_and_origins_that_nobody_could_send():
     ],
 )
 def test_what_cannot_be_served_is_told_at_once(words, env, says):
-    command = [sys.executable, "-m", "llama_tp.serve", "--port", "0", *words]
-    command += [] if "--ckpt_dir" in words else ["--ckpt_dir", str(DEMO)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **env},
-        capture_output=True,
-        encoding="utf-8",
-        timeout=30,
-    )
+    demo = [] if "--ckpt_dir" in words else ["--ckpt_dir", str(DEMO)]
+    done = command("serve", "--port", "0", *words, *demo, env=env)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr
     assert done.stderr.count("\n") == 1

@@ -7,9 +7,10 @@ Sources: meta-llama/llama-models `models/llama3/args.py` (key names, FFN width r
 
 import os
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from llama_tp.arch.errors import UserError, short
-from llama_tp.arch.json_file import REQUIRED, Fields, key_name, read_json
+from llama_tp.arch.json_file import D, Fields, key_name, read_json
 
 MAX_TP = 256  # beyond any Llama's head count: bounds the search for possible degrees
 # K-chunks of a row-parallel product; tp 1, 2, 4 and 8 share one summation tree
@@ -23,6 +24,7 @@ MAX_HEADS = 4096
 MAX_WIDTH = 1 << 20  # dim, head_dim and what the FFN's width is rounded to
 MAX_ROWS = 1 << 26  # of the vocabulary, and of the FFN
 MAX_POSITIONS = 1 << 31
+LEAST_FACTOR, MOST_FACTOR = 1e-6, 1e6  # of RoPE's frequencies
 
 # mp16 last: it stores KV heads twice
 META_FOLDERS = ("", "original", "original/mp8", "original/mp16")
@@ -178,7 +180,7 @@ _META_KNOWN = {
 
 
 def from_params(
-    raw: dict, vocab_size: int | None = None, where: str = "params.json"
+    raw: dict[str, Any], vocab_size: int | None = None, where: str = "params.json"
 ) -> ModelConfig:
     """ModelConfig from Meta's params (also nested under "model").
 
@@ -251,8 +253,8 @@ def _theta(config: Fields, default: float) -> float:
     return config.number("rope_theta", default, least=1, most=1e30)
 
 
-def _factor(config: Fields, key: str, default=REQUIRED) -> float:
-    return config.number(key, default, least=1e-6, most=1e6)
+def _factor(config: Fields, key: str, default: D) -> float | D:
+    return config.number(key, default, least=LEAST_FACTOR, most=MOST_FACTOR)
 
 
 def _meta_scaling(params: Fields, dim: int) -> tuple[RopeScaling | None, tuple[str, ...]]:
@@ -283,7 +285,7 @@ _HF_REFUSED = {
 }
 
 
-def from_hf(raw: dict, where: str = "config.json") -> ModelConfig:
+def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """ModelConfig from an HF config of the Llama architecture. Raises UserError for anything that
     would be ignored
     and matters: biases, quantisation, another architecture, an unknown rope type."""
@@ -359,9 +361,8 @@ def _hf_scaling(config: Fields, rope: Fields, max_context: int) -> RopeScaling |
     # standardize_rope_params.
     key = "original_max_position_embeddings"
     original = rope.whole(key, max_context, most=MAX_POSITIONS)
-    return RopeScaling(
-        _factor(rope, "factor"), low, high, config.whole(key, original, most=MAX_POSITIONS)
-    )
+    factor = rope.number("factor", least=LEAST_FACTOR, most=MOST_FACTOR)
+    return RopeScaling(factor, low, high, config.whole(key, original, most=MAX_POSITIONS))
 
 
 def folded(config: ModelConfig, repeat: int) -> ModelConfig:
@@ -381,7 +382,8 @@ def with_rope_factor(config: ModelConfig, factor: float | None) -> ModelConfig:
     """The config with the user's RoPE factor in place of the file's (None: unchanged)."""
     if factor is None:
         return config
-    factor = _factor(Fields({"--rope_factor": factor}, "the launch"), "--rope_factor")
+    launch = Fields({"--rope_factor": factor}, "the launch")
+    factor = launch.number("--rope_factor", least=LEAST_FACTOR, most=MOST_FACTOR)
     if config.rope_scaling is None:
         raise UserError(
             "--rope_factor has nothing to change",
@@ -391,7 +393,7 @@ def with_rope_factor(config: ModelConfig, factor: float | None) -> ModelConfig:
     return replace(config, rope_scaling=replace(config.rope_scaling, factor=factor))
 
 
-def as_params(config: ModelConfig) -> dict:
+def as_params(config: ModelConfig) -> dict[str, Any]:
     """What `from_params` reads back to the same shape: the JSON that our own writer puts beside
     Meta-layout shards."""
     plain = {

@@ -11,23 +11,16 @@ as absent, as in transformers.
 
 import json
 import math
-import reprlib
+from typing import Any, Final, TypeVar, overload
 
-from llama_tp.arch.errors import UserError
+from llama_tp.arch.errors import UserError, short
 from llama_tp.arch.regular_file import AGAIN, read_file
 
 # bytes; the largest known, tokenizer_config.json with 10^4 added tokens, has 2 MB
 MAX_JSON = 16 << 20
-REQUIRED = object()  # the default of a key that has none
+D = TypeVar("D")  # what a caller gives as the default: a value of the same type, or None
+_REQUIRED: Final[Any] = object()  # the default of a key that has none
 _FIX = "correct it or download it again"
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 40
-
-
-def short(value) -> str:
-    """What a value looks like, for a message: at most 80 characters, without control characters."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def key_name(key: str) -> str:
@@ -35,7 +28,7 @@ def key_name(key: str) -> str:
     return key if key.isprintable() and len(key) <= 80 else short(key)
 
 
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(object_pairs_hook=)`: a key given twice is an error, where plain JSON readers
     keep the last."""
     found = dict(pairs)
@@ -48,7 +41,7 @@ def unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return found
 
 
-def read_json(path: str, most: int = MAX_JSON) -> dict:
+def read_json(path: str, most: int = MAX_JSON) -> dict[str, Any]:
     """The JSON object in a regular file of at most `most` bytes. A byte order mark and CRLF are
     accepted; anything else odd, also a key that stands there twice, is a UserError."""
     raw = read_file(path, most)
@@ -74,17 +67,27 @@ class Fields:
     key, for a missing key without default and for anything else.
     """
 
-    def __init__(self, raw: dict, where: str):
+    def __init__(self, raw: dict[str, Any], where: str) -> None:
         self.raw, self.where = raw, where
 
-    def whole(self, key: str, default=REQUIRED, *, least: int = 1, most: int) -> int | None:
+    @overload
+    def whole(self, key: str, *, least: int = 1, most: int) -> int: ...
+    @overload
+    def whole(self, key: str, default: D, *, least: int = 1, most: int) -> int | D: ...
+    def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 1, most: int) -> int | Any:
         """A whole number from `least` to `most`. 8192.0 is one too; true is none."""
         value = self._value(key, default)
         if value is default or _is_number(value) and least <= value <= most and value == int(value):
             return value if value is default else int(value)
         raise self.wrong(key, f"a whole number from {least:,} to {most:,}")
 
-    def number(self, key: str, default=REQUIRED, *, least: float, most: float) -> float | None:
+    @overload
+    def number(self, key: str, *, least: float, most: float) -> float: ...
+    @overload
+    def number(self, key: str, default: D, *, least: float, most: float) -> float | D: ...
+    def number(
+        self, key: str, default: Any = _REQUIRED, *, least: float, most: float
+    ) -> float | Any:
         """A finite number from `least` to `most`, as a float."""
         value = self._value(key, default)
         if value is default or _is_number(value) and least <= value <= most:
@@ -93,9 +96,14 @@ class Fields:
 
     def flag(self, key: str, default: bool = False) -> bool:
         """true or false."""
-        return self._of_type(key, default, bool, "true or false")
+        found: bool = self._of_type(key, default, bool, "true or false")
+        return found
 
-    def text(self, key: str, default=REQUIRED) -> str | None:
+    @overload
+    def text(self, key: str) -> str: ...
+    @overload
+    def text(self, key: str, default: D) -> str | D: ...
+    def text(self, key: str, default: Any = _REQUIRED) -> str | Any:
         return self._of_type(key, default, str, "a text")
 
     def object(self, key: str) -> "Fields":
@@ -108,9 +116,9 @@ class Fields:
             f"{self.where}: {key} must be {wanted}", f"found {short(self.raw.get(key))}", _FIX
         )
 
-    def _value(self, key: str, default):
+    def _value(self, key: str, default: Any) -> Any:
         value = self.raw.get(key)
-        if value is None and default is REQUIRED:
+        if value is None and default is _REQUIRED:
             names = ", ".join(key_name(name) for name in sorted(self.raw)[:20]) + (
                 ", ..." if len(self.raw) > 20 else ""
             )
@@ -121,14 +129,14 @@ class Fields:
             )
         return default if value is None else value
 
-    def _of_type(self, key: str, default, kind: type, wanted: str):
+    def _of_type(self, key: str, default: Any, kind: type, wanted: str) -> Any:
         value = self._value(key, default)
         if value is default or isinstance(value, kind):
             return value
         raise self.wrong(key, wanted)
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     """Whether a value is an int or a finite float. JSON as Python reads it has NaN, Infinity and
     1e400, which is inf, too."""
     return type(value) is int or type(value) is float and math.isfinite(value)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.shard_map import Shard
+from llama_tp.arch.weight_format import FormatOf, all_dense, held_bytes
 from llama_tp.arch.weights import table
 
 GIB = 1 << 30
@@ -22,19 +23,13 @@ def counted(n: int) -> str:
     )
 
 
-def weight_bytes(shard: Shard, itemsize: int) -> int:
-    """Resident weights of one rank, padding included."""
-    total = 0
-    for weight in table(shard.config):
-        size = itemsize
-        for n in weight.local_shape(shard):
-            size *= n
-        total += size
-    return total
+def weight_bytes(shard: Shard, itemsize: int, format_of: FormatOf = all_dense) -> int:
+    """Resident weights of one rank, padding included. itemsize: of the activations' dtype."""
+    return sum(held_bytes(format_of, each, shard, itemsize) for each in table(shard.config))
 
 
 def kv_bytes_per_token(shard: Shard, itemsize: int) -> int:
-    """Keys and values of one position on one rank."""
+    """Keys and values of one position on one rank. itemsize: of the cache's dtype."""
     config = shard.config
     return 2 * config.n_layers * shard.kv_heads.width * config.head_dim * itemsize
 

@@ -3,13 +3,13 @@
 A sum over K is cut into chunks. A rank that holds a run of chunks computes a subtree of that tree.
 """
 
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 
 class Addable(Protocol):
     """What has a +: tensors, and numbers in tests."""
 
-    def __add__(self, other, /): ...
+    def __add__(self, other: Any, /) -> Any: ...
 
 
 A = TypeVar("A", bound=Addable)

@@ -11,7 +11,8 @@ from llama_tp.batch_job.lines import custom_id_of, lines_of, order_of, read_line
 from llama_tp.protocol.defaults import SamplingDefaults
 from llama_tp.protocol.errors import RequestError, invalid
 from llama_tp.protocol.forms import check_form
-from llama_tp.protocol.order import Order, ServedModel
+from llama_tp.protocol.order import ServedModel
+from llama_tp.text.grammar import Form
 from llama_tp.text.grammar_pool import GrammarPool
 
 MAX_SHOWN = 20  # bad lines listed one by one
@@ -47,15 +48,16 @@ def check_lines(path: str, model: ServedModel, defaults: SamplingDefaults, key: 
         wrong.append(False)
         try:
             order = order_of(read_line(raw, number), model, defaults, key)
-            if order.form_field:
-                forms.check(order)
+            form = order.requests[0].params.form
+            if order.form_field and form:
+                forms.check(order.form_field, form)
         except RequestError as error:
             checked.bad(number, error)
             wrong[-1] = True
     forms.close()
     ids = np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
-    order = np.argsort(ids, kind="stable")
-    again = order[1:][ids[order[1:]] == ids[order[:-1]]].tolist()
+    by_id = np.argsort(ids, kind="stable")
+    again = by_id[1:][ids[by_id[1:]] == ids[by_id[:-1]]].tolist()
     checked.duplicates = {numbers[i] for i in again}
     for i in again:
         if not wrong[i]:
@@ -68,14 +70,15 @@ class _Forms:
     two."""
 
     def __init__(self, model: ServedModel):
-        self._model, self._pool, self._good = model, None, set()
+        self._model = model
+        self._pool: GrammarPool | None = None
+        self._good: set[int] = set()
 
-    def check(self, order: Order) -> None:
-        """Raises RequestError for a form that cannot be followed."""
-        form = order.requests[0].params.form
+    def check(self, field: str, form: Form) -> None:
+        """Raises RequestError for a form that cannot be followed; `field` has asked for it."""
         if hash(form) not in self._good:
             self._pool = self._pool or GrammarPool(self._model.tokenizer)
-            check_form(order.form_field, form, self._pool)
+            check_form(field, form, self._pool)
             self._good.add(hash(form))
 
     def close(self) -> None:

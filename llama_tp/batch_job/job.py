@@ -1,8 +1,8 @@
-"""What a batch job is: an input, an output, a model and parameters, under one key from which all
-ids and seeds follow.
+"""A batch job: an input, an output, a model and parameters. The digest of all of them is the job's
+key, from which all ids and seeds are derived.
 
-`open_job` finds out whether the output can be begun or gone on with, before a model is loaded.
-Knows no engine.
+`open_job` decides, before a model is loaded, whether the output can be begun or continued. Knows no
+engine.
 """
 
 import contextlib
@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.regular_file import open_regular
@@ -44,13 +45,13 @@ class Job:
     defaults: SamplingDefaults
     key: bytes
     sidecar: Path
-    description: dict
+    description: dict[str, Any]
     target: Journal
     n_lines: int
     duplicates: frozenset[int]
     n_failed: int = 0
     old: Journal | None = None
-    input_state: tuple = ()
+    input_state: tuple[int, ...] = ()
 
     @property
     def created(self) -> int:
@@ -74,7 +75,7 @@ class Job:
             beginning(self.custom_id(raw, number), self.key) for number, raw in lines_of(self.input)
         )
 
-    def computed_by(self, computed: dict) -> None:
+    def computed_by(self, computed: dict[str, Any]) -> None:
         """Notes how the lines are computed from now on. Raises UserError if those that are done
         were computed otherwise."""
         before = self.description.get("computed")
@@ -107,10 +108,10 @@ def open_job(
     output: str,
     model: ServedModel,
     defaults: SamplingDefaults,
-    made_of: dict,
+    made_of: dict[str, Any],
     skip_bad: bool,
     retry_failed: bool,
-    tell,
+    tell: Callable[[str], None],
 ) -> Job:
     """Locks the output, checks the input's lines unless that has been done, and counts what is
     done.
@@ -162,7 +163,7 @@ def _recover(job: Job, retry: Path, retry_failed: bool) -> None:
         retry.unlink()
 
 
-def _description(journal: Journal, sidecar: Path, made_of: dict) -> dict | None:
+def _description(journal: Journal, sidecar: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
     """What is known about the job that the output belongs to; None if it belongs to none yet."""
     old = read_job(sidecar)
     if journal.is_empty:
@@ -187,11 +188,11 @@ def _checked(
     input: str,
     model: ServedModel,
     defaults: SamplingDefaults,
-    made_of: dict,
+    made_of: dict[str, Any],
     key: bytes,
     skip_bad: bool,
-    tell,
-) -> dict:
+    tell: Callable[[str], None],
+) -> dict[str, Any]:
     started = time.monotonic()
     checked = check_lines(input, model, defaults, key)
     if not checked.n_lines:
@@ -219,7 +220,7 @@ def _checked(
     }
 
 
-def _state(path: str) -> tuple:
+def _state(path: str) -> tuple[int, ...]:
     """What differs as soon as a file is written to or replaced; () for one that is gone."""
     with contextlib.suppress(OSError):
         found = os.stat(path)

@@ -1,9 +1,9 @@
-"""A batch job's output file: whole lines, in the input's order, that outlive any end of the process
+"""A batch job's output file: whole lines in the input's order, which survive any end of the process
 that writes them.
 
-Line i answers line i of the input, so what is done is a prefix, and going on means counting lines.
-Beside it, in NAME.job, stands what the job is made of; a file that was made from something else is
-not touched. One process at a time.
+Line i answers line i of the input. What is done is a prefix, so a job continues after the last
+whole line. The file NAME.job beside it records what the answers depend on; an output with another
+record is not touched. One process writes at a time.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.batch_job.lines import has_failed
@@ -82,7 +83,7 @@ class Journal:
                 fits = expected is not None and line[: len(expected)] == expected[: len(line)]
                 if fits and not line.endswith(b"\n"):  # torn
                     break
-                if not (fits and line.endswith(b"}\n")):  # no crash leaves this
+                if expected is None or not (fits and line.endswith(b"}\n")):  # no crash leaves this
                     raise UserError(
                         f"--output {self.path} is not what this job has written",
                         f"line {self.n_lines + 1} does not answer that line of the input",
@@ -149,7 +150,7 @@ class Journal:
         _sync_folder(path)
 
 
-def read_job(path: Path) -> dict | None:
+def read_job(path: Path) -> dict[str, Any] | None:
     """What stands in a job's sidecar; None if there is none. Raises UserError for one that cannot
     be read."""
     try:
@@ -164,7 +165,7 @@ def read_job(path: Path) -> dict | None:
         raise UserError(f"{path} cannot be read", str(error)[:200], fix) from None
 
 
-def write_job(path: Path, job: dict) -> None:
+def write_job(path: Path, job: dict[str, Any]) -> None:
     """Writes a sidecar: all of it or nothing. Raises UserError when the disk does not take it."""
     part = path.with_name(path.name + ".part")
     try:
@@ -180,7 +181,7 @@ def write_job(path: Path, job: dict) -> None:
         raise UserError(f"{path} cannot be written", str(error.strerror), RESUME) from None
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What two jobs are made of that is not the same, in words."""
     found = []
     for name in sorted(old.keys() | new.keys()):

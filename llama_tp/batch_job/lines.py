@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.defaults import SamplingDefaults
@@ -31,7 +32,7 @@ class Line:
 
     custom_id: str
     kind: str
-    data: dict
+    data: dict[str, Any]
     plain: bool
 
 
@@ -142,7 +143,7 @@ def created_of(key: bytes) -> int:
     return int(_hash(key, "", "created")[:8], 16) >> 1
 
 
-def answer(custom_id: str, key: bytes, reply: dict) -> bytes:
+def answer(custom_id: str, key: bytes, reply: dict[str, Any]) -> bytes:
     """The output line of a request that was answered."""
     return _line(custom_id, key, 200, reply, None)
 
@@ -170,7 +171,9 @@ def has_failed(line: bytes, begins: bytes) -> bool:
     return not line[len(begins) :].startswith(b"200,")
 
 
-def _line(custom_id: str, key: bytes, status: int, body: dict, error: dict | None) -> bytes:
+def _line(
+    custom_id: str, key: bytes, status: int, body: dict[str, Any], error: dict[str, Any] | None
+) -> bytes:
     rest = {"request_id": f"req_{_hash(key, custom_id, 'request')[:24]}", "body": body}
     said = json.dumps(rest, ensure_ascii=False, allow_nan=False)[1:]
     return (

@@ -1,13 +1,13 @@
-"""The lines of a batch job through an engine: many at once, so that its rows stay busy, and written
-in the input's order.
+"""Runs the lines of a batch job on an engine, many at once to keep its rows busy, and writes the
+answers in the input's order.
 
-An engine is anything with `submit(request)`, `step() -> deltas`, `abort(id)` and `has_work`: the
-real one, or a test's.
+The engine is handed in: the real one, or a test's.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from llama_tp.arch.errors import UserError
 from llama_tp.batch_job.check import duplicate_id
@@ -21,6 +21,8 @@ from llama_tp.batch_job.lines import (
     read_line,
     refusal,
 )
+from llama_tp.engine.delta import Delta
+from llama_tp.engine.request import Request
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.reply import Chunks, Fold
 
@@ -30,13 +32,39 @@ REORDER = 32
 HELD_BYTES = 256 << 20  # the same in bytes of output
 
 
+class Engine(Protocol):
+    """What runs the requests of the lines."""
+
+    def submit(self, request: Request, /) -> object: ...
+
+    def step(self) -> list[Delta]: ...
+
+    def abort(self, request_id: str, /) -> object: ...
+
+
+@dataclass
+class _Reply:
+    """A line's reply as it grows."""
+
+    chunks: Chunks
+    fold: Fold
+
+    def begin(self) -> None:
+        for chunk in self.chunks.begin():
+            self.fold.add(chunk)
+
+    def take(self, delta: Delta) -> None:
+        for chunk in self.chunks.take(delta):
+            self.fold.add(chunk)
+
+
 @dataclass
 class _Slot:
-    """One line between input and output. `text` is its output line, once there is one."""
+    """One line between input and output. `text` is its output line, once there is one; until then
+    a line that runs has a `reply`."""
 
     custom_id: str
-    chunks: Chunks | None = None
-    fold: Fold | None = None
+    reply: _Reply | None = None
     text: bytes | None = None
     failed: bool = False
 
@@ -54,7 +82,7 @@ class Work:
     def __init__(
         self,
         job: Job,
-        engine,
+        engine: Engine,
         n_rows: int,
         fingerprint: str,
         progress: Callable[[int, int, int], None],
@@ -125,12 +153,9 @@ class Work:
             if number in job.duplicates:
                 raise duplicate_id()
             order = order_of(read_line(raw, number), job.model, job.defaults, job.key)
-            slot.chunks, slot.fold = (
-                Chunks(order, job.model, job.created, self.fingerprint),
-                Fold(order),
-            )
-            for chunk in slot.chunks.begin():
-                slot.fold.add(chunk)
+            chunks = Chunks(order, job.model, job.created, self.fingerprint)
+            slot.reply = _Reply(chunks, Fold(order))
+            slot.reply.begin()
             for request in order.requests:
                 self.engine.submit(request)
                 self.by_request[request.id] = slot
@@ -139,25 +164,24 @@ class Work:
         except UserError as error:  # of a line that --skip_bad lets pass
             self._fail(slot, error)
 
-    def _take(self, delta) -> int:
+    def _take(self, delta: Delta) -> int:
         """One delta into its line's reply. -> tokens in it."""
         slot = self.by_request.get(delta.request_id)
-        if slot is None:  # of a line that has failed meanwhile
+        if slot is None or slot.reply is None:  # of a line that has failed meanwhile
             return 0
         if delta.finish_reason:
             self.running[delta.request_id] -= 1
             self.n_running -= 1
         try:
-            for chunk in slot.chunks.take(delta):
-                slot.fold.add(chunk)
+            slot.reply.take(delta)
         except RequestError as error:
             self._fail(slot, error)
             return len(delta.ids)
-        if slot.chunks.done:
+        reply = slot.reply
+        if reply.chunks.done:
             self._forget(slot)
-            self._finish(
-                slot, answer(slot.custom_id, self.job.key, slot.fold.reply(slot.chunks.usage()))
-            )
+            body = reply.fold.reply(reply.chunks.usage())
+            self._finish(slot, answer(slot.custom_id, self.job.key, body))
         return len(delta.ids)
 
     def _fail(self, slot: _Slot, error: UserError) -> None:
@@ -168,24 +192,24 @@ class Work:
 
     def _forget(self, slot: _Slot) -> list[str]:
         """Takes a line's requests out of the books. -> their ids."""
-        if slot.chunks is None:
+        if slot.reply is None:
             return []
-        ids = [request.id for request in slot.chunks.order.requests]
+        ids = [request.id for request in slot.reply.chunks.order.requests]
         for request_id in ids:
             self.by_request.pop(request_id, None)
             self.n_running -= self.running.pop(request_id, 0)
         return ids
 
     def _finish(self, slot: _Slot, text: bytes) -> None:
-        slot.text, slot.chunks, slot.fold = text, None, None
+        slot.text, slot.reply = text, None
         self.n_held += len(text)
 
     def _write(self) -> None:
         """Writes what is next in the input's order, as far as it is done."""
         ready = []
-        while self.slots and self.slots[0].text is not None:
+        while self.slots and (text := self.slots[0].text) is not None:
             slot = self.slots.popleft()
-            ready.append(slot.text)
-            self.n_held -= len(slot.text)
+            ready.append(text)
+            self.n_held -= len(text)
             self.job.n_failed += slot.failed
         self.job.target.append(ready)

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -67,7 +67,7 @@ class Ceiling:
             ]
         )
 
-    def as_json(self) -> dict:
+    def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -79,10 +79,14 @@ class Probe(Protocol):
         times square matrices.
     """
 
-    n_bytes: int
-    n_rows: int
-    width: int
-    n_matrices: int
+    @property
+    def n_bytes(self) -> int: ...
+    @property
+    def n_rows(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def n_matrices(self) -> int: ...
 
     def times(self, work: Callable[[], object]) -> list[float]:
         """Seconds of REPEATS calls, after one that does not count."""

@@ -4,6 +4,7 @@ further one."""
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks.ceiling import Ceiling
@@ -84,7 +85,7 @@ def run(engine: Engine, requests: list[Request]) -> Times:
 
 def latency(
     engine: Engine, ceiling: Ceiling, batches: list[int], n_prompt: int, n_new: int, n_runs: int
-) -> tuple[list[dict], dict]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Driver: -> (table rows under HEADER, JSON). One warm-up run a batch size does not count."""
     rows, results = [], []
     for batch in batches:

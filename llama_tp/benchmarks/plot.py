@@ -1,11 +1,13 @@
 """Pictures of latency results: tokens per second and time per token against the batch, beside the
 floor; tp beside tp."""
 
+from typing import Any
+
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import counted
 
 
-def draw(results: list[dict], path: str) -> None:
+def draw(results: list[dict[str, Any]], path: str) -> None:
     """Draws latency results (bench's JSON lines) into a PNG or SVG. Raises UserError without
     matplotlib."""
     try:

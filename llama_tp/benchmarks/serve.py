@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.benchmarks.served import Outcome, result_of
@@ -24,7 +25,7 @@ from llama_tp.protocol.events import Events
 try:
     import httpx
 except ImportError:  # said by `measure`
-    httpx = None
+    httpx = None  # type: ignore[assignment]  # asked for before it is used
 
 LIMITS = ("ttft", "tpot", "itl", "e2el")  # what --goodput can limit, in ms
 # Short common words: one token or so each in any vocabulary of a size, letters in a tiny one.
@@ -62,7 +63,7 @@ class Load:
     goodput: dict[str, float] = field(default_factory=dict)
     timeout_s: float = 600.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise UserError(
                 "--url is not the address of a server",
@@ -137,7 +138,7 @@ def prompts_in(path: str) -> list[str]:
     return prompts
 
 
-def measure(load: Load, show: Callable[[str], None]) -> dict:
+def measure(load: Load, show: Callable[[str], None]) -> dict[str, Any]:
     """Sends the load; `show` gets a line now and then. -> the result, with the lists of --save.
     UserError if the server cannot be reached, refuses a first request, or all fail."""
     if httpx is None:
@@ -147,7 +148,7 @@ def measure(load: Load, show: Callable[[str], None]) -> dict:
     return asyncio.run(_measure(load, show))
 
 
-async def _measure(load: Load, show) -> dict:
+async def _measure(load: Load, show: Callable[[str], None]) -> dict[str, Any]:
     draw = random.Random(load.seed)
     headers = {"Authorization": f"Bearer {load.api_key}"} if load.api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -198,7 +199,9 @@ async def _measure(load: Load, show) -> dict:
     return about | result_of(outcomes, duration, load.goodput)
 
 
-async def _bodies(load: Load, model: str, client, draw: random.Random) -> list[dict]:
+async def _bodies(
+    load: Load, model: str, client: "httpx.AsyncClient", draw: random.Random
+) -> list[dict[str, Any]]:
     """The JSON of each request."""
     texts = prompts_in(load.prompts_file) if load.prompts_file else None
     bodies = []
@@ -220,7 +223,7 @@ def _spread(length: int, spread: float, draw: random.Random) -> int:
     return max(1, round(length * draw.uniform(1 - spread, 1 + spread)))
 
 
-async def _random_prompt(load: Load, client, draw: random.Random) -> str:
+async def _random_prompt(load: Load, client: "httpx.AsyncClient", draw: random.Random) -> str:
     """Random words, as many tokens as asked for where the server has /tokenize, else as many
     words."""
     n = _spread(load.input_len, load.spread, draw)
@@ -232,17 +235,22 @@ async def _random_prompt(load: Load, client, draw: random.Random) -> str:
         reply = await client.post(
             f"{load.root}/detokenize", json={"tokens": reply.json()["tokens"][:n]}
         )
-    return reply.json()["prompt"] if reply.status_code == 200 else text
+    return str(reply.json()["prompt"]) if reply.status_code == 200 else text
 
 
 async def _all(
-    client, load: Load, bodies: list[dict], draw: random.Random, began: float, show
+    client: "httpx.AsyncClient",
+    load: Load,
+    bodies: list[dict[str, Any]],
+    draw: random.Random,
+    began: float,
+    show: Callable[[str], None],
 ) -> list[Outcome]:
     """Sends every request at its time. -> the outcomes in the order of sending."""
     gate = asyncio.Semaphore(load.concurrency or len(bodies))
-    done = Counter()
+    done: Counter[bool] = Counter()  # by whether it has failed
 
-    async def one(body: dict, turn: float) -> Outcome:
+    async def one(body: dict[str, Any], turn: float) -> Outcome:
         await asyncio.sleep(turn - (time.perf_counter() - began))
         async with gate:
             outcome = await _send(client, load, body, began)
@@ -262,16 +270,20 @@ async def _all(
     return await asyncio.gather(*tasks)
 
 
-async def _send(client, load: Load, body: dict, began: float) -> Outcome:
+async def _send(
+    client: "httpx.AsyncClient", load: Load, body: dict[str, Any], began: float
+) -> Outcome:
     """One request. Whatever happens to it is in its outcome."""
     sent = time.perf_counter()
     outcome = Outcome(start=sent - began, n_input=len(body.get("prompt", "").split()))
-    last, usage, pieces, events = sent, {}, [], Events()
+    last, events = sent, Events()
+    usage: dict[str, Any] = {}
+    pieces: list[str] = []
     try:
         async with client.stream("POST", load.endpoint, json=body) as reply:
             if reply.status_code != 200:
-                body = (await reply.aread()).decode(errors="replace")
-                outcome.error = f"HTTP {reply.status_code}: {body[:300]}"
+                said = (await reply.aread()).decode(errors="replace")
+                outcome.error = f"HTTP {reply.status_code}: {said[:300]}"
                 return outcome
             async for event in _events(reply, events):
                 if event.get("error"):
@@ -300,7 +312,7 @@ async def _send(client, load: Load, body: dict, began: float) -> Outcome:
     return outcome
 
 
-async def _events(reply, events: Events) -> AsyncIterator[dict]:
+async def _events(reply: "httpx.Response", events: Events) -> AsyncIterator[dict[str, Any]]:
     """What a streamed reply says, up to its [DONE]."""
     async for data in reply.aiter_bytes():
         for event in events.push(data):
@@ -309,7 +321,7 @@ async def _events(reply, events: Events) -> AsyncIterator[dict]:
             return
 
 
-def _text_of(choice: dict) -> str:
+def _text_of(choice: dict[str, Any]) -> str:
     """The text of a piece of an answer, of a completion or of a call of a tool."""
     delta = choice.get("delta") or {}
     calls = (call.get("function") or {} for call in delta.get("tool_calls") or [])

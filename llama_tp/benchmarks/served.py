@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 
@@ -42,7 +43,9 @@ class Outcome:
         return (self.latency - self.ttft) / (self.n_output - 1) if self.n_output > 1 else None
 
 
-def result_of(outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float]) -> dict:
+def result_of(
+    outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str, float]
+) -> dict[str, Any]:
     """The keys of `vllm bench serve --save-result --save-detailed`. The lists (DETAILS) have an
     entry a request, failed ones too; the other numbers are of those that did not fail. `goodput`
     has limits in ms; without any, request_goodput is None."""
@@ -80,12 +83,12 @@ def result_of(outcomes: Sequence[Outcome], duration: float, goodput: Mapping[str
     }
 
 
-def summary(result: Mapping) -> dict:
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """A result without its lists."""
     return {key: value for key, value in result.items() if key not in DETAILS}
 
 
-def tables(result: Mapping) -> list[list[dict]]:
+def tables(result: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     """Rows for two tables: the counts, and the times in ms."""
     counts = {
         "requests": result["completed"],
@@ -109,7 +112,7 @@ def tables(result: Mapping) -> list[list[dict]]:
     return [[counts], times]
 
 
-def draw(result: Mapping, path: str) -> None:
+def draw(result: Mapping[str, Any], path: str) -> None:
     """Draws a result into a PNG or SVG: every request as a bar, and how the times are spread.
     UserError without matplotlib."""
     try:

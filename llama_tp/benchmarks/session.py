@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,8 @@ def open_engine(
                 prefix_cache=False,
             )
         )
+    elif model is None:
+        raise ValueError("neither a checkpoint nor a published size")
     else:
         config = synthetic.shrunk(PUBLISHED[model], n_layers)
         if tp:
@@ -88,7 +91,7 @@ def measure(
     name: str,
     allreduce_us: float | None,
     show: Callable[[str], None],
-) -> tuple[dict | None, list[list[dict]]]:
+) -> tuple[dict[str, Any] | None, list[list[dict[str, Any]]]]:
     """Every rank calls it. -> on the driver (the JSON, tables to print); `show` gets the ceiling
     card before."""
     ranks, model = engine.ranks, engine.runner.model
@@ -159,7 +162,9 @@ def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
     return limits, peak
 
 
-def predicted(engine: Engine, result: dict, allreduce_us: float | None) -> list[list[dict]]:
+def predicted(
+    engine: Engine, result: dict[str, Any], allreduce_us: float | None
+) -> list[list[dict[str, Any]]]:
     """Tables of a simulated rank: its messages, and the step's time with the sums that it did not
     wait for."""
     messages = synthetic.message_table(engine.ranks, engine.n_steps + 1)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from llama_tp.benchmarks.latency import batch_of, run
 from llama_tp.engine.engine import Engine
@@ -24,7 +25,7 @@ def process_age_s() -> float:
 
 def startup(
     engine: Engine, files: list[str], begun_s: float, built_s: float
-) -> tuple[list[dict], dict]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Driver: -> (table row under HEADER, JSON).
 
     files: the checkpoint's weight files, read again into fresh memory for comparison (the cache is

@@ -9,12 +9,14 @@ elsewhere. A prediction, never a measurement of tp ranks.
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.options import STEP_TOKENS
 from llama_tp.arch.shard_map import ShardMap
+from llama_tp.arch.weight_format import DENSE
 from llama_tp.arch.weights import table
 from llama_tp.engine.build import assemble, compiled
 from llama_tp.engine.engine import Engine
@@ -33,7 +35,8 @@ class FakeCommunicator:
     in_tree_order = True
 
     def __init__(self, tp: int):
-        self.tp, self.calls = tp, Counter()
+        self.tp = tp
+        self.calls: Counter[tuple[str, int]] = Counter()  # by (collective, bytes)
 
     def sums(self, x: torch.Tensor) -> bool:
         return True
@@ -80,7 +83,8 @@ def engine_of(
         ranks.device
     )
     for weight in table(config):
-        view = destinations.view(weight)
+        [tensor] = DENSE.tensors(weight)
+        view = destinations.view(weight, tensor)
         if view.dim() == 1:
             view.fill_(1)
         else:  # the same million numbers over and over: as good as fresh ones for timing
@@ -103,8 +107,11 @@ def engine_of(
     )
 
 
-def message_table(ranks: Ranks, n_steps: int) -> list[dict]:
-    """What a simulated rank would have sent in each step, on average."""
+def message_table(ranks: Ranks, n_steps: int) -> list[dict[str, Any]]:
+    """What a simulated rank would have sent in each step, on average. ValueError for a real
+    one."""
+    if not isinstance(ranks.communicator, FakeCommunicator):
+        raise ValueError("only the messages of simulated ranks are counted")
     return [
         {"collective": kind, "bytes": n_bytes, "a step": f"{n / max(1, n_steps):.1f}"}
         for (kind, n_bytes), n in sorted(ranks.communicator.calls.items())

@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import Any
 
 from llama_tp.benchmarks.ceiling import Ceiling
 from llama_tp.benchmarks.latency import step
@@ -27,7 +28,7 @@ def requests_of(
     ones every time."""
     draw, vocab = random.Random(1), engine.runner.n_vocab
 
-    def length(middle):
+    def length(middle: int) -> int:
         return max(1, round(middle * draw.uniform(1 - spread, 1 + spread)))
 
     return [
@@ -48,7 +49,7 @@ def throughput(
     n_new: int,
     spread: float,
     max_rows: int,
-) -> tuple[list[dict], dict]:
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Driver: -> (table row under HEADER, JSON with vllm bench throughput's keys)."""
     requests = requests_of(engine, n, n_prompt, n_new, spread, "run")
     for request in requests_of(engine, min(4, n), 32, 4, 0, "warm-up"):
@@ -63,7 +64,7 @@ def throughput(
     seconds = time.perf_counter() - started
     n_in, n_out = (
         sum(len(r.prompt_ids) for r in requests),
-        sum(r.params.max_tokens for r in requests),
+        sum(r.params.max_tokens or 0 for r in requests),
     )
     # At best: all prompts at the matrix rate, and all new tokens in full batches.
     floor_s = ceiling.prefill_s(n_in) + n_out / min(n, max_rows) * ceiling.decode_s(

@@ -3,34 +3,40 @@ headers alone."""
 
 import os
 
-import torch
-
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.json_file import key_name
 from llama_tp.arch.regular_file import AGAIN
+from llama_tp.arch.weight_format import FormatOf, FormatTensor
 from llama_tp.arch.weights import HARMLESS_HF_SUFFIX, HARMLESS_META, Cut, Weight, table
-from llama_tp.checkpoint.stored import ShardFile, Stored
+from llama_tp.checkpoint.stored import DTYPES, ShardFile, Stored
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def key_of(weight: Weight, layout: str) -> str:
-    """The weight's name in files of this layout ("meta" or "hf")."""
-    return weight.hf_name if layout == "hf" else weight.name
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def check(config: ModelConfig, layout: str, shards: tuple[ShardFile, ...]) -> None:
+def key_of(weight: Weight, layout: str, suffix: str = "weight") -> str:
+    """The name of one of the weight's tensors in files of this layout ("meta" or "hf")."""
+    name = weight.hf_name if layout == "hf" else weight.name
+    return name.removesuffix("weight") + suffix
+
+
+def check(
+    config: ModelConfig, layout: str, shards: tuple[ShardFile, ...], format_of: FormatOf
+) -> None:
     """Raises UserError, with the first five cases and their count, unless every shard holds each
-    weight of the table in a shape that fits its cut and in bf16, fp16 or fp32, and nothing else
-    (old rotary tables are forgiven)."""
-    weights = {key_of(weight, layout): weight for weight in table(config)}
+    tensor of each weight of the table in a shape that fits its cut and in a dtype of its format,
+    and nothing else (old rotary tables are forgiven)."""
+    weights = {
+        key_of(weight, layout, tensor.suffix): (weight, tensor)
+        for weight in table(config)
+        for tensor in format_of(weight).tensors(weight)
+    }
     missing, unexpected, misshapen, unreadable = [], [], [], []
     for shard in shards:
         strange = [
             key
             for key, stored in shard.tensors.items()
-            if key in weights and stored.dtype not in FLOATS
+            if key in weights and _DTYPE_NAMES.get(stored.dtype) not in weights[key][1].dtypes
         ]
         if strange:
             first = shard.tensors[strange[0]]
@@ -49,7 +55,7 @@ def check(config: ModelConfig, layout: str, shards: tuple[ShardFile, ...]) -> No
         for key in weights.keys() & shard.tensors.keys():
             stored, allowed = (
                 shard.tensors[key],
-                _allowed_shapes(weights[key], shards, shards[0].tensors.get(key)),
+                _allowed_shapes(*weights[key], shards, shards[0].tensors.get(key)),
             )
             if stored.shape not in allowed:
                 wanted = " or ".join(str(list(shape)) for shape in allowed) or "divisible"
@@ -95,17 +101,17 @@ def _harmless(key: str, layout: str) -> bool:
 
 
 def _allowed_shapes(
-    weight: Weight, shards: tuple[ShardFile, ...], first: Stored | None
+    weight: Weight, tensor: FormatTensor, shards: tuple[ShardFile, ...], first: Stored | None
 ) -> list[tuple[int, ...]]:
     """Shapes that one of the shards may give a weight. Only the embedding's cut is in doubt (Llama
     3 cuts its rows, Llama 1 and 2 its columns); the first shard's settles it for all."""
-    n = len(shards)
+    n, whole = len(shards), tensor.shape(weight)
     if n == 1 or weight.cut is Cut.WHOLE:
-        return [weight.shape]
+        return [whole]
     dims = (0, 1) if weight.name == "tok_embeddings.weight" else (weight.cut.value,)
     shapes = [
-        tuple(size // n if i == dim else size for i, size in enumerate(weight.shape))
+        tuple(size // n if i == dim else size for i, size in enumerate(whole))
         for dim in dims
-        if weight.shape[dim] % n == 0
+        if whole[dim] % n == 0
     ]
     return [first.shape] if first is not None and first.shape in shapes else shapes

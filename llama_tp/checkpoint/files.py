@@ -26,7 +26,7 @@ class Files:
     would be of another model.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._fds: dict[str, int] = {}
         self._noted: dict[str, tuple[int, int]] = {}
         self._readers: ThreadPoolExecutor | None = None

@@ -19,7 +19,7 @@ from llama_tp.arch.json_file import key_name, read_json, unique_keys
 from llama_tp.arch.regular_file import AGAIN, list_folder, open_regular
 from llama_tp.arch.weights import table
 from llama_tp.checkpoint.files import Files
-from llama_tp.checkpoint.stored import ShardFile, Stored, contiguous
+from llama_tp.checkpoint.stored import DTYPES, ShardFile, Stored, contiguous
 
 INDEX_NAME = "model.safetensors.index.json"
 # For each weight of the model; 125 bytes and one tensor is what it needs. Quantised files have up
@@ -29,24 +29,6 @@ HEADER_BYTES, TENSORS = 1024, 10
 METADATA_BYTES = 1 << 20
 _MOST_DIMS = 8
 _OF_N = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-# Other codes than those that can run are known too, so that a refusal can name what was found.
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "BOOL": torch.bool,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-}
 
 
 def has_safetensors(folder: str) -> bool:
@@ -58,8 +40,7 @@ def has_safetensors(folder: str) -> bool:
 
 def open_hf(folder: str, files: Files) -> tuple[ModelConfig, tuple[ShardFile, ...]]:
     """The config as config.json has it, and one ShardFile with the tensors of all files. Reads
-    headers
-    only.
+    headers only.
 
     Raises UserError for missing or doubtful files; whether the tensors are those of the config is
     not judged here.
@@ -195,7 +176,9 @@ def read_header(path: str, files: Files, n_weights: int) -> dict[str, Stored]:
     return tensors
 
 
-def _entry(path: str, key: str, entry) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
+def _entry(
+    path: str, key: str, entry: object
+) -> tuple[torch.dtype, tuple[int, ...], tuple[int, int]]:
     """dtype, shape and span of one header entry that agree with each other."""
 
     def bad(found: str) -> UserError:
@@ -204,7 +187,7 @@ def _entry(path: str, key: str, entry) -> tuple[torch.dtype, tuple[int, ...], tu
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise bad(f"found {short(entry)}")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(f"unknown dtype {short(dtype)}")
     for name, numbers in (("shape", shape), ("data_offsets", span)):
         if (
@@ -213,9 +196,9 @@ def _entry(path: str, key: str, entry) -> tuple[torch.dtype, tuple[int, ...], tu
             or any(type(n) is not int or not 0 <= n < 1 << 63 for n in numbers)
         ):
             raise bad(f"{name} is {short(numbers)}")
-    if len(span) != 2 or prod(shape) * _DTYPES[dtype].itemsize != span[1] - span[0]:
+    if len(span) != 2 or prod(shape) * DTYPES[dtype].itemsize != span[1] - span[0]:
         raise bad(f"shape {shape} of {dtype} does not fill bytes {span}")
-    return _DTYPES[dtype], tuple(shape), (span[0], span[1])
+    return DTYPES[dtype], tuple(shape), (span[0], span[1])
 
 
 def _check_spans(path: str, spans: list[tuple[int, int, str]], n_bytes: int) -> None:

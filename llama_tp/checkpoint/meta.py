@@ -12,6 +12,7 @@ import re
 import struct
 import zipfile
 from math import prod
+from typing import Any
 
 from llama_tp.arch.config import ModelConfig, from_params
 from llama_tp.arch.errors import UserError, short
@@ -62,7 +63,7 @@ def open_meta(folder: str, files: Files) -> tuple[ModelConfig, tuple[ShardFile, 
     return from_params(raw, _vocabulary(raw, shards), where), shards
 
 
-def _vocabulary(raw: dict, shards: tuple[ShardFile, ...]) -> int | None:
+def _vocabulary(raw: dict[str, Any], shards: tuple[ShardFile, ...]) -> int | None:
     """Rows of the whole embedding, from the shards: Llama 3 cuts its rows, Llama 1 and 2 its
     columns."""
     nested = raw.get("model")
@@ -193,7 +194,9 @@ def _data_offset(path: str, fd: int, entry: zipfile.ZipInfo) -> int:
     return start
 
 
-def _stored(path: str, name: str | int, view, records: dict[str, tuple[int, int]]) -> Stored:
+def _stored(
+    path: str, name: str | int, view: object, records: dict[str, tuple[int, int]]
+) -> Stored:
     """The place of one tensor, checked against the zip's directory."""
     name = key_name(str(name)[:100])
     if not isinstance(view, View):

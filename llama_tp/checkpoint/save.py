@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -85,7 +86,7 @@ def save_hf(
             f"{len(rows)} weights cannot be stored in {shards} files", "", "ask for fewer files"
         )
     with _completed(folder, _size(config, weights)) as partial:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i in range(shards):
             name = (
                 "model.safetensors"
@@ -116,7 +117,7 @@ def _as_hf(weight: Weight, whole: torch.Tensor, config: ModelConfig) -> torch.Te
     return whole.contiguous()
 
 
-def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
+def _hf_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     scaling = config.rope_scaling
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -164,7 +165,7 @@ def _size(config: ModelConfig, weights: Mapping[str, torch.Tensor]) -> int:
     return total
 
 
-def _write_json(path: str, what: dict) -> None:
+def _write_json(path: str, what: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(what, file, indent=2, allow_nan=False)
         file.write("\n")

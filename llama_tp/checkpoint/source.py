@@ -9,7 +9,7 @@ decisions, from the files alone.
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd
@@ -20,6 +20,7 @@ from llama_tp.arch.config import META_FOLDERS, ModelConfig, folded, with_rope_fa
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.regular_file import AGAIN, list_folder
 from llama_tp.arch.shard_map import Shard
+from llama_tp.arch.weight_format import FormatOf, FormatTensor, all_dense
 from llama_tp.arch.weights import Cut, Part, Weight, table
 from llama_tp.checkpoint.check import check, key_of
 from llama_tp.checkpoint.files import Files
@@ -54,6 +55,7 @@ class Source:
         notes: decisions that the user should hear about, one sentence each.
         n_shards: model-parallel shards stored (1 for HF).
         n_bytes: all weights as stored, each once.
+        format_of: how each weight is stored.
     """
 
     def __init__(
@@ -63,39 +65,46 @@ class Source:
         config: ModelConfig,
         shards: tuple[ShardFile, ...],
         files: Files,
+        format_of: FormatOf = all_dense,
     ):
         self.folder, self.layout, self.n_shards = folder, layout, len(shards)
         self._shards, self._files, self._reader = shards, files, BoxReader(files)
+        self.format_of = format_of
         head = next(w for w in table(replace(config, tied=False)) if w.name == "output.weight")
         has_head = key_of(head, layout) in shards[0].tensors
         said_tied = config.tied
         config = replace(config, tied=said_tied and not has_head)
-        check(config, layout, shards)
+        check(config, layout, shards, format_of)
         self.config = config
         if has_head and self._same_stored("tok_embeddings.weight", "output.weight"):
             self.config = replace(config, tied=True)
         repeat = self._kv_repeat()
         if repeat > 1:
             self.config = folded(self.config, repeat)
-        dtypes = Counter()
+        dtypes: Counter[torch.dtype] = Counter()  # of tensors that are numbers, and no more
+        self.n_bytes = 0
         for weight in table(self.config):
-            for piece in self.pieces(weight):
-                dtypes[piece.stored.dtype] += piece.stored.n_bytes
-        self.dtype, self.n_bytes = dtypes.most_common(1)[0][0], dtypes.total()
+            for tensor in format_of(weight).tensors(weight):
+                for piece in self.pieces(weight, tensor):
+                    self.n_bytes += piece.stored.n_bytes
+                    if tensor.cast:
+                        dtypes[piece.stored.dtype] += piece.stored.n_bytes
+        self.dtype = dtypes.most_common(1)[0][0]
         self.notes = self.config.notes + tuple(_remarks(self.config, dtypes, said_tied))
 
     # ---------------------------------------------------------------------------- where weights lie
 
-    def _stored(self, weight: Weight) -> list[Stored]:
-        """The weight's matrix in every shard."""
-        return [shard.tensors[key_of(weight, self.layout)].matrix() for shard in self._shards]
+    def _stored(self, weight: Weight, suffix: str = "weight") -> list[Stored]:
+        """One of the weight's tensors in every shard, as matrices."""
+        key = key_of(weight, self.layout, suffix)
+        return [shard.tensors[key].matrix() for shard in self._shards]
 
     def _weight(self, name: str) -> Weight:
         return next(weight for weight in table(self.config) if weight.name == name)
 
-    def pieces(self, weight: Weight) -> list[Piece]:
-        """The stored matrices that together are the whole weight."""
-        stored = self._stored(weight)
+    def pieces(self, weight: Weight, tensor: FormatTensor) -> list[Piece]:
+        """The stored matrices that together are one of the weight's tensors."""
+        stored = self._stored(weight, tensor.suffix)
         if weight.cut is Cut.WHOLE:
             return [Piece(stored[0], 0, 0)]  # norms are in every shard; the first one's counts
         if weight.kind == "kv_heads" and self.config.kv_repeat > 1:
@@ -106,7 +115,7 @@ class Source:
             ]
         # Cut along the columns if a shard's rows are narrower than the weight's (also the embedding
         # of Llama 1 and 2).
-        by_columns = stored[0].shape[1] != weight.shape[1]
+        by_columns = stored[0].shape[1] != tensor.shape(weight)[-1]
         height, width = stored[0].shape
         return [
             Piece(s, 0, i * width) if by_columns else Piece(s, i * height, 0)
@@ -148,18 +157,19 @@ class Source:
     def read(
         self,
         weight: Weight,
+        tensor: FormatTensor,
         part: Part,
         out: torch.Tensor,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        """Reads [part.start, part.stop) of dimension part.dim of a weight into `out`, which has
-        that part's shape (no padding) and any dtype, device and strides. Only the bytes of the part
-        are read (column cuts narrower than a
-        page: whole rows). `progress` is called with stored bytes as they are done."""
-        (top, bottom), (left, right) = _box(weight, part)
+        """Reads [part.start, part.stop) of dimension part.dim of one of a weight's tensors into
+        `out`, which has that part's shape (no padding) and any dtype, device and strides. Only the
+        bytes of the part are read (column cuts narrower than a page: whole rows). `progress` is
+        called with stored bytes as they are done."""
+        (top, bottom), (left, right) = _box(tensor.shape(weight), part)
         out = out if out.dim() == 2 else out.unsqueeze(0)  # (rows, cols)
         permuted = self.config.head_dim if weight.rotary_heads and self.layout == "hf" else 0
-        for piece in self.pieces(weight):
+        for piece in self.pieces(weight, tensor):
             n_rows, n_cols = piece.stored.shape
             r0, r1 = max(top, piece.row), min(bottom, piece.row + n_rows)
             c0, c1 = max(left, piece.col), min(right, piece.col + n_cols)
@@ -187,8 +197,9 @@ class Source:
         """Stored bytes that a rank reads: what `progress` adds up to."""
         total = 0
         for weight in table(self.config):
-            (top, bottom), (left, right) = _box(weight, weight.part(shard))
-            total += (bottom - top) * (right - left) * self.pieces(weight)[0].stored.dtype.itemsize
+            for tensor in self.format_of(weight).tensors(weight):
+                itemsize = self.pieces(weight, tensor)[0].stored.dtype.itemsize
+                total += tensor.n_read(weight, shard) * itemsize
         return total
 
     def weight_files(self) -> list[str]:
@@ -219,17 +230,16 @@ class Source:
         return state.digest()
 
 
-def _box(weight: Weight, part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rows and columns of a part, as half-open ranges of the weight as a matrix (a vector is one
+def _box(shape: tuple[int, ...], part: Part) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of a part, as half-open ranges of a tensor as a matrix (a vector is one
     row)."""
     ranges = [
-        (part.start, part.stop) if dim == part.dim else (0, size)
-        for dim, size in enumerate(weight.shape)
+        (part.start, part.stop) if dim == part.dim else (0, size) for dim, size in enumerate(shape)
     ]
     return (ranges[0], ranges[1]) if len(ranges) == 2 else ((0, 1), ranges[0])
 
 
-def _remarks(config: ModelConfig, dtypes: Counter, said_tied: bool):
+def _remarks(config: ModelConfig, dtypes: Counter[torch.dtype], said_tied: bool) -> Iterator[str]:
     """What is odd but not wrong about a checkpoint."""
     if len(dtypes) > 1:
         yield "weights are stored in several dtypes: " + ", ".join(
@@ -254,14 +264,17 @@ def _remarks(config: ModelConfig, dtypes: Counter, said_tied: bool):
 # ------------------------------------------------------------------------------------------ opening
 
 
-def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
+def open_checkpoint(
+    path: str, rope_factor: float | None = None, format_of: FormatOf = all_dense
+) -> Source:
     """Opens the checkpoint in a folder, or that of a hub name which `hub.fetch` has downloaded
     before.
 
     Safetensors win over Meta's files in the same folder, unless they cannot be used; Meta's files
     are also looked for in `original/`, `original/mp8/` and `original/mp16/`. `rope_factor` replaces
-    the factor of a scaled RoPE. Raises UserError for everything that is wrong with the files
-    (headers only are read, and what tells copies from others).
+    the factor of a scaled RoPE. `format_of` says how weights are stored. Raises UserError for
+    everything that is wrong with the files (headers only are read, and what tells copies from
+    others).
     """
     folder = fetch(os.fspath(path), cached_only=True)
     found = _layouts(folder)
@@ -276,21 +289,21 @@ def open_checkpoint(path: str, rope_factor: float | None = None) -> Source:
             "point --ckpt_dir at a folder in Meta's or Hugging Face's layout (.bin and .gguf files "
             "are not read)",
         )
-    failure = None
+    failures: list[UserError] = []
     for layout, where in found:
         try:
-            source = _open(layout, where, rope_factor)
+            source = _open(layout, where, rope_factor, format_of)
         except UserError as error:
-            failure = failure or error
+            failures.append(error)
             continue
-        if failure:
+        if failures:
             source.notes += (
-                f"{where}: Meta's files used, as the safetensors cannot be: {failure}",
+                f"{where}: Meta's files used, as the safetensors cannot be: {failures[0]}",
             )
         elif layout == "hf" and ("meta", folder) in found:
             source.notes += (f"{folder} holds a model in both layouts: the safetensors are used",)
         return source
-    raise failure
+    raise failures[0]
 
 
 def _layouts(folder: str) -> list[tuple[str, str]]:
@@ -304,10 +317,11 @@ def _layouts(folder: str) -> list[tuple[str, str]]:
     return found
 
 
-def _open(layout: str, folder: str, rope_factor: float | None) -> Source:
+def _open(layout: str, folder: str, rope_factor: float | None, format_of: FormatOf) -> Source:
     files = Files()
     try:
         config, shards = (open_hf if layout == "hf" else open_meta)(folder, files)
-        return Source(folder, layout, with_rope_factor(config, rope_factor), shards, files)
+        config = with_rope_factor(config, rope_factor)
+        return Source(folder, layout, config, shards, files, format_of)
     finally:
         files.close()

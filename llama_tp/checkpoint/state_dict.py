@@ -8,7 +8,9 @@ writes for a dict of plain tensors, hashes texts and numbers only, and counts it
 """
 
 import pickletools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -76,7 +78,7 @@ class Name:
     path: str
 
 
-def read_pickle(raw: bytes, most_steps: int):
+def read_pickle(raw: bytes, most_steps: int) -> Any:
     """What a pickle of torch.save holds, with a View for each tensor. Raises BadPickle after
     `most_steps` operations, and for whatever a dict of plain tensors does not need."""
     machine = _Machine()
@@ -98,16 +100,16 @@ def read_pickle(raw: bytes, most_steps: int):
 class _Machine:
     """Pickle's stack machine, as far as torch.save uses it (protocol 2)."""
 
-    def __init__(self):
-        self._stack: list = []
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, object] = {}
         self._storages: dict[str, Storage] = {}
 
-    def pop(self):
+    def pop(self) -> Any:
         return self._stack.pop()
 
-    def do(self, name: str, argument) -> None:
+    def do(self, name: str, argument: Any) -> None:
         if name in ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "BINFLOAT", "NONE"):
             self._stack.append(argument)
         elif name in _CONSTANTS:
@@ -117,16 +119,16 @@ class _Machine:
         elif name != "PROTO":
             raise BadPickle(f"it uses the operation {name}")
 
-    def _mark(self, _) -> None:
+    def _mark(self, _: object) -> None:
         self._marks.append(len(self._stack))
 
-    def _after_mark(self) -> list:
+    def _after_mark(self) -> list[Any]:
         start = self._marks.pop()
         found = self._stack[start:]
         del self._stack[start:]
         return found
 
-    def _last(self, n: int) -> list:
+    def _last(self, n: int) -> list[Any]:
         if n > len(self._stack):
             raise BadPickle("its pickle is damaged: the stack is empty")
         found = self._stack[-n:]
@@ -139,13 +141,13 @@ class _Machine:
     def _put(self, place: int) -> None:
         self._memo[place] = self._stack[-1]
 
-    def _tuple(self, _) -> None:
+    def _tuple(self, _: object) -> None:
         self._stack.append(tuple(self._after_mark()))
 
-    def _append(self, items: list) -> None:
+    def _append(self, items: list[Any]) -> None:
         self._top(list, "a list").extend(items)
 
-    def _set(self, items: list) -> None:
+    def _set(self, items: list[Any]) -> None:
         found = self._top(dict, "a dict")
         if len(items) % 2:
             raise BadPickle("its pickle is damaged: a key without a value")
@@ -156,7 +158,7 @@ class _Machine:
                 raise BadPickle(f"the key {short(key)} stands there twice")
             found[key] = value
 
-    def _top(self, kind: type, what: str):
+    def _top(self, kind: type, what: str) -> Any:
         if type(self._stack[-1]) is not kind:
             raise BadPickle(
                 f"its pickle is damaged: a {type(self._stack[-1]).__name__} stands in the place of "
@@ -172,7 +174,7 @@ class _Machine:
             raise BadPickle(f"it asks for {path[:150]!a}")
         self._stack.append(dtype if isinstance(dtype, torch.dtype) else Name(path))
 
-    def _storage(self, _) -> None:
+    def _storage(self, _: object) -> None:
         """A persistent id stands for a record: ("storage", its type, its key, where it once was,
         its number of elements)."""
         match self.pop():
@@ -186,7 +188,7 @@ class _Machine:
             raise BadPickle(f"it describes the record {short(key)} in two ways")
         self._stack.append(storage)
 
-    def _reduce(self, _) -> None:
+    def _reduce(self, _: object) -> None:
         name, arguments = self._last(2)
         match name:
             case Name(path) if type(arguments) is tuple:
@@ -194,30 +196,29 @@ class _Machine:
             case _:
                 raise BadPickle("its pickle is damaged: it calls what is no function")
 
-    def _build(self, _) -> None:
+    def _build(self, _: object) -> None:
         """The attributes of a state dict (its modules' versions) mean nothing here."""
         self.pop()
         self._top(dict, "a dict")
 
 
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "NEWTRUE": lambda: True,
     "NEWFALSE": lambda: False,
     "EMPTY_TUPLE": tuple,
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
 }
-_METHODS = {
+_METHODS: dict[str, Callable[[_Machine, Any], None]] = {
     "MARK": _Machine._mark,
     "BINGET": _Machine._get,
     "LONG_BINGET": _Machine._get,
     "BINPUT": _Machine._put,
     "LONG_BINPUT": _Machine._put,
     "TUPLE": _Machine._tuple,
-    **{
-        f"TUPLE{n}": lambda machine, _, n=n: machine._stack.append(tuple(machine._last(n)))
-        for n in (1, 2, 3)
-    },
+    "TUPLE1": lambda machine, _: machine._stack.append(tuple(machine._last(1))),
+    "TUPLE2": lambda machine, _: machine._stack.append(tuple(machine._last(2))),
+    "TUPLE3": lambda machine, _: machine._stack.append(tuple(machine._last(3))),
     "APPEND": lambda machine, _: machine._append(machine._last(1)),
     "APPENDS": lambda machine, _: machine._append(machine._after_mark()),
     "SETITEM": lambda machine, _: machine._set(machine._last(2)),
@@ -229,7 +230,7 @@ _METHODS = {
 }
 
 
-def _rebuilt(path: str, arguments: tuple):
+def _rebuilt(path: str, arguments: tuple[Any, ...]) -> dict[Any, Any] | View:
     """What torch would make by a call of `path`: an empty OrderedDict, or a tensor as a View of its
     storage."""
     match path.rpartition(".")[2], arguments:
@@ -267,7 +268,9 @@ def _rebuilt(path: str, arguments: tuple):
     raise BadPickle(f"it calls {path} with {short(arguments)}")
 
 
-def _view(storage: Storage, dtype: torch.dtype, offset, shape, stride, metadata: list) -> View:
+def _view(
+    storage: Storage, dtype: torch.dtype, offset: Any, shape: Any, stride: Any, metadata: list[Any]
+) -> View:
     """metadata marks tensors whose elements are to be negated or conjugated when they are read."""
     sizes = (offset, *shape, *stride) if type(shape) is type(stride) is tuple else (None,)
     good = all(type(size) is int and 0 <= size < _MOST for size in sizes)

@@ -19,6 +19,27 @@ BAND_BYTES = 16 << 20
 SEGMENT_BYTES = 4096
 
 
+# By the names that safetensors has for them. Others than those that can run are known too, so that
+# a refusal can name what was found.
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
+
+
 @dataclass(frozen=True)
 class Stored:
     """One tensor in a file. Element (r, c) lies at byte `offset` + (r * stride[0] + c * stride[1])
@@ -78,7 +99,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     # also where a dimension of 1 has an odd stride
     flat = tensor.as_strided((tensor.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class BoxReader:

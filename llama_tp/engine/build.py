@@ -38,7 +38,8 @@ from llama_tp.parallel.groups import Ranks, init_ranks
 from llama_tp.parallel.health import Watch
 from llama_tp.parallel.log import Progress, say, warn
 from llama_tp.text.template import find_template
-from llama_tp.text.tokenizer import Tokenizer, check_vocab, open_tokenizer
+from llama_tp.text.token_table import Tokenizer
+from llama_tp.text.tokenizer import check_vocab, open_tokenizer
 
 PACK_BEHIND = 2  # weights read and not yet packed: each is in memory once more than in the end
 MEMORY_SHARE = 0.9  # of what is free: the rest is for what no estimate sees
@@ -108,9 +109,9 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
 
     model = Transformer(shard, ranks, dtype, max_seq_len, deterministic, backends)
     with ThreadPoolExecutor(1) as aside:  # takes 0.6 s, most of it without the interpreter's lock
-        tokenizer = aside.submit(_tokenizer, options, source)
-        load_into(model, source, shard, ranks, watch, options.quiet, unless=tokenizer)
-    tokenizer = tokenizer.result()
+        opening = aside.submit(_tokenizer, options, source)
+        load_into(model, source, shard, ranks, watch, options.quiet, unless=opening)
+    tokenizer = opening.result()
     cache = backends.attention.new_cache(config.n_layers, n_blocks)
     engine = assemble(
         model,
@@ -349,7 +350,7 @@ def load_into(
     ranks: Ranks,
     watch: Watch,
     quiet: bool,
-    unless: Future,
+    unless: Future[Tokenizer],
 ) -> None:
     """Reads this rank's bytes into the model; the driver shows how far all ranks are together.
     While one weight is read, a thread packs the one before. Ends at the next weight if `unless` has
@@ -365,7 +366,7 @@ def load_into(
             watch.add_done(n)
             bar.at(watch.all_done())
 
-        packed: deque[Future] = deque()
+        packed: deque[Future[None]] = deque()
         destinations = Destinations(model)
         for weight in load(source, shard, destinations.view, done):
             if unless.done():

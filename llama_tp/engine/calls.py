@@ -9,6 +9,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.engine import BYE, Engine
@@ -29,14 +30,14 @@ class Calls:
         self.engine, self.ranks, self.n_calls = engine, engine.ranks, 0
         self._open = ""  # the call that has begun and not ended
 
-    def call(self, name: str, work: Callable[[], object]) -> object:
+    def call(self, name: str, work: Callable[[], object]) -> Any:
         """Runs `work` on the driver and returns its JSON-able result on every rank, or raises its
         UserError on every
         rank. `name` must be the same everywhere: it tells apart ranks that have lost each other."""
         results = list(self.stream(name, lambda: iter([work()])))
         return results[0]
 
-    def stream(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[object]:
+    def stream(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[Any]:
         """The same for a generator: every item is handed out on every rank as it is made. A
         consumer that stops
         early on the driver ends the call; on a worker the rest is followed unseen. One call at a
@@ -54,7 +55,7 @@ class Calls:
         finally:
             self._open = ""
 
-    def _run(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[object]:
+    def _run(self, name: str, work: Callable[[], Iterator[object]]) -> Iterator[Any]:
         self.engine.watch.progress(self.n_calls, self.engine.n_steps)
         mark = zlib.crc32(name.encode())
         if self.engine.is_driver:
@@ -66,7 +67,7 @@ class Calls:
                 self._join(recv_ints(self.ranks), name, mark)
             yield from self._follow()
 
-    def _lead(self, work: Callable[[], Iterator[object]]) -> Iterator[object]:
+    def _lead(self, work: Callable[[], Iterator[object]]) -> Iterator[Any]:
         error = None
         try:
             for item in work():
@@ -86,7 +87,7 @@ class Calls:
             send_ints([RESULT], self.ranks)
             broadcast_bytes(json.dumps(error).encode(), self.ranks)
 
-    def _follow(self) -> Iterator[object]:
+    def _follow(self) -> Iterator[Any]:
         try:
             while (kind := self.engine.follow()[0]) == YIELD:
                 yield json.loads(broadcast_bytes(None, self.ranks))

@@ -229,7 +229,7 @@ class CudaRecord:
     """Captures CUDA graphs: all in one memory pool, since no two run at once, and all on one
     stream, since cuBLAS keeps a workspace for every stream that it has seen (32 MiB on Hopper)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: list[torch.cuda.CUDAGraph] = []
 

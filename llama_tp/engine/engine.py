@@ -26,7 +26,7 @@ from llama_tp.parallel.groups import Ranks, close
 from llama_tp.parallel.health import Watch
 from llama_tp.text.grammar_pool import GrammarPool
 from llama_tp.text.stream import TextStream
-from llama_tp.text.tokenizer import Tokenizer
+from llama_tp.text.token_table import Tokenizer
 
 # with nothing to compute but samples whose masks are late: until the caller may look around
 IDLE_S = 0.05
@@ -184,12 +184,15 @@ class Engine:
             run_s += self._launch(step)
         if not self._running:
             if self.has_work:  # all of it waits for masks
-                self._masks.look(IDLE_S)
+                self._forms().look(IDLE_S)
             return self._end_forms()
         step, read = self._running.popleft()
         reading = time.perf_counter()
         with self.watch.busy(f"step {step.number}"):
-            sampled = read() | {sequence.row: LATE for sequence in self._late}
+            sampled = dict(read())
+            for sequence in self._late:
+                if sequence.row is not None:
+                    sampled[sequence.row] = LATE
         run_s += time.perf_counter() - reading
         deltas = [
             self._gained(sequence, token)
@@ -249,7 +252,7 @@ class Engine:
         )
         if self.is_driver:
             masks = self._masks_of(
-                [self.scheduler.rows[row.row] for row in step.rows if row.masked],
+                [self.scheduler.in_row(row.row) for row in step.rows if row.masked],
                 len(words) == len(step.rows),
             )
             for place, mask in zip(words, masks):
@@ -263,8 +266,9 @@ class Engine:
         formed = [sequence for sequence in sequences if sequence.params.form]
         if not formed:
             return [None] * len(sequences)
-        self._masks.wait(formed, alone and len(formed) == len(sequences))
-        masks = {sequence: self._masks.get(sequence) for sequence in formed}
+        followed = self._forms()
+        followed.wait(formed, alone and len(formed) == len(sequences))
+        masks = {sequence: followed.get(sequence) for sequence in formed}
         self._late |= {sequence for sequence, mask in masks.items() if mask is None}
         return [
             None if (mask := masks.get(sequence)) is None else torch.from_numpy(mask.view(np.int32))
@@ -272,7 +276,7 @@ class Engine:
         ]
 
     def _choose(self, rows: list[StepRow], logits: torch.Tensor) -> list[int]:
-        sequences = [self.scheduler.rows[row.row] for row in rows]
+        sequences = [self.scheduler.in_row(row.row) for row in rows]
         masks = self._masks_of(sequences, alone=False)
         choices = choose(sequences, logits, self.tokenizer.stop_ids, masks, self.runner.n_vocab)
         self._logprobs.update(
@@ -284,12 +288,13 @@ class Engine:
 
     def _score(self, row: StepRow, first: int, logits: torch.Tensor) -> None:
         """Prompt logprobs: the logits at position p are those of the token at p + 1."""
-        sequence = self.scheduler.rows[row.row]
+        sequence = self.scheduler.in_row(row.row)
+        n_top, known = sequence.params.prompt_logprobs, self._tracks[sequence].prompt_logprobs
+        if n_top is None or known is None:  # not wanted, or handed over
+            return
         targets = sequence.ids[first + 1 : min(first + 1 + len(logits), sequence.n_prompt)]
-        scores = score(
-            logits[: len(targets)], targets, sequence.params.prompt_logprobs, self.runner.n_vocab
-        )
-        self._tracks[sequence].prompt_logprobs.update(enumerate(scores, start=first + 1))
+        scores = score(logits[: len(targets)], targets, n_top, self.runner.n_vocab)
+        known.update(enumerate(scores, start=first + 1))
 
     def _gained(self, sequence: Sequence, token: int) -> Delta:
         """The delta of a sequence that has just sampled, and the decision whether it ends here."""
@@ -304,7 +309,7 @@ class Engine:
             self.scheduler.finish(sequence, "stop")
             return self._finished(sequence)
         if params.form and not sequence.finish_reason:
-            self._masks.sampled(sequence, token)
+            self._forms().sampled(sequence, token)
         text = track.stream.push([token])
         if sequence.n_output == params.min_tokens:
             track.stream.set_stop_strings(params.stop)
@@ -334,7 +339,7 @@ class Engine:
         prompt_logprobs = self._prompt_logprobs(sequence)
         track = self._tracks.pop(sequence)
         if sequence.params.form:
-            self._masks.end(sequence)
+            self._forms().end(sequence)
         return Delta(
             sequence.request.id,
             sequence.index,

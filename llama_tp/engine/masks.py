@@ -19,6 +19,7 @@ import numpy as np
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.request import Request, Sequence
+from llama_tp.text.grammar import Form
 from llama_tp.text.grammar_pool import (
     MAX_DEATHS,
     START_S,
@@ -43,6 +44,7 @@ class _Followed:
     workers are taken."""
 
     request: Request
+    form: Form
     samples: dict[int, Sequence]
     worker: Worker | None = None
     # by sample; none there: it is asked for
@@ -75,8 +77,12 @@ class Masks:
         self._failures: list[tuple[Sequence, UserError]] = []
 
     def begin(self, request: Request, sequences: list[Sequence]) -> None:
-        """Follows the form of a request from what its samples have written so far."""
-        one = _Followed(request, {sequence.index: sequence for sequence in sequences})
+        """Follows the form of a request from what its samples have written so far. ValueError if
+        it has none."""
+        if request.params.form is None:
+            raise ValueError(f"the request {request.id!r} has no form")
+        samples = {sequence.index: sequence for sequence in sequences}
+        one = _Followed(request, request.params.form, samples)
         self._followed[request] = one
         self._unstarted.append(one)
         self._start_some()
@@ -129,8 +135,8 @@ class Masks:
             if one
         }
         for one in ones.values():  # most have come while the model ran: no need to poll
-            if one.waits:
-                self._read(one)
+            if one.worker and one.waits:
+                self._read(one, one.worker)
         while True:
             now = time.monotonic()
             grace_s = ALONE_S if alone and all(one.waits for one in ones.values()) else GRACE_S
@@ -151,7 +157,7 @@ class Masks:
     def _blame(one: _Followed) -> None:
         """A worker that has computed for too long makes room for others; one that was not given a
         CPU is not to blame."""
-        if one.worker.cpu_s > one.cpu_s + GRACE_S:
+        if one.worker and one.worker.cpu_s > one.cpu_s + GRACE_S:
             one.n_to_forgive = N_FORGIVEN
             one.worker.demote()
 
@@ -166,16 +172,17 @@ class Masks:
             self._take(ones, seconds)
         now = time.monotonic()
         for one in ones:
-            if one.waits:
-                self._blame(one)
-            limit = self.pool.answer_s if one.worker and one.worker.pid else START_S
-            if one.waits and now > one.asked_at + limit:
+            if one.worker is None or not one.waits:
+                continue
+            self._blame(one)
+            limit = self.pool.answer_s if one.worker.pid else START_S
+            if now > one.asked_at + limit:
                 self._fail(one, self.pool.too_much(one.worker))
 
     def get(self, sequence: Sequence) -> np.ndarray | None:
         """The mask, (words,) uint32; None: it is late."""
         one = self._followed.get(sequence.request)
-        return one and one.masks.get(sequence.index)
+        return None if one is None else one.masks.get(sequence.index)
 
     def failures(self) -> list[tuple[Sequence, UserError]]:
         """Samples that cannot go on, and why; each is told once. One may have ended meanwhile."""
@@ -201,22 +208,21 @@ class Masks:
         one.worker, one.was_there, one.unsent, one.masks = self.pool.take(), False, [], {}
         one.cpu_s = one.worker.cpu_s
         outputs = [(index, sequence.output_ids) for index, sequence in one.samples.items()]
-        one.worker.send(start_message(one.request.params.form, outputs))
+        one.worker.send(start_message(one.form, outputs))
         one.n_unanswered, one.asked_at = len(one.samples), time.monotonic()
 
     def _take(self, ones: list[_Followed], seconds: float) -> None:
-        by_worker = {id(one.worker): one for one in ones}
-        for worker in wait_for([one.worker for one in ones], seconds):
-            self._read(by_worker[id(worker)])
+        by_worker = {one.worker: one for one in ones if one.worker}
+        for worker in wait_for(by_worker, seconds):
+            self._read(by_worker[worker], worker)
 
-    def _read(self, one: _Followed) -> None:
-        worker = one.worker
+    def _read(self, one: _Followed, worker: Worker) -> None:
         for answer in worker.take():
             self._hear(one, answer)
         if worker.pid and not one.was_there:  # its time begins when it is there
             one.was_there, one.asked_at = True, time.monotonic()
         if worker.gone and one.waits:
-            self._replace(one)
+            self._replace(one, worker)
 
     def _hear(self, one: _Followed, answer: bytearray) -> None:
         if answer[:1] == b"e":
@@ -233,12 +239,12 @@ class Masks:
             if one.n_to_forgive and time.monotonic() < one.asked_at + GRACE_S:
                 one.n_to_forgive -= 1
 
-    def _replace(self, one: _Followed) -> None:
+    def _replace(self, one: _Followed, worker: Worker) -> None:
         one.n_deaths += 1
         if one.n_deaths == MAX_DEATHS or time.monotonic() > one.asked_at + self.pool.cpu_s:
-            self._fail(one, self.pool.too_much(one.worker))
+            self._fail(one, self.pool.too_much(worker))
             return
-        one.worker.kill()
+        worker.kill()
         self._start(one)
 
     def _fail(self, one: _Followed, error: UserError, sample: int = ALL) -> None:

@@ -181,7 +181,7 @@ class Scheduler:
             return None
         step = Step(self.n_steps, tuple(rows))
         self.n_steps += 1
-        self.in_flight.append((step, {row.row: self.rows[row.row] for row in rows}))
+        self.in_flight.append((step, {row.row: self.in_row(row.row) for row in rows}))
         return step
 
     def update(self, step: Step, sampled: Mapping[int, int]) -> list[tuple[Sequence, int]]:
@@ -295,7 +295,7 @@ class Scheduler:
         start, end = sequence.n_planned, sequence.n_planned + n
         way = sequence.way if end == sequence.n_ids else GATHERED
         row = StepRow(
-            row=sequence.row,
+            row=_row_of(sequence),
             start=start,
             n=n,
             ids=() if sequence.decoding else tuple(sequence.ids[start:end]),
@@ -348,18 +348,26 @@ class Scheduler:
         """Take a running sequence's row and blocks."""
         self._drop(sequence)
         self.running.remove(sequence)
-        self.rows[sequence.row] = None
+        self.rows[_row_of(sequence)] = None
         self.blocks.release(sequence.blocks)
         sequence.leave()
 
     def _drop(self, sequence: Sequence) -> None:
         """Take a sequence's part in the steps in flight: a token that it samples there is dropped
         unseen, and sampled again (the draw is keyed by position) should the sequence get on."""
+        row = _row_of(sequence)
         for _, sequences in self.in_flight:
-            if sequences.get(sequence.row) is sequence:
-                del sequences[sequence.row]
+            if sequences.get(row) is sequence:
+                del sequences[row]
 
     # ------------------------------------------------------------------------------------ the books
+
+    def in_row(self, row: int) -> Sequence:
+        """The sequence that has a row. RuntimeError if none has."""
+        sequence = self.rows[row]
+        if sequence is None:
+            raise RuntimeError(f"no sequence has row {row}")
+        return sequence
 
     @property
     def n_running(self) -> int:
@@ -392,3 +400,10 @@ class Scheduler:
             row: sequence for row, sequence in enumerate(self.rows) if sequence is not None
         }:
             raise RuntimeError(f"the rows {self.rows} are not those of {self.running}")
+
+
+def _row_of(sequence: Sequence) -> int:
+    """The row of a running sequence. RuntimeError if it waits."""
+    if sequence.row is None:
+        raise RuntimeError(f"{sequence} has no row")
+    return sequence.row

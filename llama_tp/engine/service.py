@@ -7,6 +7,7 @@ so this is also where numbers that JSON does not have are mended.
 """
 
 import time
+from typing import Any, Protocol
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.delta import Delta, TokenLogprobs
@@ -19,7 +20,15 @@ LEAST_LOGPROB = -9999.0  # stands for -inf, as elsewhere in OpenAI's world, and 
 SCORES_A_MESSAGE = 512
 
 
-def serve(engine: Engine, link) -> None:
+class Link(Protocol):
+    """The driver's end of the connection to a server."""
+
+    def take(self, wait: bool) -> list[dict[str, Any]] | None: ...
+
+    def send(self, message: dict[str, Any]) -> None: ...
+
+
+def serve(engine: Engine, link: Link) -> None:
     """Driver: does what the messages say until the link closes. Waits for them while there is
     nothing to compute, for hours if need be, and looks in between steps otherwise: an abort frees
     its blocks before the next step."""
@@ -59,7 +68,7 @@ def serve(engine: Engine, link) -> None:
         )
 
 
-def info(engine: Engine) -> dict:
+def info(engine: Engine) -> dict[str, Any]:
     """What the server needs to know about the engine: sizes, and what makes its texts
     repeatable."""
     scheduler, runner = engine.scheduler, engine.runner
@@ -76,7 +85,7 @@ def info(engine: Engine) -> dict:
     }
 
 
-def stats(engine: Engine) -> dict:
+def stats(engine: Engine) -> dict[str, Any]:
     """Gauges and sums since the ranks were started."""
     scheduler, sums = engine.scheduler, engine.stats
     return {
@@ -93,7 +102,7 @@ def stats(engine: Engine) -> dict:
     }
 
 
-def request_of(message: dict) -> Request:
+def request_of(message: dict[str, Any]) -> Request:
     """The request that a submit message holds. Raises UserError like Request."""
     params = dict(message["params"])
     if params.get("logit_bias"):
@@ -104,7 +113,7 @@ def request_of(message: dict) -> Request:
     return Request(message["id"], message["prompt"], SamplingParams(**params), message["outputs"])
 
 
-def _delta(delta: Delta) -> dict:
+def _delta(delta: Delta) -> dict[str, Any]:
     return {
         "id": delta.request_id,
         "index": delta.index,
@@ -116,7 +125,7 @@ def _delta(delta: Delta) -> dict:
     }
 
 
-def _pieces(delta: Delta) -> list[list]:
+def _pieces(delta: Delta) -> list[list[Any]]:
     scores = delta.prompt_logprobs or ()
     if not any(scores):  # handed over before, or of a prompt of one token
         return []
@@ -126,7 +135,7 @@ def _pieces(delta: Delta) -> list[list]:
     ]
 
 
-def _score(one: TokenLogprobs) -> list:
+def _score(one: TokenLogprobs) -> list[Any]:
     # the bound comes first: max(bound, NaN) is the bound
     return [
         one.token,

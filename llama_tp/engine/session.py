@@ -4,6 +4,7 @@ driver."""
 import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,12 +12,12 @@ from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import GIB, weight_bytes
 from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.hub import fetch
-from llama_tp.engine.delta import TokenLogprobs
+from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.engine.engine import Engine
 from llama_tp.engine.request import Request, SamplingParams
 from llama_tp.parallel.collectives import gather_ints
 from llama_tp.parallel.log import say
-from llama_tp.text.chat_format import ChatFormat
+from llama_tp.text.chat_format import ChatFormat, Dialog
 from llama_tp.text.template import ChatTemplate, open_template
 
 
@@ -36,7 +37,7 @@ class Sample:
     finish_reason: str | None = None
     error: str | None = None
 
-    def as_json(self, echo: bool) -> dict:
+    def as_json(self, echo: bool) -> dict[str, Any]:
         """The line that `generate --json` prints; with echo, the prompt is part of generation,
         tokens and logprobs."""
         logprobs = [
@@ -53,7 +54,7 @@ class Sample:
         return out | ({"error": self.error} if self.error else {})
 
 
-def _as_json(one: TokenLogprobs | None) -> dict | None:
+def _as_json(one: TokenLogprobs | None) -> dict[str, Any] | None:
     if one is None:
         return None
     return {
@@ -93,8 +94,8 @@ def encode_prompt(
     """Ids of a plain prompt (BOS in front) or of a one-message chat."""
     if chat is None:
         return engine.tokenizer.encode(prompt, bos=True)
-    before = [] if system is None else [{"role": "system", "content": system}]
-    return chat.encode_dialog([*before, {"role": "user", "content": prompt}])
+    dialog: Dialog = [] if system is None else [{"role": "system", "content": system}]
+    return chat.encode_dialog([*dialog, {"role": "user", "content": prompt}])
 
 
 def run(
@@ -110,11 +111,9 @@ def run(
         try:
             engine.check(request)
         except UserError as e:
-            raise (
-                UserError(f"prompt {number + 1}: {e.what}", e.found, e.fix)
-                if len(requests) > 1
-                else e
-            )
+            if len(requests) == 1:
+                raise
+            raise UserError(f"prompt {number + 1}: {e.what}", e.found, e.fix) from e
     samples = [
         Sample(text, ids, index)
         for (text, ids), each in zip(prompts, params)
@@ -142,7 +141,7 @@ def run(
             engine.abort(request.id)
 
 
-def _grow(samples: list[Sample], place: dict, delta) -> int:
+def _grow(samples: list[Sample], place: dict[tuple[str, int], int], delta: Delta) -> int:
     i = place[delta.request_id, delta.index]
     sample = samples[i]
     sample.text += delta.text

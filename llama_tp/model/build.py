@@ -6,6 +6,7 @@ import torch
 
 from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.shard_map import Shard, ShardMap
+from llama_tp.arch.weight_format import DENSE
 from llama_tp.arch.weights import table
 from llama_tp.backends.base import LayerShape, Peers
 from llama_tp.backends.select import Backends, select, select_compiled, select_plain
@@ -79,7 +80,8 @@ def from_weights(
     model = Transformer(shard, ranks, dtype, n_positions, deterministic, backends)
     destinations = Destinations(model)
     for weight in table(config):
-        part, view = weight.part(shard), destinations.view(weight)
+        [tensor] = DENSE.tensors(weight)
+        part, view = weight.part(shard), destinations.view(weight, tensor)
         view.zero_()
         if part.dim is None:
             view.copy_(weights[weight.name])

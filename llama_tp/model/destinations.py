@@ -5,6 +5,7 @@ from collections import Counter
 
 import torch
 
+from llama_tp.arch.weight_format import FormatTensor
 from llama_tp.arch.weights import Weight
 from llama_tp.model.linear import ShardedWeight
 from llama_tp.model.llama import Transformer
@@ -20,9 +21,10 @@ class Destinations:
         self.model, self._places = model, places(model)
         self._missing = Counter(id(module) for module, _, _ in self._places.values())
 
-    def view(self, weight: Weight) -> torch.Tensor:
-        """The tensor that this rank's part of `weight` is read into, padding included:
-        `weight.local_shape`, in the model's dtype, on its device."""
+    def view(self, weight: Weight, tensor: FormatTensor) -> torch.Tensor:
+        """The tensor that this rank's part of a weight's `tensor` is read into, padding included:
+        `tensor.local_shape`, in the model's dtype, on its device. Today all weights are dense: each
+        has one tensor."""
         module, start, n = self._places[weight.name]
         return module.destination(self.model.ranks.device, start, n)
 

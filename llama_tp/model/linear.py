@@ -58,7 +58,8 @@ class ShardedWeight:
         """A view of rows [start, start + n) of the weight, to be filled in place; allocates the
         weight the first time."""
         if self.weight.is_meta:
-            self.weight = torch.empty_like(self.weight, device=device)
+            # not empty_like: of a meta tensor it imports sympy, 1 s of a core a rank
+            self.weight = torch.empty(self.weight.shape, dtype=self.weight.dtype, device=device)
         return self.weight[start:] if n is None else self.weight[start : start + n]
 
     def finish(self) -> None:

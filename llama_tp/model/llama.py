@@ -119,12 +119,11 @@ class Attention:
         backends: Backends,
     ):
         D, H, K, E = shape.dim, shape.n_heads, shape.n_kv_heads, shape.head_dim
+        n_chunks = shape.wo_chunks
         self.H, self.K, self.E = H, K, E
         self.backend, self.elementwise = backends.attention, backends.elementwise
         self.wqkv = ColumnParallelLinear(D, (H + 2 * K) * E, dtype, backends)
-        self.wo = RowParallelLinear(
-            H * E, D, dtype, ranks, backends, shape.wo_chunks, deterministic
-        )
+        self.wo = RowParallelLinear(H * E, D, dtype, ranks, backends, n_chunks, deterministic)
 
     def __call__(
         self, x: torch.Tensor, batch: ForwardBatch, rotary: Rotary, cache: KVCache, layer: int
@@ -134,8 +133,9 @@ class Attention:
         qk, v = qkv.split((H + K, K), dim=1)  # (T, H + K, E), (T, K, E)
         q, k = self.elementwise.rotate(qk, *rotary).split((H, K), dim=1)  # (T, H, E), (T, K, E)
         self.backend.write(cache, layer, batch.slots, k, v)
+        # softmax(q k^T / sqrt(E)) v over the cached positions of a row's sequence, up to its own
         out = self.backend.attend(q, cache, layer, batch.plan)  # (T, H, E)
-        return self.wo(out.reshape(T, H * E))  # of (T, D)
+        return self.wo(out.reshape(T, H * E))  # Partials of (T, D)
 
 
 class FeedForward:
@@ -149,14 +149,14 @@ class FeedForward:
         deterministic: bool,
         backends: Backends,
     ):
-        D, F_ = shape.dim, shape.ffn_dim
-        self.F, self.elementwise = F_, backends.elementwise
-        self.w13 = ColumnParallelLinear(D, 2 * F_, dtype, backends)
-        self.w2 = RowParallelLinear(F_, D, dtype, ranks, backends, shape.w2_chunks, deterministic)
+        D, n_chunks = shape.dim, shape.w2_chunks
+        self.F, self.elementwise = shape.ffn_dim, backends.elementwise
+        self.w13 = ColumnParallelLinear(D, 2 * self.F, dtype, backends)
+        self.w2 = RowParallelLinear(self.F, D, dtype, ranks, backends, n_chunks, deterministic)
 
     def __call__(self, x: torch.Tensor) -> Partials:
         gate_up = self.w13(x)  # (T, 2F)
-        return self.w2(self.elementwise.silu_mul(gate_up))  # of (T, D)
+        return self.w2(self.elementwise.silu_mul(gate_up))  # (T, F) -> Partials of (T, D)
 
 
 class Layer:

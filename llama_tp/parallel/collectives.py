@@ -131,12 +131,12 @@ def share_words(words: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def broadcast_bytes(data: bytes | None, ranks: Ranks) -> bytes:
-    """The driver's `data` on every rank; workers pass None."""
-    if ranks.tp == 1:
-        return data
+    """The driver's `data` on every rank; workers pass None. ValueError on a driver without data."""
     if ranks.is_driver:
+        if data is None:
+            raise ValueError("the driver has nothing to broadcast")
         send_ints([len(data)], ranks)
-        if data:
+        if data and ranks.tp > 1:
             _control(torch.frombuffer(bytearray(data), dtype=torch.uint8), ranks)
         return data
     buffer = torch.empty(recv_ints(ranks)[0], dtype=torch.uint8)

@@ -15,18 +15,20 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
 from llama_tp.arch.errors import UserError
-from llama_tp.parallel.one_shot import OneShot, open_one_shot
+from llama_tp.parallel.one_shot import open_one_shot
 from llama_tp.parallel.rendezvous import open_store, read_launch, roll_call, unconnected
-from llama_tp.parallel.shared_memory import SharedMemoryCommunicator, open_communicators
+from llama_tp.parallel.shared_memory import open_communicators
 
 # Workers wait for the next step on the control group while a user thinks: that wait must never run
 # out by itself.
@@ -42,6 +44,30 @@ class CollectiveCounters:
 
     collectives: int = 0
     watches: int = 0
+
+
+class Communicator(Protocol):
+    """What does the collectives of a group where there is something faster than the group. All
+    ranks must call the same operations in the same order.
+
+    Attributes:
+        in_tree_order: `sum` adds in the order of collectives.tree_add.
+    """
+
+    @property
+    def in_tree_order(self) -> bool: ...
+
+    def sums(self, x: torch.Tensor) -> bool:
+        """Whether `sum` can take x."""
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Sums x over the ranks, in place."""
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's x (contiguous) in rank order: (tp, *x.shape)."""
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Overwrites x (contiguous) with the driver's."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +101,8 @@ class Ranks:
     n_nodes: int = 1
     master: str = "127.0.0.1"
     store: dist.Store | None = None
-    communicator: SharedMemoryCommunicator | OneShot | None = None
-    control_communicator: SharedMemoryCommunicator | None = None
+    communicator: Communicator | None = None
+    control_communicator: Communicator | None = None
     counters: CollectiveCounters = field(default_factory=CollectiveCounters, compare=False)
 
     @property
@@ -142,12 +168,14 @@ def init_ranks(
         control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
     except RuntimeError as error:  # a rank that has died, or a stranger at gloo's port
         raise unconnected(launch, error) from error
-    communicators = None
-    if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
-        communicators = open_communicators(launch.rank, launch.world, timeout_s, store, control)
     group = fairscale_groups.get_model_parallel_group()
+    communicator: Communicator | None = None
+    control_communicator: Communicator | None = None
+    if where.type == "cpu" and launch.n_nodes == 1 < launch.world:
+        both = open_communicators(launch.rank, launch.world, timeout_s, store, control)
+        communicator, control_communicator = both or (None, None)
     if where.type == "cuda" and launch.n_nodes == 1 < launch.world:
-        communicators = (open_one_shot(group, control, launch.rank, launch.world, where), None)
+        communicator = open_one_shot(group, control, launch.rank, launch.world, where)
     return Ranks(
         launch.rank,
         launch.world,
@@ -159,7 +187,8 @@ def init_ranks(
         launch.n_nodes,
         launch.master,
         store,
-        *(communicators or ()),
+        communicator,
+        control_communicator,
     )
 
 
@@ -284,7 +313,7 @@ def listen_on_loopback() -> None:
 
 
 @contextlib.contextmanager
-def groups_get(timeout: timedelta):
+def groups_get(timeout: timedelta) -> Iterator[None]:
     """Gives groups made inside the block our timeout: fairscale 0.4.13 asks for none and would get
     torch's 30 min."""
     new_group = dist.new_group

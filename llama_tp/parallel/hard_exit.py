@@ -16,8 +16,8 @@ from llama_tp.parallel import log
 WRITE_S = 2.0  # for last words: a terminal or pipe that nobody reads must not keep the process
 
 
-def kill_here(stopped: list) -> None:
-    """Ends processes that do not answer, if they are on this host (Linux).
+def kill_here(stopped: list[tuple[int, str]]) -> None:
+    """Ends processes (pid, host) that do not answer, if they are on this host (Linux).
 
     Two containers may share a host name and still count processes apart: hence only what runs our
     own command line.

@@ -25,9 +25,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch.distributed as dist
 
 from llama_tp.parallel.diagnosis import Seen, Sign, describe, diagnose, is_echo, silent
 from llama_tp.parallel.groups import Ranks
@@ -65,19 +69,21 @@ class Watch:
         self._call = self._step = self._done = 0
         self._error, self._echo, self._left = "", False, False
         self._signal, self._signalled_at = 0, math.inf
-        self._noticed_at = None  # when the first symptom was seen
+        self._noticed_at: float | None = None  # when the first symptom was seen
         self._main = threading.get_ident()
         # Only torchrun's death orphans ranks; elsewhere (mpirun, nohup) a parent may end and mean
         # nothing by it.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
-        self._thread = None
+        self._thread: threading.Thread | None = None
         if ranks.tp > 1:
-            self._start()
+            if ranks.store is None:
+                raise ValueError("several ranks find each other in a store, and there is none")
+            self._start(ranks.store)
 
     # What users say.
 
     @contextlib.contextmanager
-    def busy(self, what: str, limit_s: float | None = None):
+    def busy(self, what: str, limit_s: float | None = None) -> Iterator[None]:
         """Marks the block as work in which ranks wait for each other; longer than `limit_s` is a
         hang. Marks nest.
 
@@ -140,14 +146,19 @@ class Watch:
     def __enter__(self) -> "Watch":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is not None and not isinstance(error, SystemExit) and self._thread is not None:
             self.fail(error)
         self.close()
 
     # Starting: the driver listens and publishes where in the launch's store; workers connect.
 
-    def _start(self) -> None:
+    def _start(self, store: dist.Store) -> None:
         ranks, now = self.ranks, time.monotonic()
         self._table = [
             Seen(rank, now, sign=Sign(limit_s=self.load_timeout_s)) for rank in range(ranks.tp)
@@ -168,7 +179,7 @@ class Watch:
             self._token = secrets.token_hex(16)
             self._selector.register(self._listener, selectors.EVENT_READ, self._on_connect)
             host = "127.0.0.1" if ranks.n_nodes == 1 else ranks.master
-            ranks.store.set(
+            store.set(
                 key,
                 json.dumps(
                     [
@@ -181,14 +192,12 @@ class Watch:
                 ),
             )
         else:  # the store makes us wait for a driver that is late
-            host, port, token, self._table[0].pid, self._table[0].host = json.loads(
-                ranks.store.get(key)
-            )
+            host, port, token, self._table[0].pid, self._table[0].host = json.loads(store.get(key))
             line = call(host, port)
             line.send([token, ranks.rank, self._me.pid, self._me.host])
             self._lines[0] = line
             self._selector.register(line.sock, selectors.EVENT_READ, lambda: self._on_line(line))
-        self._handlers = {}  # what was there before ours
+        self._handlers: dict[int, Any] = {}  # what was there before ours
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -293,7 +302,7 @@ class Watch:
         """Tells everyone to leave, takes stopped ranks of this host along (only SIGKILL reaches
         them), and leaves."""
         within_sight = self._table if self.ranks.is_driver else self._table[:1]
-        stopped = [[seen.pid, seen.host] for seen in silent(within_sight, now)]
+        stopped = [(seen.pid, seen.host) for seen in silent(within_sight, now)]
         for line in self._lines.values():
             line.send({"leave": code, "stopped": stopped})
         kill_here(stopped)
@@ -355,10 +364,10 @@ class Watch:
         self._lines[line.rank] = line
         return True
 
-    def _hear(self, seen: Seen, message: dict) -> None:
+    def _hear(self, seen: Seen, message: dict[str, Any]) -> None:
         seen.heard = time.monotonic()
         if "leave" in message:
-            kill_here(message["stopped"])
+            kill_here([(pid, host) for pid, host in message["stopped"]])
             leave(message["leave"], "")
         seen.sign = Sign(**message["sign"])
         self._lowest = message.get("lowest", self._lowest)

@@ -9,6 +9,7 @@ import errno
 import ipaddress
 import json
 import socket
+from typing import Any
 
 LINE_BYTES = 1 << 18  # longest line: an error with its traceback, with communicator
 SOCKET_S = 0.5  # longest wait for a peer that does not read
@@ -28,7 +29,7 @@ class JsonLinesConnection:
         with contextlib.suppress(OSError):
             self.sock.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> list | None:
+    def receive(self) -> list[Any] | None:
         """The messages that have come in; None once the peer has gone, or talks nonsense."""
         try:
             data = self.sock.recv(1 << 16)

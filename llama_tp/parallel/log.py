@@ -7,6 +7,7 @@ Plain prints and no logging tree: a rank has one reader, the terminal or the lau
 import os
 import sys
 import time
+from types import TracebackType
 
 from tqdm import tqdm
 
@@ -66,7 +67,12 @@ class Progress:
             speed = done / 1e9 / (now - self.started)
             say(f"{self.what}: {done / 1e9:.1f} of {self.total / 1e9:.1f} GB, {speed:.2f} GB/s")
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
         if kind is None and self.shown:

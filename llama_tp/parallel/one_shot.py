@@ -94,7 +94,8 @@ def open_one_shot(
     with contextlib.suppress(Exception):  # no NVLink, no such driver, another torch: build says so
         if os.environ.get("LLAMA_TP_SHARED") != "0":
             one = OneShot(group, tp, device, memory, ops)
-    if _all(one is not None, control):  # or those that can would wait in `map` for one that cannot
+    # or those that can would wait in `map` for one that cannot
+    if _all(one is not None, control) and one is not None:
         with contextlib.suppress(Exception):
             one.map()
             mapped = True

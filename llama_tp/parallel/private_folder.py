@@ -14,6 +14,7 @@ import shutil
 import stat
 import tempfile
 from pathlib import Path
+from types import TracebackType
 
 from llama_tp.arch.errors import UserError
 
@@ -50,7 +51,12 @@ class PrivateFolder:
     def __enter__(self) -> "PrivateFolder":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.remove()
 
 

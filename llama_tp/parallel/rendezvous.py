@@ -98,7 +98,8 @@ def read_launch(env: Mapping[str, str]) -> Launch | None:
 
 def first_host(nodes: str) -> str:
     """The first name in Slurm's short form: "gpu[003-010,12],cpu1" -> "gpu003"."""
-    return re.sub(r"\[(\d+)[^]]*\]", r"\1", re.match(r"[^,\[]*(\[[^]]*\])?[^,]*", nodes).group())
+    first = re.findall(r"^[^,\[]*(?:\[[^]]*\])?[^,]*", nodes)[0]  # may be empty, but it matches
+    return re.sub(r"\[(\d+)[^]]*\]", r"\1", first)
 
 
 def open_store(launch: Launch, timeout_s: float) -> dist.Store:
@@ -107,7 +108,8 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
     Raises:
         UserError: the launcher is out of reach, or rank 0 has not come within `timeout_s`.
     """
-    timeout, folder, agent = timedelta(seconds=timeout_s), given_folder(), None
+    timeout, folder = timedelta(seconds=timeout_s), given_folder()
+    agent: dist.Store | None = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agent = agent_store(launch, timeout)
         if launch.rank == 0 and runs_code(agent):
@@ -123,12 +125,13 @@ def open_store(launch: Launch, timeout_s: float) -> dist.Store:
                 safe,
                 file=sys.stderr,
             )
-    if launch.n_nodes > 1 or not (folder or agent):
+    if folder is None and agent is not None and launch.n_nodes == 1:
+        folder = told_folder(launch, agent, timeout)
+    if launch.n_nodes > 1 or folder is None:
         host = launch.master if launch.n_nodes > 1 else "127.0.0.1"
         # torchrun has the port itself
         store = tcp_store(launch, host, launch.port + (agent is not None), timeout)
     else:
-        folder = folder or told_folder(launch, agent)
         private_folder.check(folder)
         if not private_folder.is_held(folder):
             raise UserError(
@@ -167,16 +170,16 @@ def given_folder() -> str | None:
     )
 
 
-def told_folder(launch: Launch, agent: dist.Store) -> str:
+def told_folder(launch: Launch, agent: dist.Store, timeout: timedelta) -> str:
     """The path of a private folder that rank 0 makes, which goes with its process, and tells in
-    torchrun's store."""
+    torchrun's store, whose answers may take `timeout`."""
     key = f"llama_tp/folder{restart()}"
     if launch.rank == 0:
         agent.set(key, private_folder.PrivateFolder().path)
     try:
-        return agent.get(key).decode(errors="replace")
+        return str(agent.get(key), errors="replace")
     except RuntimeError as error:
-        raise absent([0], launch, agent.timeout) from error
+        raise absent([0], launch, timeout) from error
 
 
 def tcp_store(launch: Launch, host: str, port: int, timeout: timedelta) -> dist.Store:

@@ -102,7 +102,7 @@ def open_communicators(
     dist.all_reduce(all_have, dist.ReduceOp.MIN, group=control)
     if rank == 0 and path:
         os.unlink(path)  # all have it open, or will not use it: nothing is left behind
-    if not all_have.item():
+    if library is None or memory is None or not all_have.item():
         return None
     return (
         SharedMemoryCommunicator(library, memory, 0, rank, tp, timeout_s),

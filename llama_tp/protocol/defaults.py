@@ -9,6 +9,7 @@ OpenAI's.
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.json_file import read_json
@@ -50,7 +51,9 @@ class SamplingDefaults:
             if kind == "chat" or name != "max_tokens"
         } | dict(self.flags)
 
-    def fill(self, data: dict, kind: str, below: Mapping[str, float] = {}) -> dict:
+    def fill(
+        self, data: dict[str, Any], kind: str, below: Mapping[str, float] = {}
+    ) -> dict[str, Any]:
         """The body `data` with what it leaves out, or says as null; `below`: what is next in
         rank."""
         known = {**below, **self.of(kind)}
@@ -104,7 +107,7 @@ def generation_config_of(folder: str, generation_config: str) -> dict[str, float
     return found
 
 
-def _check(values: Mapping[str, float], spelt: Callable[[str], str], fix: str) -> None:
+def _check(values: Mapping[str, Any], spelt: Callable[[str], str], fix: str) -> None:
     """Raises UserError for a value that no request may have; `spelt`: a field's name as people know
     it."""
     for name, value in values.items():

@@ -5,6 +5,8 @@ Refuses to know http: a status is a number here, which the server sends and a ba
 output line.
 """
 
+from typing import Any
+
 from llama_tp.arch.errors import UserError
 
 MAX_CHARS = 1000  # of a message: a small request must not earn a large reply
@@ -24,7 +26,12 @@ class RequestError(UserError):
         param: the field at fault, where there is one.
         code: OpenAI's short word for programs, such as "context_length_exceeded".
         status: of http; 400 and the like for the client's faults, 500 and more for ours.
+
+    Attributes:
+        retry_s: in how many seconds it may be asked again; None says nothing about it.
     """
+
+    retry_s: int | None = None
 
     def __init__(
         self,
@@ -57,7 +64,7 @@ def status_of(error: UserError) -> int:
     return error.status if isinstance(error, RequestError) else 400
 
 
-def error_body(error: UserError) -> dict:
+def error_body(error: UserError) -> dict[str, Any]:
     """{"error": {"message", "type", "param", "code"}}, as OpenAI's clients read it; code is a text
     or None."""
     status = status_of(error)

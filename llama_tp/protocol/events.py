@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 
 class Events:
@@ -11,11 +12,11 @@ class Events:
     end at U+2028 and others, which may stand in JSON as they are, and would cut it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.done = False
         self._held = b""
 
-    def push(self, data: bytes) -> list[dict]:
+    def push(self, data: bytes) -> list[dict[str, Any]]:
         """The JSON of the events that `data` completes. ValueError for an event that holds no JSON
         object."""
         *lines, self._held = re.split(rb"[\r\n]", self._held + data)
@@ -30,7 +31,7 @@ class Events:
         return found
 
 
-def _object(text: bytes) -> dict:
+def _object(text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
     except RecursionError:

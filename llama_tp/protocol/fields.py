@@ -95,11 +95,14 @@ class CompletionBody(Body):
     add_special_tokens: bool = True  # BOS in front of a text; never in front of ids
 
 
-BODIES = {"chat": ChatBody, "completion": CompletionBody}
+BODIES: dict[str, type[ChatBody] | type[CompletionBody]] = {
+    "chat": ChatBody,
+    "completion": CompletionBody,
+}
 PATHS = {"/v1/chat/completions": "chat", "/v1/completions": "completion"}
 
 
-def check_body(kind: str, data: dict) -> ChatBody | CompletionBody:
+def check_body(kind: str, data: dict[str, Any]) -> ChatBody | CompletionBody:
     """`data` as the body of a request of `kind` ("chat" or "completion"). Raises RequestError
     naming the first wrong field."""
     shape = BODIES[kind]

@@ -4,7 +4,8 @@ regex and grammar by themselves.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
@@ -17,7 +18,8 @@ from llama_tp.text.grammar_pool import Busy, GrammarPool
 # The types of a response_format -> the keys that carry the form, one of which may be there:
 # OpenAI's, those of Hugging Face's TGI ("value", and the types json and regex), and "schema" beside
 # json_object, which llama.cpp has brought up.
-_CARRIERS = {
+T = TypeVar("T")
+_CARRIERS: dict[str, tuple[str, ...]] = {
     "text": (),
     "json_object": ("schema", "value"),
     "json_schema": ("json_schema", "value"),
@@ -81,7 +83,7 @@ def too_many_forms(param: str, error: UserError) -> RequestError:
     return refusal
 
 
-def _read(param: str, read, value: object):
+def _read(param: str, read: Callable[[Any], T], value: object) -> T:
     try:
         return read(value)
     except (RequestError, Busy):
@@ -90,7 +92,7 @@ def _read(param: str, read, value: object):
         raise invalid(param, error.what, error.found, error.fix) from None
 
 
-def _of_response_format(value: Mapping) -> Form | None:
+def _of_response_format(value: Mapping[str, Any]) -> Form | None:
     kind, given = (
         value.get("type"),
         sorted(name for name, each in value.items() if each is not None and name != "type"),
@@ -130,10 +132,11 @@ def _of_response_format(value: Mapping) -> Form | None:
 def _named_schema(value: object, where: str) -> object:
     """The schema of OpenAI's {"name", "schema"}; the name changes nothing, and not everybody sends
     one."""
-    names = isinstance(value, Mapping) and {
-        name for name in ("name", "schema") if value.get(name) is not None
-    }
-    if not names or not isinstance(value.get("name", ""), str | None):
+    if (
+        not isinstance(value, Mapping)
+        or (value.get("name") is None and value.get("schema") is None)
+        or not isinstance(value.get("name", ""), str | None)
+    ):
         raise invalid(
             where,
             "json_schema must have a name and a schema",
@@ -167,7 +170,7 @@ def _schema(value: object) -> object:
         raise UserError(error.what, error.found, error.fix) from None
 
 
-def _of_structured_outputs(value: Mapping) -> Form | None:
+def _of_structured_outputs(value: Mapping[str, Any]) -> Form | None:
     given = {name: each for name, each in value.items() if each is not None and each is not False}
     if not given:
         return None

@@ -7,7 +7,10 @@ that no two tokens look the same; a special token, which has no text, by its nam
 
 import codecs
 import math
+from collections.abc import Iterable
+from typing import Any
 
+from llama_tp.engine.delta import TokenLogprobs
 from llama_tp.protocol.order import ServedModel
 
 LEAST = -9999.0  # stands for minus infinity, which JSON does not have
@@ -29,9 +32,8 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else LEAST
 
 
-def chat_logprobs(model: ServedModel, scores) -> dict:
-    """{"content": [{"token", "logprob", "bytes", "top_logprobs"}, ...], "refusal": None} for tokens
-    with `token`, `logprob` and `top` ((id, logprob) pairs, best first)."""
+def chat_logprobs(model: ServedModel, scores: Iterable[TokenLogprobs]) -> dict[str, Any]:
+    """{"content": [{"token", "logprob", "bytes", "top_logprobs"}, ...], "refusal": None}."""
     return {
         "content": [
             _entry(model, one.token, one.logprob)
@@ -42,7 +44,7 @@ def chat_logprobs(model: ServedModel, scores) -> dict:
     }
 
 
-def _entry(model: ServedModel, token_id: int, logprob: float) -> dict:
+def _entry(model: ServedModel, token_id: int, logprob: float) -> dict[str, Any]:
     return {
         "token": token_text(model, token_id),
         "logprob": finite(logprob),
@@ -63,10 +65,10 @@ class Arrays:
         self.model, self._offset = model, begins_at
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def take(self, scores, first_id: int | None = None) -> dict:
+    def take(self, scores: Iterable[TokenLogprobs | None], first_id: int) -> dict[str, Any]:
         """The arrays' next piece. `first_id` is the token of an entry that is None: a prompt's
         first, which nothing predicts."""
-        out: dict[str, list] = {
+        out: dict[str, list[Any]] = {
             "text_offset": [],
             "token_logprobs": [],
             "tokens": [],
@@ -82,7 +84,7 @@ class Arrays:
             self._offset += len(self._utf8.decode(self.model.tokenizer.token_bytes(token_id)))
         return out
 
-    def _top(self, one, text: str) -> dict[str, float]:
+    def _top(self, one: TokenLogprobs, text: str) -> dict[str, float]:
         """The likeliest and the token itself, whose number is the very float of
         `token_logprobs`."""
         return {

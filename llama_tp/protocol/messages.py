@@ -1,12 +1,14 @@
 """OpenAI's chat messages to the dialog that text.chat_format encodes. Text only; what it cannot
 hold is refused by name."""
 
+from typing import Any, cast
+
 from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError, invalid, unsupported
-from llama_tp.text.chat_format import Dialog
+from llama_tp.text.chat_format import Dialog, Message, Role
 
 # OpenAI's roles, and ipython, which is Llama's own word for tool.
-_ROLES = {
+_ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
@@ -24,7 +26,7 @@ _KEPT = {
 _IGNORED = {"refusal", "annotations", "reasoning_content", "name"}
 
 
-def dialog_of(messages: list[dict]) -> Dialog:
+def dialog_of(messages: list[dict[str, Any]]) -> Dialog:
     """The messages with a text each, or with calls: "developer" is spelt "system", text parts are
     joined by line ends.
 
@@ -34,7 +36,7 @@ def dialog_of(messages: list[dict]) -> Dialog:
     return [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def _message(message: dict, where: str) -> dict:
+def _message(message: dict[str, Any], where: str) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     role = message.pop("role", None)
     if not isinstance(role, str) or role not in _ROLES:
@@ -51,7 +53,8 @@ def _message(message: dict, where: str) -> dict:
     text = (
         None if content is None and "tool_calls" in kept else _content(content, f"{where}.content")
     )
-    return {"role": _ROLES[role], "content": text} | kept
+    # no more keys than Message has: `kept` are some of _KEPT
+    return cast(Message, {"role": _ROLES[role], "content": text} | kept)
 
 
 def _content(content: object, where: str) -> str:
@@ -65,16 +68,17 @@ def _content(content: object, where: str) -> str:
 
 
 def _part(part: object, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if kind != "text":
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         raise unsupported(
             where, f"found a part of type {str(kind)[:64]}", "this model reads text parts only"
         )
-    if not isinstance(part.get("text"), str) or set(part) - {"type", "text", "cache_control"}:
+    text = part.get("text")
+    if not isinstance(text, str) or set(part) - {"type", "text", "cache_control"}:
         raise _wrong(
             where, f"found the keys {short(list(part))}", 'write {"type": "text", "text": "..."}'
         )
-    return part["text"]
+    return text
 
 
 def _wrong(where: str, found: str, fix: str) -> RequestError:

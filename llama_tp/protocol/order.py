@@ -6,7 +6,7 @@ the vocabulary), so that `Engine.submit` has nothing left to refuse.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from llama_tp.arch.errors import UserError, short
 from llama_tp.engine.request import MAX_SAMPLES, Request, SamplingParams
@@ -15,7 +15,7 @@ from llama_tp.protocol.fields import Body, ChatBody, CompletionBody
 from llama_tp.protocol.forms import read_form
 from llama_tp.protocol.messages import dialog_of
 from llama_tp.protocol.tools import Tools, read_tools
-from llama_tp.text.chat_format import ChatFormat
+from llama_tp.text.chat_format import ChatFormat, DialogEncoder
 from llama_tp.text.token_table import Tokenizer
 
 # SamplingParams' names, where clients have others.
@@ -43,8 +43,7 @@ class ServedModel:
             less.
         n_vocab: ids that may be sent: the tokenizer's, as far as the embedding goes. The runner's
             `n_vocab`.
-        chat: what encodes dialogs, if it is not the Llama 3 chat format: anything with ChatFormat's
-            `encode_dialog` and `reads`.
+        chat: what encodes dialogs, if it is not the Llama 3 chat format.
         aliases: other names that it is listed under.
         strict_name: a request for any other name is refused. Else every name will do, as there is
             one model: clients have theirs built in ("dummy", "tgi", "gpt-4o").
@@ -55,12 +54,12 @@ class ServedModel:
     max_seq_len: int
     n_vocab: int
     limits: Limits = Limits()
-    chat: object | None = None
+    chat: DialogEncoder | None = None
     aliases: tuple[str, ...] = ()
     strict_name: bool = False
     special_names: dict[int, str] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(
             self, "special_names", {i: name for name, i in self.tokenizer.specials.items()}
         )
@@ -141,7 +140,7 @@ def prepare(
     """
     model.check_name(body.model)
     _check_counts(body, model.limits)
-    common = dict(
+    common: dict[str, Any] = dict(
         id=id,
         stream=body.stream,
         include_usage=body.stream_options.include_usage,
@@ -153,7 +152,7 @@ def prepare(
     return _completion(body, model, seed, common)
 
 
-def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) -> Order:
+def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict[str, Any]) -> Order:
     tools = read_tools(body)
     for name in ("add_special_tokens", "echo"):
         if getattr(body, name):
@@ -180,15 +179,15 @@ def _chat(body: ChatBody, model: ServedModel, seed: int | None, common: dict) ->
 def _check_template_fields(body: ChatBody, model: ServedModel) -> None:
     """Refuses what is meant for the chat template and would change what it writes; what no template
     asks for changes nothing."""
-    chat = model.chat or ChatFormat
-    if body.reasoning_effort is not None and chat.reads("reasoning_effort"):
+    reads = ChatFormat.reads if model.chat is None else model.chat.reads
+    if body.reasoning_effort is not None and reads("reasoning_effort"):
         raise unsupported(
             "reasoning_effort",
             f"found {body.reasoning_effort[:80]!r}",
             "the chat template reads it: leave it out",
         )
     for name, value in body.chat_template_kwargs.items():
-        if value is not None and chat.reads(name):
+        if value is not None and reads(name):
             raise unsupported(
                 f"chat_template_kwargs.{name[:64]}",
                 f"found {short(value)}",
@@ -224,9 +223,9 @@ def _chat_ids(body: ChatBody, model: ServedModel, tools: Tools | None) -> list[i
 
 def encode(
     model: ServedModel,
-    messages: list[dict],
+    messages: list[dict[str, Any]],
     add_generation_prompt: bool,
-    tools: list[dict] | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """The ids of a conversation in the model's chat format. Raises RequestError."""
     dialog = dialog_of(messages)
@@ -242,7 +241,9 @@ def encode(
         ) from None
 
 
-def _completion(body: CompletionBody, model: ServedModel, seed: int | None, common: dict) -> Order:
+def _completion(
+    body: CompletionBody, model: ServedModel, seed: int | None, common: dict[str, Any]
+) -> Order:
     if body.best_of not in (None, body.n):
         raise unsupported("best_of", f"found best_of {body.best_of} and n {body.n}", "leave it out")
     hides_output = body.max_tokens == 0
@@ -337,7 +338,7 @@ def _check_counts(body: Body, limits: Limits) -> None:
         )
 
 
-def _params(body: Body, model: ServedModel, **others: object) -> SamplingParams:
+def _params(body: ChatBody | CompletionBody, model: ServedModel, **others: Any) -> SamplingParams:
     names = (
         "n",
         "temperature",

@@ -6,6 +6,7 @@ surrogate): neither gets past here, so that whatever is read can also be written
 
 import json
 import re
+from typing import Any, NoReturn
 
 from llama_tp.protocol.errors import RequestError
 
@@ -18,7 +19,7 @@ MAX_PARTS = 250_000
 _MAY_BE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def read_json(data: bytes, what: str = "the body") -> dict:
+def read_json(data: bytes, what: str = "the body") -> dict[str, Any]:
     """The object that `data` spells. A lone surrogate in any text becomes U+FFFD.
 
     Raises RequestError naming `what`, and the place, for anything else.
@@ -66,7 +67,7 @@ def _n_parts(data: bytes) -> int:
     return data.count(b"[") + data.count(b"{") + data.count(b":")
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
 
 

@@ -9,6 +9,7 @@ answer.
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError, unsupported
@@ -42,7 +43,7 @@ _IDS = "ask for return_token_ids instead"
 
 # Name -> (values that ask for nothing, what to do instead of anything else). None always asks for
 # nothing.
-REFUSED: dict[str, tuple[tuple, str]] = {
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "guided_json": ((), _STRUCTURED),
     "guided_regex": ((), _STRUCTURED),
     "guided_choice": ((), _STRUCTURED),
@@ -83,7 +84,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 }
 
 
-def known_fields(data: dict, known: Iterable[str]) -> dict:
+def known_fields(data: dict[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """The fields of `data` that a model which has the fields `known` may read, without those that
     are null (absent, to every client). Raises RequestError naming a field that is refused, or that
     nobody knows."""

@@ -7,12 +7,14 @@ Knows no clock and no dice: `created` and ids come from the caller.
 
 import hashlib
 from collections.abc import Iterable
+from typing import Any
 
-from llama_tp.engine.delta import Delta
+from llama_tp.engine.delta import Delta, TokenLogprobs
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import Arrays, chat_logprobs
 from llama_tp.protocol.order import Order, ServedModel
-from llama_tp.text.tool_calls import CallDelta, ToolCallParser
+from llama_tp.text.call_grammar import CallDelta
+from llama_tp.text.tool_calls import ToolCallParser
 
 _OBJECTS = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 
@@ -51,7 +53,7 @@ class Chunks:
         }
         self._numbers = {request.id: i for i, request in enumerate(order.requests)}
         self._scored = order.echo is not None and order.logprobs is not None
-        self._prompt_scores: dict[int, tuple] = {}  # by request
+        self._prompt_scores: dict[int, tuple[TokenLogprobs | None, ...]] = {}  # by request
         self._python_tag = model.tokenizer.specials.get("<|python_tag|>")
         self._choices = [
             _Choice(
@@ -69,7 +71,7 @@ class Chunks:
         """Every choice has ended."""
         return all(choice.ended for choice in self._choices)
 
-    def usage(self) -> dict:
+    def usage(self) -> dict[str, Any]:
         """The counts up to now; a prompt counts once, however many samples it has."""
         n_prompt = sum(len(request.prompt_ids) for request in self.order.requests)
         n_output = sum(choice.n_tokens for choice in self._choices)
@@ -79,7 +81,7 @@ class Chunks:
             "total_tokens": n_prompt + n_output,
         }
 
-    def begin(self) -> list[dict]:
+    def begin(self) -> list[dict[str, Any]]:
         """What can be sent before the first token: in a chat, who speaks."""
         if self.order.kind != "chat":
             return []
@@ -95,7 +97,7 @@ class Chunks:
             for i in range(self.order.n_choices)
         ]
 
-    def take(self, delta: Delta) -> list[dict]:
+    def take(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks of what one sample gained. Raises RequestError if the engine has given the
         sample up: 500, or 400 where the request was at fault."""
         if delta.refused:
@@ -121,7 +123,7 @@ class Chunks:
             ]
         return self._grown(place, delta)
 
-    def end(self) -> list[dict]:
+    def end(self) -> list[dict[str, Any]]:
         """The last chunk, with the counts, if it was asked for."""
         if not self.order.include_usage:
             return []
@@ -129,7 +131,7 @@ class Chunks:
 
     # ------------------------------------------------------------------------------------- a choice
 
-    def _grown(self, place: int, delta: Delta) -> list[dict]:
+    def _grown(self, place: int, delta: Delta) -> list[dict[str, Any]]:
         choice, order = self._choices[place], self.order
         ids, text, scores, reason = delta.ids, delta.text, delta.logprobs, delta.finish_reason
         if reason and ids and ids[-1] in order.end_ids:
@@ -163,8 +165,8 @@ class Chunks:
         ]
 
     def _said(
-        self, choice: _Choice, ids: tuple, text: str, reason: str | None
-    ) -> tuple[dict, str | None]:
+        self, choice: _Choice, ids: tuple[int, ...], text: str, reason: str | None
+    ) -> tuple[dict[str, Any], str | None]:
         """The delta of a chat's message, and why it ends."""
         if choice.parser is None:
             return {"content": text} if text else {}, reason
@@ -194,7 +196,9 @@ class Chunks:
             ),
         )
 
-    def _arrays(self, place: int, begins: bool, scores: tuple) -> dict | None:
+    def _arrays(
+        self, place: int, begins: bool, scores: tuple[TokenLogprobs, ...]
+    ) -> dict[str, Any] | None:
         if self.order.logprobs is None:
             return None
         front = self._prompt_scores[place // self.order.n] if begins and self._scored else ()
@@ -202,7 +206,7 @@ class Chunks:
             (*front, *scores), first_id=self._prompt_ids(place)[0]
         )
 
-    def _ids_beside(self, place: int, begins: bool, ids: tuple) -> dict:
+    def _ids_beside(self, place: int, begins: bool, ids: tuple[int, ...]) -> dict[str, Any]:
         if not self.order.with_ids:
             return {}
         return {"token_ids": list(ids)} | (
@@ -212,16 +216,16 @@ class Chunks:
     def _prompt_ids(self, place: int) -> list[int]:
         return self.order.requests[place // self.order.n].prompt_ids
 
-    def _chunk(self, choice: dict) -> dict:
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         chunk = self._head | {"choices": [choice]}
         if self.order.continuous_usage:
             return chunk | {"usage": self.usage()}
         return chunk | ({"usage": None} if self.order.include_usage else {})
 
 
-def _calls(pieces: list[CallDelta]) -> list[dict]:
+def _calls(pieces: list[CallDelta]) -> list[dict[str, Any]]:
     """Pieces of calls as a chunk has them: one entry a call, with id and name where it begins."""
-    entries: dict[int, dict] = {}
+    entries: dict[int, dict[str, Any]] = {}
     for piece in pieces:
         entry = entries.setdefault(
             piece.index, {"index": piece.index, "function": {"arguments": ""}}
@@ -239,12 +243,12 @@ class Fold:
 
     def __init__(self, order: Order):
         self.order = order
-        self._head: dict = {}
-        self._choices: list[dict] = [_empty(order, i) for i in range(order.n_choices)]
+        self._head: dict[str, Any] = {}
+        self._choices: list[dict[str, Any]] = [_empty(order, i) for i in range(order.n_choices)]
         # joined at the end: a long text would be copied each time
         self._texts: list[list[str]] = [[] for _ in self._choices]
 
-    def add(self, chunk: dict) -> None:
+    def add(self, chunk: dict[str, Any]) -> None:
         """Takes the next chunk of `Chunks`."""
         self._head = self._head or {
             key: chunk[key] for key in ("id", "object", "created", "model", "system_fingerprint")
@@ -265,7 +269,7 @@ class Fold:
                 choice["prompt_token_ids"] = piece["prompt_token_ids"]
 
     @staticmethod
-    def _add_call(calls: list[dict], piece: dict) -> None:
+    def _add_call(calls: list[dict[str, Any]], piece: dict[str, Any]) -> None:
         if piece["index"] == len(calls):  # calls come one after the other
             calls.append(
                 {"id": piece["id"], "type": "function", "function": dict(piece["function"])}
@@ -273,7 +277,7 @@ class Fold:
         else:
             calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
 
-    def reply(self, usage: dict) -> dict:
+    def reply(self, usage: dict[str, Any]) -> dict[str, Any]:
         """The whole reply, once every choice has ended."""
         for choice, texts in zip(self._choices, self._texts):
             if self.order.kind == "chat":
@@ -289,9 +293,9 @@ class Fold:
         }
 
 
-def _empty(order: Order, index: int) -> dict:
+def _empty(order: Order, index: int) -> dict[str, Any]:
     if order.kind == "chat":
-        out: dict = {
+        out: dict[str, Any] = {
             "index": index,
             "message": {"role": "assistant", "content": "", "refusal": None},
             "logprobs": None if order.logprobs is None else {"content": [], "refusal": None},
@@ -308,7 +312,7 @@ def _empty(order: Order, index: int) -> dict:
     return out | ({"token_ids": []} if order.with_ids else {})
 
 
-def whole_reply(chunks: Chunks, deltas: Iterable[Delta]) -> dict:
+def whole_reply(chunks: Chunks, deltas: Iterable[Delta]) -> dict[str, Any]:
     """The reply of an order that does not stream, from all its deltas."""
     fold = Fold(chunks.order)
     for chunk in chunks.begin():

@@ -2,6 +2,7 @@
 may demand."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llama_tp.arch.errors import UserError, short
 from llama_tp.protocol.errors import invalid, unsupported
@@ -20,7 +21,7 @@ class Tools:
     given. strict: the arguments of its calls have to follow the tools' schemas.
     """
 
-    offered: tuple[dict, ...]
+    offered: tuple[dict[str, Any], ...]
     parallel: bool = True
     must_call: bool = False
     only: str | None = None
@@ -96,12 +97,12 @@ def _only(choice: object, names: list[str]) -> str | None:
     return name
 
 
-def _name(tool: dict, where: str) -> str:
+def _name(tool: dict[str, Any], where: str) -> str:
     try:
         name = tool_name(tool)
     except UserError as error:
         raise invalid(where, error.what, error.found, error.fix) from None
-    function = tool.get("function") if tool.get("type") == "function" else {}
+    function: dict[str, Any] = tool["function"] if tool.get("type") == "function" else {}
     if unknown := [
         key for key in (*tool, *function) if key not in {"type", "function"} | _FUNCTION_KEYS
     ]:

@@ -8,12 +8,15 @@ told, so that nothing goes on running that nobody will read.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from llama_tp.arch.errors import UserError
+from llama_tp.engine.delta import Delta
 from llama_tp.protocol.errors import error_body
 from llama_tp.protocol.order import Order, ServedModel
 from llama_tp.protocol.reply import Chunks, Fold
@@ -42,7 +45,7 @@ class EventStream(StreamingResponse):
         )
         self._at_end = at_end
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -56,7 +59,7 @@ class JsonReply(Response):
     media_type = "application/json"
     at_end: Callable[[], None] = staticmethod(lambda: None)
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await send(
                 {
@@ -164,14 +167,14 @@ async def _events(chunks: Chunks, handle: StreamHandle, request_id: str = "") ->
     yield "data: [DONE]\n\n"
 
 
-def _framed(chunks: list[dict]) -> str:
+def _framed(chunks: list[dict[str, Any]]) -> str:
     return "".join(f"data: {dumps(chunk)}\n\n" for chunk in chunks)
 
 
-async def _grown(chunks: Chunks, deltas: list) -> list[list[dict]]:
+async def _grown(chunks: Chunks, deltas: list[Delta]) -> list[list[dict[str, Any]]]:
     """The chunks of each delta."""
 
-    def grow() -> list[list[dict]]:
+    def grow() -> list[list[dict[str, Any]]]:
         return [chunks.take(delta) for delta in deltas]
 
     if any(len(delta.prompt_logprobs or ()) > BIG for delta in deltas):
@@ -193,7 +196,7 @@ async def _whole(chunks: Chunks, handle: StreamHandle) -> JsonReply:
     return carried(lambda: json_reply(fold.reply(usage)))()
 
 
-async def _unless_gone(work, request: Request) -> JsonReply:
+async def _unless_gone(work: Awaitable[JsonReply], request: Request) -> JsonReply:
     """The work's result; if the client goes meanwhile, the work is dropped and the reply is for
     nobody."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))

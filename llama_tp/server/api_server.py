@@ -14,6 +14,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import uvicorn
@@ -33,6 +34,7 @@ from llama_tp.server.connections import (
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.request_manager import RequestManager, Unavailable
 from llama_tp.server.supervisor import Policy, Supervisor, note
+from llama_tp.text.chat_format import DialogEncoder
 from llama_tp.text.token_table import Tokenizer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -75,7 +77,7 @@ class ServerOptions:
     drain_s: float = 20.0
     seed: int = 1
     with_page: bool = True
-    chat: object | None = None
+    chat: DialogEncoder | None = None
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     aliases: tuple[str, ...] = ()
     strict_name: bool = False
@@ -137,7 +139,7 @@ class _Http(uvicorn.Server):
     """uvicorn, which leaves signals to us."""
 
     @contextlib.contextmanager
-    def capture_signals(self):
+    def capture_signals(self) -> Iterator[None]:
         yield
 
 
@@ -169,21 +171,21 @@ async def _run(
     http = _Http(
         uvicorn.Config(
             app,
-            http=functools.partial(Connection, connections),
+            http=functools.partial(Connection, connections),  # type: ignore[arg-type]  # called as a class is
             log_level="warning",
             access_log=False,
             lifespan="off",
             ws="none",
             server_header=False,
             timeout_graceful_shutdown=LAST_BYTES_S,
-            timeout_keep_alive=options.connections.keep_alive_s,
+            timeout_keep_alive=options.connections.keep_alive_s,  # type: ignore[arg-type]  # any number does
             backlog=backlog,
         )
     )
     for name in ("asyncio", "uvicorn.error", "llama_tp.server"):
         logging.getLogger(name).addFilter(LogLimit())
     supervisor = Supervisor(options.command, manager, options.policy)
-    asked = asyncio.Queue()
+    asked: asyncio.Queue[int] = asyncio.Queue()
     # nohup's
     for number in [
         each
@@ -236,7 +238,10 @@ async def _say_ready(manager: RequestManager) -> None:
 
 
 async def _drain(
-    options: ServerOptions, manager: RequestManager, asked: asyncio.Queue, ranks: asyncio.Task
+    options: ServerOptions,
+    manager: RequestManager,
+    asked: asyncio.Queue[int],
+    ranks: asyncio.Task[None],
 ) -> None:
     """Lets what is in flight finish: until the time is up, another signal comes or the ranks are
     gone for good."""

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
@@ -33,6 +35,7 @@ from llama_tp.server.middleware import GuardMiddleware, bug, carried, reply_of
 from llama_tp.server.page import headers, page
 from llama_tp.server.request_manager import WHY_NOT, RequestManager
 from llama_tp.server.tokens import SHAPES, detokenize, tokenize, tokenizer_info
+from llama_tp.text.chat_format import DialogEncoder
 from llama_tp.text.grammar import Form
 from llama_tp.text.grammar_pool import N_QUICK, N_SLOW, Busy, GrammarPool
 from llama_tp.text.token_table import Tokenizer
@@ -40,6 +43,7 @@ from llama_tp.text.token_table import Tokenizer
 # forms that are tried, or wait for it: the last of them waits for two seconds if the others are
 # hostile
 MAX_TRIALS = 64
+T = TypeVar("T")
 # a body up to this is read and tokenized on the event loop: a thread would take longer
 SMALL_BYTES = 8192
 
@@ -59,7 +63,7 @@ class Served:
     manager: RequestManager
     limits: Limits = field(default_factory=Limits)
     seed: int = 1
-    chat: object | None = None  # what encodes dialogs, as ServedModel's
+    chat: DialogEncoder | None = None  # what encodes dialogs, as ServedModel's
     aliases: tuple[str, ...] = ()  # as ServedModel's, and the next
     strict_name: bool = False
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
@@ -78,14 +82,14 @@ class Served:
     )
     n_trials: int = 0
 
-    async def call(self, n_bytes: int, work):
+    async def call(self, n_bytes: int, work: Callable[[], T]) -> T:
         """`work()`, in a thread if it is about so many bytes that the event loop should not wait
         for it, or may run a template."""
         return (
             work() if n_bytes <= SMALL_BYTES and self.chat is None else await self.in_thread(work)
         )
 
-    async def in_thread(self, work):
+    async def in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self.threads, carried(work))
 
     @functools.cached_property
@@ -141,7 +145,8 @@ class Served:
         return (self.seed << 32) + self.n_prompts
 
     def fingerprint(self) -> str:
-        info = self.manager.info
+        """Of a reply. Raises Unavailable unless the ranks are ready."""
+        info = self.manager.ready()
         mode = "deterministic" if info["deterministic"] else "fast"
         return f"llama_tp-{version()}-tp{info['tp']}-{info['device']}-{info['dtype']}-{mode}"
 
@@ -168,8 +173,8 @@ def build_app(
     app = FastAPI(
         title="llama_tp", version=version(), docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    app.add_exception_handler(UserError, _on_user_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app.exception_handler(UserError)(_on_user_error)
+    app.exception_handler(HTTPException)(_on_http_error)
     # gone while it still sent
     app.add_exception_handler(ClientDisconnect, lambda request, error: Response(status_code=499))
     app.add_exception_handler(Exception, _on_bug)
@@ -207,8 +212,9 @@ def _add_completions(app: FastAPI, served: Served) -> None:
             )
 
         made = await served.call(len(data), order)
-        if made.form_field:
-            await served.try_form(made.form_field, made.requests[0].params.form)
+        form = made.requests[0].params.form
+        if form is not None:
+            await served.try_form(made.form_field, form)
         return await answer(
             made, model, served.manager, request, int(served.clock()), served.fingerprint()
         )
@@ -227,7 +233,7 @@ def _add_completions(app: FastAPI, served: Served) -> None:
 def _add_models(app: FastAPI, served: Served) -> None:
     neutral = {name: ChatBody.model_fields[name].default for name in KEYS.values()}
 
-    def cards() -> dict[str, dict]:
+    def cards() -> dict[str, dict[str, Any]]:
         model, means = served.model(), neutral | served.defaults.of("chat")
         return {
             name: {
@@ -257,7 +263,9 @@ def _add_models(app: FastAPI, served: Served) -> None:
 
 
 def _add_tokens(app: FastAPI, served: Served) -> None:
-    async def converted(work, request: Request) -> Response:
+    async def converted(
+        work: Callable[[dict[str, Any], ServedModel], dict[str, Any]], request: Request
+    ) -> Response:
         model, data = served.model(), await body_of(request)
         return await served.call(len(data), lambda: long_reply(work(read_json(data), model)))
 
@@ -351,7 +359,7 @@ async def body_of(request: Request) -> bytes:
     return bytes(data)
 
 
-def _documented(shape: type) -> dict:
+def _documented(shape: type[BaseModel]) -> dict[str, Any]:
     schema = shape.model_json_schema()
     parts = schema.pop("$defs", {})
     for value in schema["properties"].values():  # the reference would point to the document's root
@@ -360,7 +368,7 @@ def _documented(shape: type) -> dict:
     return _body(schema)
 
 
-def _body(schema: dict) -> dict:
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 

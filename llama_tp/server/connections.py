@@ -17,6 +17,7 @@ import struct
 import termios
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -81,8 +82,9 @@ class Connections:
         self.limits, self.most = limits, most
         self.idle: dict[Connection, None] = {}  # without a request; in order of since when
 
-    async def watch(self, connections: set["Connection"]) -> None:
-        """Ends those that are over their limits, for ever."""
+    async def watch(self, connections: set[Any]) -> None:
+        """Ends those that are over their limits, for ever. `connections` is uvicorn's set of them,
+        whose type knows its own classes only."""
         while True:
             await asyncio.sleep(LOOK_S)
             now = time.monotonic()
@@ -95,7 +97,7 @@ class Connection(H11Protocol):
     middleware, is
     told in OpenAI's shape."""
 
-    def __init__(self, shared: Connections, **given):
+    def __init__(self, shared: Connections, **given: Any) -> None:
         super().__init__(**given)
         self._shared, self._limits = shared, shared.limits
         self._head_since: float | None = None  # headers are being waited for
@@ -106,9 +108,10 @@ class Connection(H11Protocol):
 
     # --------------------------------------------------------------------------- what happens to it
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
-        transport.max_size = READ_BYTES
+        selector: Any = transport  # no type knows how much asyncio reads at once
+        selector.max_size = READ_BYTES
         self._take_note()
         if len(self.connections) > self._shared.most:
             self._make_room()
@@ -134,7 +137,7 @@ class Connection(H11Protocol):
         super().resume_writing()
         self._behind = None
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio asks, uvicorn says None
         """Whether the connection stays open to be written to: there is a whole request, and its
         reply has not been sent.
 
@@ -187,15 +190,16 @@ class Connection(H11Protocol):
         ):
             self.transport.abort()  # the reset; asyncio does not look at who has sent the last byte
         elif self._behind is not None:
-            self._check_reading(now)
+            self._check_reading(now, *self._behind)
         elif self.transport.is_closing():
             self._behind = now, self._n_unread()  # what it still has to read keeps it open
 
-    def _check_reading(self, now: float) -> None:
-        since, before = self._behind
+    def _check_reading(self, now: float, since: float, before: int) -> None:
+        """`before` bytes were unread at the time `since`."""
         if now - since > self._limits.write_s:
-            self._behind = now, self._n_unread()
-            if self._behind[1] > max(0.0, before - LEAST_RATE * self._limits.write_s):
+            n_unread = self._n_unread()
+            self._behind = now, n_unread
+            if n_unread > max(0.0, before - LEAST_RATE * self._limits.write_s):
                 self.transport.abort()
 
     def _n_unread(self) -> int:
@@ -207,7 +211,8 @@ class Connection(H11Protocol):
         except OSError as error:
             if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTTY):
                 raise
-        return self.transport.get_write_buffer_size() + struct.unpack("i", waiting)[0]
+        n_in_kernel: int = struct.unpack("i", waiting)[0]
+        return self.transport.get_write_buffer_size() + n_in_kernel
 
     def _is_at_work(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -276,14 +281,16 @@ class LogLimit(logging.Filter):
     def __init__(self, most: int = 10, window_s: float = 60.0):
         super().__init__()
         self._most, self._window_s = most, window_s
-        self._seen: dict[tuple, list] = {}  # by place: the window's begin, records in it
+        # by file and line: the window's begin, records in it
+        self._seen: dict[tuple[str, int], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         now = time.monotonic()
-        seen = self._seen.setdefault((record.pathname, record.lineno), [now, 0])
-        if now - seen[0] > self._window_s:
-            if seen[1] > self._most:
-                record.msg = f"{record.msg} ({seen[1] - self._most} more of these were left out)"
-            seen[:] = now, 0
-        seen[1] += 1
-        return seen[1] <= self._most
+        place = record.pathname, record.lineno
+        begin, n = self._seen.get(place, (now, 0))
+        if now - begin > self._window_s:
+            if n > self._most:
+                record.msg = f"{record.msg} ({n - self._most} more of these were left out)"
+            begin, n = now, 0
+        self._seen[place] = begin, n + 1
+        return n < self._most

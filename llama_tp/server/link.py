@@ -27,6 +27,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 
@@ -40,7 +41,7 @@ class BrokenFrame(Exception):
     """The peer sent what is no frame: too long, cut short, or no JSON object."""
 
 
-def encode(message: dict) -> bytes:
+def encode(message: dict[str, Any]) -> bytes:
     """One frame. ValueError for NaN and infinities, which JSON does not have, and for what is too
     long."""
     data = json.dumps(message, allow_nan=False, separators=(",", ":")).encode()
@@ -51,13 +52,13 @@ def encode(message: dict) -> bytes:
 
 def length_of(head: bytes) -> int:
     """Bytes that follow the four of `head`. Raises BrokenFrame for more than a frame may have."""
-    length = LENGTH.unpack(head)[0]
+    length: int = LENGTH.unpack(head)[0]
     if length > MAX_FRAME_BYTES:
         raise BrokenFrame(f"a frame of {length:,} bytes")
     return length
 
 
-def decode(data: bytes) -> dict:
+def decode(data: bytes) -> dict[str, Any]:
     """What the bytes after the length say."""
     try:
         message = json.loads(data)
@@ -91,7 +92,7 @@ class RankEnd:
             ) from None
         self._sock.settimeout(None)
         self._file = self._sock.makefile("rb")
-        self._queue: queue.SimpleQueue[dict | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._on_close = on_close
         threading.Thread(target=self._read, name="llama_tp link", daemon=True).start()
 
@@ -107,15 +108,16 @@ class RankEnd:
         self._queue.put(None)
         self._on_close()
 
-    def take(self, wait: bool) -> list[dict] | None:
+    def take(self, wait: bool) -> list[dict[str, Any]] | None:
         """The messages that have come in, at least one if `wait`; None once the server has gone."""
-        messages = [self._queue.get()] if wait else []
+        came = [self._queue.get()] if wait else []
         with contextlib.suppress(queue.Empty):
             while True:
-                messages.append(self._queue.get_nowait())
-        return None if None in messages else messages
+                came.append(self._queue.get_nowait())
+        messages = [message for message in came if message is not None]
+        return messages if len(messages) == len(came) else None
 
-    def send(self, message: dict) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Sends a message; to a server that has gone, nothing: `take` tells."""
         with contextlib.suppress(OSError):
             self._sock.sendall(encode(message))
@@ -132,10 +134,10 @@ class ServerEnd:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
         self._reader, self._writer = reader, writer
-        self._unsent: collections.deque[dict] = collections.deque()
+        self._unsent: collections.deque[dict[str, Any]] = collections.deque()
         self._n_sent = 0  # bytes in this turn of the loop
 
-    async def take(self) -> dict | None:
+    async def take(self) -> dict[str, Any] | None:
         """The next message; None once rank 0 has gone. Raises BrokenFrame."""
         try:
             n_bytes = length_of(await self._reader.readexactly(LENGTH.size))
@@ -143,7 +145,7 @@ class ServerEnd:
         except (asyncio.IncompleteReadError, OSError):
             return None
 
-    def send(self, message: dict) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Hands a message to the loop, which sends it; never waits. What a rank that has gone does
         not read is dropped.
 

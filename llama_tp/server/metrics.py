@@ -6,6 +6,8 @@ again.
 """
 
 import time
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,6 +19,8 @@ from prometheus_client import (
 )
 from prometheus_client.openmetrics import exposition as openmetrics
 
+from llama_tp.engine.request import Request
+
 LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
 STEP_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
@@ -25,6 +29,36 @@ OPENMETRICS = openmetrics.CONTENT_TYPE_LATEST
 disable_created_metrics()
 REASONS = ("stop", "length", "abort", "error")
 STATES = ("loading", "ready", "restarting", "stalled", "draining", "dead")
+
+
+class InFlight(Protocol):
+    """What is measured of a request (request_manager.InFlightRequest); a time of 0.0 has not
+    come."""
+
+    request: Request
+    arrived: float
+    begun_at: float
+    first_at: float
+    last_at: list[float]
+    outputs: list[list[int] | None]
+    n_output: int
+    n_longest: int
+
+    @property
+    def n_unfinished(self) -> int: ...
+
+
+class Gauged(Protocol):
+    """Whose state the gauges show (request_manager.RequestManager)."""
+
+    stats: dict[str, Any]
+    heard_at: float
+
+    @property
+    def n_samples(self) -> int: ...
+
+    @property
+    def state(self) -> str: ...
 
 
 class Metrics:
@@ -132,8 +166,11 @@ class Metrics:
         for reason in REASONS:  # a series that begins with its first event has no rate of it
             self.success.labels(**self._labels, finished_reason=reason)
 
-    def _maker(self, kind):
-        def make(name: str, text: str, *labels: str, **options):
+    def _maker(self, kind: Any) -> Callable[..., Any]:
+        """`kind` is a class of prometheus_client's; -> what makes one, without labels of its own
+        ready to be told values."""
+
+        def make(name: str, text: str, *labels: str, **options: Any) -> Any:
             made = kind(
                 f"{self._prefix}:{name}",
                 text,
@@ -147,8 +184,8 @@ class Metrics:
 
     # ------------------------------------------------------------------ told by the request manager
 
-    def gained(self, inflight, delta: dict, now: float) -> None:
-        """A delta for a request (request_manager.InFlightRequest) that has not taken it in yet."""
+    def gained(self, inflight: InFlight, delta: dict[str, Any], now: float) -> None:
+        """A delta for a request that has not taken it in yet."""
         index, n_ids = delta["index"], len(delta["ids"])
         if n_ids:
             if not inflight.first_at:
@@ -165,11 +202,11 @@ class Metrics:
             if inflight.n_unfinished == 1:
                 self._ended(inflight, n_ids, now)
 
-    def finished(self, inflight, reason: str) -> None:
+    def finished(self, inflight: InFlight, reason: str) -> None:
         """A request in flight ends without having reached its end: "abort" or "error"."""
         self.success.labels(**self._labels, finished_reason=reason).inc(inflight.n_unfinished)
 
-    def _ended(self, inflight, n_last: int, now: float) -> None:
+    def _ended(self, inflight: InFlight, n_last: int, now: float) -> None:
         n_output, n = inflight.n_output + n_last, inflight.request.params.n
         first_at = (
             inflight.first_at or now
@@ -188,7 +225,7 @@ class Metrics:
         if inflight.request.params.max_tokens is not None:
             self.max_tokens.observe(inflight.request.params.max_tokens)
 
-    def counted(self, before: dict, after: dict, n_new: int) -> None:
+    def counted(self, before: dict[str, Any], after: dict[str, Any], n_new: int) -> None:
         """What the ranks have counted, last time ({} of new ranks) and now, when they have written
         `n_new` tokens."""
         n_prefilled = after["prefill_tokens"] - before.get("prefill_tokens", 0)
@@ -212,9 +249,9 @@ class Metrics:
 
     # ---------------------------------------------------------------------------- asked by the page
 
-    def text(self, manager, accept: str = "") -> bytes:
+    def text(self, manager: Gauged, accept: str = "") -> bytes:
         """The page in the format that an Accept header asks for (`content_type`), with the gauges
-        set from the request manager (request manager.RequestManager)."""
+        set from the request manager."""
         n_waiting = manager.stats.get("n_waiting", 0) if manager.stats else manager.n_samples
         self.running.set(manager.stats.get("n_running", 0))
         self.waiting.set(n_waiting)
@@ -225,7 +262,8 @@ class Metrics:
             self.state.labels(**self._labels, state=state).set(state == manager.state)
         # unless told so, it writes llama_tp_ in the place of llama_tp:
         if content_type(accept) == OPENMETRICS:
-            return openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8)
+            page: bytes = openmetrics.generate_latest(self.registry, escaping=openmetrics.ALLOWUTF8)
+            return page
         return generate_latest(self.registry)
 
 

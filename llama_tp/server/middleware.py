@@ -16,6 +16,10 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_tp.arch.errors import UserError
 from llama_tp.protocol.errors import RequestError, error_body, status_of
@@ -48,13 +52,15 @@ BODIES, ROOM_S = 32, 30.0
 # of a body that nobody wants: closing on unread bytes would take the reply with it
 LINGER_BYTES, LINGER_S = 64 << 20, 10.0
 SILENT_S = 2.0  # in the middle of it
+P = ParamSpec("P")
+T = TypeVar("T")
 SAFE = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"))
 
 
 def reply_of(error: UserError) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body with which an error is told."""
     status, headers = status_of(error), {"content-type": "application/json"}
-    retry_s = getattr(error, "retry_s", None)
+    retry_s = error.retry_s if isinstance(error, RequestError) else None
     if retry_s:
         headers["retry-after"] = str(retry_s)
     elif status >= 500:
@@ -73,7 +79,7 @@ def bug(request_id: str) -> RequestError:
     )
 
 
-def carried(work):
+def carried(work: Callable[P, T]) -> Callable[P, T]:
     """`work`, with whatever it raises turned into what a future can carry to the one who waits, and
     an event loop survives.
 
@@ -82,9 +88,9 @@ def carried(work):
     handler.
     """
 
-    def run(*args):
+    def run(*args: P.args, **named: P.kwargs) -> T:
         try:
-            return work(*args)
+            return work(*args, **named)
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, StopIteration):
                 raise
@@ -109,13 +115,17 @@ class GuardMiddleware:
     """
 
     def __init__(
-        self, app, metrics: Metrics, keys: tuple[str, ...] = (), max_body_bytes: int = 8 << 20
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        keys: tuple[str, ...] = (),
+        max_body_bytes: int = 8 << 20,
     ):
         self.app, self.metrics, self.max_body_bytes = app, metrics, max_body_bytes
         self.room = asyncio.Semaphore(BODIES)  # for large bodies
         self._keys = [_digest(key.encode()) for key in keys]
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
@@ -127,7 +137,7 @@ class GuardMiddleware:
         started, status = time.monotonic(), 0
         body = _Body(receive, self, headers)
 
-        async def send_on(message) -> None:
+        async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 body.release()
@@ -183,8 +193,8 @@ class GuardMiddleware:
 def _is_cancelled() -> bool:
     """The task is being ended from outside, which is no failure of what it did."""
     task = asyncio.current_task()
-    if hasattr(task, "cancelling"):  # Python 3.11
-        return task.cancelling() > 0
+    if task is not None and hasattr(task, "cancelling"):  # Python 3.11
+        return bool(task.cancelling() > 0)
     return task is None or isinstance(sys.exc_info()[1], asyncio.CancelledError)
 
 
@@ -197,14 +207,14 @@ class _Body:
             (Expect).
     """
 
-    def __init__(self, receive, middleware: GuardMiddleware, headers: dict[bytes, bytes]):
+    def __init__(self, receive: Receive, middleware: GuardMiddleware, headers: dict[bytes, bytes]):
         self._receive, self._middleware = receive, middleware
         self._n_bytes, self._has_room, self._ended = 0, False, False
         self._begun = time.monotonic()
         has_body = headers.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in headers
         self._comes = has_body and b"expect" not in headers
 
-    async def receive(self) -> dict:
+    async def receive(self) -> Message:
         """The next piece; after the last, news of the client's going. Raises RequestError out of
         bounds."""
         if self._ended:
@@ -291,7 +301,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-async def _tell(error: UserError, send) -> None:
+async def _tell(error: UserError, send: Send) -> None:
     status, headers, body = reply_of(error)
     headers["content-length"] = str(len(body))
     await send(

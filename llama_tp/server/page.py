@@ -20,7 +20,7 @@ def page() -> str:
 
 
 def _hash(tag: str) -> str:
-    inner = re.search(rf"<{tag}>(.*?)</{tag}>", page(), re.DOTALL)[1]
+    [inner] = re.findall(rf"<{tag}>(.*?)</{tag}>", page(), re.DOTALL)
     return "'sha256-" + base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode() + "'"
 
 

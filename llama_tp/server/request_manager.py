@@ -13,6 +13,7 @@ Knows no HTTP and no processes; runs on one event loop, and nothing in it waits.
 import asyncio
 import time
 from dataclasses import asdict
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.engine.delta import Delta, TokenLogprobs
@@ -98,7 +99,8 @@ class InFlightRequest:
         self.last_at = [0.0] * request.params.n  # when each sample's last one came
         self.n_barren = 0
         self.is_over = False
-        self._scores: list | None = []  # prompt logprobs that have come in; None once handed out
+        # prompt logprobs that have come in; None once handed out
+        self._scores: list[TokenLogprobs | None] | None = []
 
     @property
     def n_unfinished(self) -> int:
@@ -114,26 +116,26 @@ class InFlightRequest:
             self.is_over = True
             self.handle.put(error)
 
-    def message(self) -> dict:
+    def message(self) -> dict[str, Any]:
         """What hands it to the ranks, from where it stands."""
         if self._scores:
             self._scores = []  # half a prompt's: they all come again
         params = self.request.params
         # all of asdict takes 30 ms for 1,024 prompts
-        params = vars(params) | {"form": params.form and asdict(params.form)}
+        told = vars(params) | {"form": params.form and asdict(params.form)}
         return {
             "do": "submit",
             "id": self.request.id,
             "prompt": self.request.prompt_ids,
-            "params": params,
+            "params": told,
             "outputs": self.outputs,
         }
 
-    def hear_scores(self, scores: list) -> None:
+    def hear_scores(self, scores: list[Any]) -> None:
         if self._scores is not None:
             self._scores += [each and _score(each) for each in scores]
 
-    def hear(self, delta: dict) -> None:
+    def hear(self, delta: dict[str, Any]) -> None:
         """Takes in a delta, and hands it out."""
         index, ids = delta["index"], delta["ids"]
         prompt_logprobs = None
@@ -224,7 +226,7 @@ class StreamHandle:
             n_bytes += _n_bytes(item)
         self.n_unread_bytes -= n_bytes
         self._unread_since = time.monotonic()
-        if not items:
+        if self._error and not items:
             raise self._error
         return items
 
@@ -250,7 +252,7 @@ def _n_scores(request: Request, max_model_len: int) -> int:
     )
 
 
-def _score(one: list) -> TokenLogprobs:
+def _score(one: list[Any]) -> TokenLogprobs:
     return TokenLogprobs(one[0], one[1], tuple((token, value) for token, value in one[2]))
 
 
@@ -279,8 +281,8 @@ class RequestManager:
     ):
         self.max_queue, self.max_scores, self.metrics = max_queue, max_scores, metrics
         self.restart_s, self.stale_s = restart_s, stale_s
-        self.info: dict | None = None
-        self.stats: dict = {}
+        self.info: dict[str, Any] | None = None
+        self.stats: dict[str, Any] = {}
         self.draining = False
         self.dead = ""  # why there will be no more ranks
         self.heard_at = time.monotonic()  # the last word of the ranks
@@ -319,9 +321,9 @@ class RequestManager:
 
     # --------------------------------------------------------------------------------- for requests
 
-    def ready(self) -> dict:
+    def ready(self) -> dict[str, Any]:
         """`info`. Raises Unavailable unless the ranks are there."""
-        if self.state != "ready":
+        if self.info is None or self.state != "ready":
             raise Unavailable(WHY_NOT[self.state], None if self.dead else self.restart_s)
         return self.info
 
@@ -351,7 +353,7 @@ class RequestManager:
             raise
         return handle
 
-    def _admit_scores(self, requests: list[Request], info: dict) -> int:
+    def _admit_scores(self, requests: list[Request], info: dict[str, Any]) -> int:
         """How many logprobs they may have. Raises Full or RequestError."""
         n_new = sum(_n_scores(request, info.get("max_model_len", 0)) for request in requests)
         if n_new > self.max_scores:
@@ -378,8 +380,7 @@ class RequestManager:
             if self._inflight.pop(inflight.request.id, None):
                 inflight.is_over = True
                 self.metrics.finished(inflight, "abort")
-                if self._link:
-                    self._send({"do": "abort", "id": inflight.request.id})
+                self._send({"do": "abort", "id": inflight.request.id})
         self._changed.set()
 
     async def wait_until_empty(self) -> None:
@@ -395,7 +396,7 @@ class RequestManager:
 
     # -------------------------------------------------------------------------------- for the ranks
 
-    def attach(self, link: ServerEnd, info: dict) -> None:
+    def attach(self, link: ServerEnd, info: dict[str, Any]) -> None:
         """New ranks are ready: what was in flight goes on there, in the order of its arrival."""
         self.info, self._link, self.stats, self._owed_since = info, link, {}, None
         self.heard_at = time.monotonic()
@@ -405,7 +406,7 @@ class RequestManager:
     def detach(self) -> None:
         """The ranks are gone. Flights wait for the next ones, except those that may have run in
         several and gained nothing."""
-        if self._link is None:
+        if self._link is None or self.info is None:
             return
         self._link, self.stats = None, {}
         n_ahead = 0  # samples: rows are given in the order of arrival
@@ -426,13 +427,13 @@ class RequestManager:
         self.dead = why
         self.cut(Unavailable(WHY_NOT["dead"], None))
 
-    def hear(self, message: dict) -> None:
+    def hear(self, message: dict[str, Any]) -> None:
         """A message of the ranks."""
         self.heard_at = now = time.monotonic()
         self._take_in(message, now)
         self._owed_since = now if self._inflight else None
 
-    def _take_in(self, message: dict, now: float) -> None:
+    def _take_in(self, message: dict[str, Any], now: float) -> None:
         if message["is"] == "scores":
             if inflight := self._inflight.get(message["id"]):
                 inflight.hear_scores(message["scores"])
@@ -469,7 +470,10 @@ class RequestManager:
                 self._send({"do": "abort", "id": inflight.request.id})
                 self._fail(inflight, error)
 
-    def _send(self, message: dict) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
+        """To the ranks, if there are any."""
+        if self._link is None:
+            return
         self._owed_since = self._owed_since or time.monotonic()
         self._link.send(message)
 

@@ -21,6 +21,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from llama_tp.arch.errors import UserError
 from llama_tp.parallel.private_folder import PrivateFolder, sweep
@@ -213,7 +214,9 @@ class Process:
         )
         self.errors: list[str] = []  # what ranks have said of the end
         self.end_by = float("inf")
-        self._pump = threading.Thread(target=self._pass_on, daemon=True)
+        self._pump = threading.Thread(
+            target=self._pass_on, args=(self._process.stderr,), daemon=True
+        )
         self._pump.start()
 
     def is_alive(self) -> bool:
@@ -243,9 +246,9 @@ class Process:
             else f"the launcher left with code {self._process.returncode}"
         )
 
-    def _pass_on(self) -> None:
+    def _pass_on(self, stderr: IO[bytes]) -> None:
         """The thread that reads its stderr."""
-        for raw in self._process.stderr:
+        for raw in stderr:
             line = raw.decode(errors="replace").rstrip("\n")
             told = RANKS_ERROR.match(line)
             if told and len(self.errors) < 10:

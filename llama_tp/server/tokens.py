@@ -1,6 +1,8 @@
 """/tokenize, /detokenize and /tokenizer_info, as vLLM has them: what lm-eval needs where it has no
 tokenizer of its own."""
 
+from typing import Any
+
 from llama_tp.arch.errors import short
 from llama_tp.protocol.errors import RequestError
 from llama_tp.protocol.logprobs import token_text
@@ -9,7 +11,7 @@ from llama_tp.text.token_table import Tokenizer
 
 _TEXT, _FLAG = {"type": "string"}, {"type": "boolean"}
 _ID = {"type": "integer", "minimum": 0}
-SHAPES = {  # JSON schemas of the bodies
+SHAPES: dict[str, dict[str, Any]] = {  # JSON schemas of the bodies
     "tokenize": {
         "type": "object",
         "additionalProperties": False,
@@ -32,7 +34,7 @@ SHAPES = {  # JSON schemas of the bodies
 }
 
 
-def tokenize(data: dict, model: ServedModel) -> dict:
+def tokenize(data: dict[str, Any], model: ServedModel) -> dict[str, Any]:
     """Ids of a text (BOS in front, unless add_special_tokens is false) or of a conversation. Raises
     RequestError.
 
@@ -78,7 +80,7 @@ def tokenize(data: dict, model: ServedModel) -> dict:
     }
 
 
-def detokenize(data: dict, model: ServedModel) -> dict:
+def detokenize(data: dict[str, Any], model: ServedModel) -> dict[str, Any]:
     """The text of ids, without the specials. Raises RequestError."""
     _check(data, "detokenize", model)
     ids = data.get("tokens")
@@ -93,14 +95,14 @@ def detokenize(data: dict, model: ServedModel) -> dict:
     return {"prompt": model.tokenizer.decode(ids)}
 
 
-def tokenizer_info(tokenizer: Tokenizer) -> dict:
+def tokenizer_info(tokenizer: Tokenizer) -> dict[str, Any]:
     """The special tokens, in the words of HF's tokenizer_config.json."""
     names = {token_id: name for name, token_id in tokenizer.specials.items()}
     stops = [names[token_id] for token_id in tokenizer.stop_ids if token_id in names]
     return {
         "tokenizer_class": "llama_tp",
         "vocab_size": tokenizer.n_vocab,
-        "bos_token": names.get(tokenizer.bos_id),
+        "bos_token": None if tokenizer.bos_id is None else names.get(tokenizer.bos_id),
         "eos_token": stops[0] if stops else None,
         "pad_token": None,
         "stop_tokens": stops,
@@ -109,7 +111,7 @@ def tokenizer_info(tokenizer: Tokenizer) -> dict:
     }
 
 
-def _check(data: dict, route: str, model: ServedModel) -> None:
+def _check(data: dict[str, Any], route: str, model: ServedModel) -> None:
     unknown = sorted(set(data) - set(SHAPES[route]["properties"]))
     if unknown:
         raise RequestError(
@@ -124,7 +126,7 @@ def _check(data: dict, route: str, model: ServedModel) -> None:
     model.check_name(data.get("model"))
 
 
-def _flag(data: dict, name: str, default: bool) -> bool:
+def _flag(data: dict[str, Any], name: str, default: bool) -> bool:
     value = data.get(name)
     if value is not None and not isinstance(value, bool):
         raise _wrong(name, f"{name} must be true or false", f"found {short(value)}")

@@ -13,6 +13,7 @@ from llama_tp.text.call_syntax import (
     QUOTES,
     SPACE,
     Reader,
+    Reading,
     Reject,
     escaped,
     object_in,
@@ -87,7 +88,7 @@ class CallGrammar:
         self._parameters, self._parallel, self._new_id = parameters, parallel, new_id
         self._unclosed = ""  # quotes that begin a query which the section does not end
 
-    def section(self, tagged: bool):
+    def section(self, tagged: bool) -> Reading:
         """A message, or the part of it behind a python tag: calls, then content or code."""
         r = self.reader
         n_before, self._unclosed = self.n_calls, ""
@@ -114,7 +115,7 @@ class CallGrammar:
                 r.held.clear()
                 yield
 
-    def _content(self):
+    def _content(self) -> Reading:
         """Plain text, up to the end or behind a <function=> call."""
         r = self.reader
         while r.ch:
@@ -130,7 +131,7 @@ class CallGrammar:
             r.held.clear()
             yield
 
-    def _code(self):
+    def _code(self) -> Reading:
         """The rest, as the code interpreter's argument."""
         r = self.reader
         self._call(CODE, '{"code": "')
@@ -139,7 +140,7 @@ class CallGrammar:
             yield
         self._argue('"}')
 
-    def _any_call(self):
+    def _any_call(self) -> Reading:
         r = self.reader
         if r.ch == "{":
             yield from self._json_call()
@@ -150,7 +151,7 @@ class CallGrammar:
         else:
             yield from self._built_in()
 
-    def _json_call(self, found: _Found | None = None):
+    def _json_call(self, found: _Found | None = None) -> Reading:
         """{"name": "f", "parameters": {...}}, or the inner one of {"function": {...}}. An object
         that says anything else, or anything twice, is none; behind arguments that have streamed,
         what it says else is left as content."""
@@ -181,7 +182,7 @@ class CallGrammar:
         if not inner:
             r.accept()
 
-    def _said(self, what: str | None, found: _Found):
+    def _said(self, what: str | None, found: _Found) -> Reading:
         """The value of a key of a JSON call."""
         r = self.reader
         if what is None or what in found.said:
@@ -220,7 +221,7 @@ class CallGrammar:
             raise Reject
         self._call(found.name, arguments)
 
-    def _streamed_arguments(self, name: str):
+    def _streamed_arguments(self, name: str) -> Reading:
         r = self.reader
         if not self._callable(name):
             raise Reject
@@ -233,7 +234,7 @@ class CallGrammar:
                 yield
                 self._argue(r.ch)
 
-    def _function_call(self):
+    def _function_call(self) -> Reading:
         """<function=f>{...}</function>, of which the end may be missing."""
         r = self.reader
         yield from r.expect("<function=")
@@ -257,7 +258,7 @@ class CallGrammar:
             self._call("".join(name), "{}")
         r.accept()
 
-    def _list(self):
+    def _list(self) -> Reading:
         """[{JSON call}, ...] or [f(x=1), ...]. The second is held until its end."""
         r = self.reader
         yield
@@ -284,7 +285,7 @@ class CallGrammar:
         yield
         r.accept()
 
-    def _built_in(self):
+    def _built_in(self) -> Reading:
         """NAME.call(query="..."), the query as it is: Meta's form has no escapes.
 
         Yet a quote that no bracket follows belongs to it, and so does one behind a backslash, which

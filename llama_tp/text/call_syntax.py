@@ -13,7 +13,8 @@ import json
 import re
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import Any
 
 SPACE, QUOTES = " \t\r\n", "\"'"
 MAX_PYTHON_DEPTH = 50  # Python's own parser is recursive
@@ -30,6 +31,10 @@ _WORDS = {
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
 
+Reading = Generator[None, None, None]  # asks for a character with each yield
+TextReading = Generator[None, None, str]  # the same, and returns what it has read
+
+
 class Reject(Exception):
     """The text is not what it was read as."""
 
@@ -38,7 +43,7 @@ class Reader:
     """Characters in, one at a time. `held` is what was read since somebody last cleared it, `ch`
     included."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.ch = ""
         self.held: list[str] = []
         self.coming: deque[str] = deque()  # to be read before any new characters
@@ -55,26 +60,26 @@ class Reader:
         """Lets go of what is held, all but the character at hand."""
         self.held[:] = [self.ch] if self.ch else []
 
-    def again(self):
+    def again(self) -> Reading:
         """Reads what is held once more, from its first character on."""
         if self.held:
             self.coming.extendleft(reversed(self.held))
             self.held.clear()
             yield
 
-    def space(self, which: str = SPACE):
+    def space(self, which: str = SPACE) -> Reading:
         while self.ch and self.ch in which:
             yield
 
-    def expect(self, text: str):
+    def expect(self, text: str) -> Reading:
         for ch in text:
             if self.ch != ch:
                 raise Reject
             yield
 
-    def name(self, more: str = ""):
+    def name(self, more: str = "") -> TextReading:
         """-> an ASCII identifier, in which the characters of `more` may stand too."""
-        name = []
+        name: list[str] = []
         while (
             self.ch
             and self.ch.isascii()
@@ -91,13 +96,14 @@ class Reader:
             raise Reject
         return "".join(name)
 
-    def text(self):
+    def text(self) -> TextReading:
         """-> the meaning of a JSON string."""
         pieces: list[str] = []
         yield from self.string(pieces.append)
-        return json.loads("".join(pieces))
+        meaning: str = json.loads("".join(pieces))
+        return meaning
 
-    def value(self, out: Callable[[str], None]):
+    def value(self, out: Callable[[str], None]) -> Reading:
         """A JSON value; its text goes to `out` as it is read, each piece as soon as its last
         character is at hand. `out` may clear `held`, which then tells what has been read and not
         yet given to `out`."""
@@ -136,7 +142,7 @@ class Reader:
             if not closers and want == "comma":
                 return
 
-    def string(self, out: Callable[[str], None]):
+    def string(self, out: Callable[[str], None]) -> Reading:
         """A JSON string, in either quotes."""
         if not self.ch or self.ch not in QUOTES:
             raise Reject
@@ -155,7 +161,7 @@ class Reader:
         out('"')
         yield
 
-    def _escape(self, out: Callable[[str], None]):
+    def _escape(self, out: Callable[[str], None]) -> Reading:
         if not self.ch:
             raise Reject
         if self.ch == "u":
@@ -175,7 +181,7 @@ class Reader:
             out(self.ch if self.ch == "'" else "\\\\" + escaped(self.ch))
         yield
 
-    def _word(self, out: Callable[[str], None]):
+    def _word(self, out: Callable[[str], None]) -> Reading:
         """A number, true, false or null."""
         word = []
         while self.ch and (self.ch.isalnum() or self.ch in "+-._"):
@@ -188,7 +194,7 @@ class Reader:
         if self.ch and not self.held:  # unlike elsewhere, `ch` is not part of what was given
             self.held.append(self.ch)
 
-    def python(self, closers: list[str], out: Callable[[str], None]):
+    def python(self, closers: list[str], out: Callable[[str], None]) -> Reading:
         """Python text up to the last of `closers`, the brackets that are open, innermost last. Ends
         *on* that bracket. Comments are
         rejected: nobody would see them."""
@@ -211,7 +217,7 @@ class Reader:
                 return
             yield
 
-    def _python_string(self, out: Callable[[str], None]):
+    def _python_string(self, out: Callable[[str], None]) -> Reading:
         quote, n_quotes, n_closing = self.ch, 0, 0
         while self.ch == quote and n_quotes < 3:
             n_quotes += 1
@@ -257,7 +263,7 @@ def object_in(string: str) -> str:
     raise Reject
 
 
-def _unique(items: list[tuple[str, object]]) -> dict:
+def _unique(items: list[tuple[str, object]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
         raise ValueError("a key stands twice")
@@ -274,13 +280,17 @@ def python_calls(
         with warnings.catch_warnings():
             # "\d" in a string warns, and under -W error would raise
             warnings.simplefilter("ignore")
-            calls = ast.parse(text, mode="eval").body.elts
-        return [_python_call(call, parameters_of) for call in calls]
-    except (SyntaxError, ValueError, MemoryError, RecursionError, AttributeError):
+            calls = ast.parse(text, mode="eval").body
+        if isinstance(calls, ast.List):
+            return [_python_call(call, parameters_of) for call in calls.elts]
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise Reject from None
+    raise Reject
 
 
-def _python_call(call: ast.expr, parameters_of) -> tuple[str, str]:
+def _python_call(
+    call: ast.expr, parameters_of: Callable[[str], list[str] | None]
+) -> tuple[str, str]:
     if not isinstance(call, ast.Call):
         raise Reject
     name = ast.unparse(call.func)
@@ -305,16 +315,19 @@ def _literal(node: ast.expr) -> object:
         return json.loads(_WORDS[node.id])
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
         number = node.operand.value if isinstance(node.operand, ast.Constant) else None
-        if type(number) in (int, float):
+        if isinstance(number, int | float) and not isinstance(number, bool):
             return -number if isinstance(node.op, ast.USub) else number
     if isinstance(node, (ast.List, ast.Tuple)):
         return [_literal(item) for item in node.elts]
-    if isinstance(node, ast.Dict) and all(
-        isinstance(key, ast.Constant) and isinstance(key.value, str) for key in node.keys
-    ):
-        found = {
-            key.value: _literal(value) for key, value in zip(node.keys, node.values, strict=True)
-        }
+    if isinstance(node, ast.Dict):
+        found = dict(zip(map(_key, node.keys), map(_literal, node.values), strict=True))
         if len(found) == len(node.keys):
             return found
+    raise Reject
+
+
+def _key(node: ast.expr | None) -> str:
+    """The key of a JSON object; None stands for ** in Python."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
     raise Reject

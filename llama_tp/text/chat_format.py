@@ -21,7 +21,7 @@ What the model writes is read by `tool_calls`.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 from llama_tp.arch.errors import UserError, short
 from llama_tp.text.call_grammar import BUILT_IN, CODE
@@ -84,6 +84,20 @@ TOOL_PROMPT = (
     "Here is a list of functions in JSON format:\n{functions}\n\nReturn function calls in JSON "
     "format."
 )
+
+
+class DialogEncoder(Protocol):
+    """From a conversation to token ids: the Llama 3 chat format, or a folder's template."""
+
+    def encode_dialog(
+        self,
+        messages: Dialog,
+        strip: bool = False,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]: ...
+
+    def reads(self, name: str) -> bool: ...
 
 
 class ChatFormat:
@@ -151,7 +165,7 @@ class ChatFormat:
         messages: Dialog,
         strip: bool = False,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         tools_in: Literal["user", "system"] = "user",
     ) -> list[int]:
         """Ids of a conversation, and of the header that asks for the assistant's answer if
@@ -168,7 +182,7 @@ class ChatFormat:
         return ids + self.encode_header("assistant") if add_generation_prompt else ids
 
 
-def check_dialog(messages: Dialog) -> None:
+def check_dialog(messages: object) -> None:
     """Raises UserError for anything but a list of messages, each with a role, a text and what goes
     with tools."""
     if not isinstance(messages, (list, tuple)):
@@ -182,7 +196,9 @@ def check_dialog(messages: Dialog) -> None:
 
 
 def with_tools(
-    messages: Dialog, tools: Sequence[Mapping], tools_in: Literal["user", "system"] = "user"
+    messages: Dialog,
+    tools: Sequence[Mapping[str, Any]],
+    tools_in: Literal["user", "system"] = "user",
 ) -> Dialog:
     """The dialog in which the model is told of `tools`. UserError for a tool without a proper
     name."""
@@ -205,7 +221,7 @@ def with_tools(
     return dialog + rest
 
 
-def tool_name(tool: Mapping) -> str:
+def tool_name(tool: Mapping[str, Any]) -> str:
     """The name of a tool of a request. UserError if it is none."""
     if isinstance(tool, Mapping):
         function = tool.get("function")
@@ -223,7 +239,7 @@ def tool_name(tool: Mapping) -> str:
     )
 
 
-def call_text(name: str, arguments: str | Mapping) -> str:
+def call_text(name: str, arguments: str | Mapping[str, Any]) -> str:
     """A call as the model writes it. Arguments that are no JSON object stand in it as a string: the
     model broke them. Of a built-in tool's, only the query or the code has a place."""
     if isinstance(arguments, str):
@@ -239,7 +255,7 @@ def call_text(name: str, arguments: str | Mapping) -> str:
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
 
 
-def _named_call(call: object) -> tuple[str, str | Mapping]:
+def _named_call(call: object) -> tuple[str, str | Mapping[str, Any]]:
     """(name, arguments) of an OpenAI tool call."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if isinstance(function, Mapping):
@@ -254,7 +270,7 @@ def _named_call(call: object) -> tuple[str, str | Mapping]:
     )
 
 
-def _check(message: Message) -> None:
+def _check(message: object) -> None:
     """Raises UserError unless `message` is one."""
     role = message.get("role") if isinstance(message, dict) else None
     more = _MORE_KEYS.get(role, set()) if isinstance(role, str) else set()

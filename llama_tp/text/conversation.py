@@ -5,8 +5,9 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.regular_file import read_file
@@ -83,13 +84,13 @@ class Conversation:
     """What was said, the settings, and the commands that change them. `answers` are for /stats."""
 
     system: str | None = None
-    settings: dict = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     model: str = ""
-    messages: list[dict] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     unanswered: str | None = None  # a question whose answer failed, for /retry
 
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
         """The request for the next answer."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         return {
@@ -126,7 +127,7 @@ class Conversation:
         return Outcome(ask=True)
 
     def _command(self, name: str, rest: str) -> Outcome:
-        commands = {
+        commands: dict[str, Callable[[str], Outcome]] = {
             "help": lambda _: Outcome(HELP),
             "set": self._set,
             "system": self._system,
@@ -272,7 +273,7 @@ def _counted(n: int) -> str:
 
 def _setting(name: str, value: object) -> float | int | str:
     """`value` in the setting's type. ValueError, KeyError or TypeError if it has no place there."""
-    found = SETTINGS[name](value)
+    found: float | int | str = SETTINGS[name](value)
     if isinstance(found, float) and not math.isfinite(found):
         raise ValueError(f"{name} {value}")  # JSON cannot say it
     return found

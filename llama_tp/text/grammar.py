@@ -24,6 +24,7 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,8 @@ MAX_TOOLS = 128  # OpenAI's bound
 MAX_CALLS = 32  # in one answer that has to call: a model that cannot end would go on to max_tokens
 # regexes
 _COMPACT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# models have learnt these, too
-_JSON_OPTIONS = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}
+# Models have learnt these, too. Any: llguidance's JsonCompileOptions, which only its stubs have.
+_JSON_OPTIONS: Any = {**_COMPACT, "lenient": False, "json_allow_general_unicode_escapes": True}
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,20 @@ def lark(grammar: object) -> Form:
 
 
 def tool_call(
-    tools: Sequence[Mapping], name: str | None = None, parallel: bool = True, or_text: bool = False
+    tools: Sequence[Mapping[str, Any]],
+    name: str | None = None,
+    parallel: bool = True,
+    or_text: bool = False,
 ) -> Form:
     """A call of one of an OpenAI request's `tools`, or of the one called `name`, as JSON that
     `tool_calls` reads; several with ; between them if `parallel`. For tool_choice required, or a
     named one; `or_text`: or else a text that does not begin like a call, for strict tools that may
     be left alone. UserError if there is no such tool."""
-    rules = []
+    rules: list[str] = []
     for tool in tools:
-        function = (
-            tool.get("function")
-            if isinstance(tool.get("function"), Mapping)
-            else {"name": tool.get("type")}
-        )
+        function = tool.get("function")
+        if not isinstance(function, Mapping):
+            function = {"name": tool.get("type")}
         if name in (None, function.get("name")):
             schema = function.get("parameters") or _parameters_of_built_in(function.get("name"))
             if isinstance(schema, Mapping):
@@ -179,18 +181,18 @@ class Grammars:
 class Constraint:
     """What one sample may write next."""
 
-    def __init__(self, matcher, n_vocab: int):
+    def __init__(self, matcher: Any, n_vocab: int):  # an llguidance.LLMatcher
         self._matcher, self._n_words = matcher, (n_vocab + 31) // 32
 
     @property
     def complete(self) -> bool:
         """The text so far has the form: it may end here."""
-        return self._matcher.is_accepting()
+        return bool(self._matcher.is_accepting())
 
     @property
     def ended(self) -> bool:
         """Nothing but a stop id can follow."""
-        return self._matcher.is_stopped()
+        return bool(self._matcher.is_stopped())
 
     def mask(self) -> np.ndarray:
         """(n_words,) uint32, one bit a token. UserError if finding it is too much work, or if
@@ -240,7 +242,7 @@ class _Vocabulary:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
 
 
-def _parameters_of_built_in(name: object) -> dict:
+def _parameters_of_built_in(name: object) -> dict[str, Any]:
     if name not in BUILT_IN:
         return {"type": "object"}
     key = "code" if name == "code_interpreter" else "query"
@@ -252,7 +254,7 @@ def _parameters_of_built_in(name: object) -> dict:
     }
 
 
-def _json(schema: object, options: dict | None = None) -> str:
+def _json(schema: object, options: dict[str, Any] | None = None) -> str:
     """A schema as text, with llguidance's options inside where it cannot be given them beside.
     UserError for what is none."""
     try:

@@ -133,7 +133,8 @@ class GrammarPool:
             cpu_s,
             ANSWER_CPU_S * cpu_s,
         )
-        self._server: subprocess.Popen | None = None
+        # the fork server, and the socket to it: both or neither
+        self._server: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._idle: list[Worker] = []
         self._good: OrderedDict[Form, None] = OrderedDict()
@@ -173,8 +174,8 @@ class GrammarPool:
         mine, its = socket.socketpair()
         with its:
             for _ in range(2):
-                if self._server is None:
-                    self._start()
+                if self._control is None:
+                    self._server, self._control = self._start()
                 try:
                     socket.send_fds(
                         self._control,
@@ -187,8 +188,9 @@ class GrammarPool:
                     self._stop()
         return Worker(mine)
 
-    def _start(self) -> None:
-        """On CPUs of its parent's parent: a rank is pinned to a few, and needs these itself."""
+    def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """The fork server, on CPUs of its parent's parent: a rank is pinned to a few, and needs
+        these itself."""
         mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         root = str(Path(__file__).resolve().parents[2])
         env = os.environ | {
@@ -198,24 +200,24 @@ class GrammarPool:
             "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         }
         with its:
-            self._server = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "llama_tp.text.grammar_process"],
-                stdin=its,
+                stdin=its.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=env,
                 start_new_session=True,
             )
-        self._control = mine
         mine.send(json.dumps([*self._source, self.cpu_s]).encode())
         with contextlib.suppress(OSError, AttributeError):
-            os.sched_setaffinity(self._server.pid, os.sched_getaffinity(os.getppid()))
+            os.sched_setaffinity(process.pid, os.sched_getaffinity(os.getppid()))
+        return process, mine
 
     def _stop(self) -> None:
-        if self._server is not None:
+        if self._server is not None and self._control is not None:
             self._control.close()
             self._server.kill()
             self._server.wait()
-            self._server = None
+        self._server = self._control = None
 
     def close(self) -> None:
         """Ends all of it, also workers that are still out. Safe to call twice."""
@@ -329,7 +331,7 @@ def tokens_message(tokens: list[tuple[int, int]]) -> bytes:
     return json.dumps({"tokens": tokens}).encode()
 
 
-def error_of(answer: bytes) -> tuple[int, UserError]:
+def error_of(answer: bytes | bytearray) -> tuple[int, UserError]:
     """The sample that an e is about, and the error."""
     sample, *words = json.loads(answer[1:])
     return sample, UserError(*words)

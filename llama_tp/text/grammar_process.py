@@ -28,6 +28,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class Worker:
         self._grammars, self._n_bytes = grammars, n_bytes
         self._samples: dict[int, Constraint] = {}
 
-    def answers(self, message: dict) -> Iterator[bytes]:
+    def answers(self, message: dict[str, Any]) -> Iterator[bytes]:
         """A frame's body for each sample that the message is about."""
         if "form" in message:
             self._samples.clear()

@@ -8,12 +8,15 @@ Refuses to know where files lie.
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.text.token_table import Tokenizer
 
 MOST_GAPS = 1 << 20  # ids without a token
 MOST_GROWTH = 4096  # Llama's normalizers put one character in front and replace one by one: 4
+Library = Any  # a tokenizers.Tokenizer; the package is an extra, so its names are not known here
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -39,7 +42,12 @@ class HfTokenizer(Tokenizer):
     """
 
     def __init__(
-        self, data: bytes, where: str, tokenizer_config: dict, generation_config: dict, config: dict
+        self,
+        data: bytes,
+        where: str,
+        tokenizer_config: dict[str, Any],
+        generation_config: dict[str, Any],
+        config: dict[str, Any],
     ):
         try:
             import tokenizers
@@ -97,9 +105,10 @@ class HfTokenizer(Tokenizer):
         )
 
 
-def _ids(library, text: str, adds_specials: bool) -> list[int]:
+def _ids(library: Library, text: str, adds_specials: bool) -> list[int]:
     try:
-        return library.encode(text, add_special_tokens=adds_specials).ids
+        ids: list[int] = library.encode(text, add_special_tokens=adds_specials).ids
+        return ids
     except BaseException as error:
         if not _is_panic(error):
             raise
@@ -114,7 +123,7 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def _check_growth(normalizer: dict) -> None:
+def _check_growth(normalizer: dict[str, Any]) -> None:
     """Raises ValueError for a normalizer that makes a text MOST_GROWTH times as long: few
     replacements of "a" by a thousand take all memory, and the library then ends the process."""
     growth, steps = 1, [normalizer]
@@ -126,7 +135,7 @@ def _check_growth(normalizer: dict) -> None:
             raise ValueError(f"its normalizer makes texts more than {MOST_GROWTH:,} times as long")
 
 
-def _make_special(library, tokenizer_config: dict) -> None:
+def _make_special(library: Library, tokenizer_config: dict[str, Any]) -> None:
     """Makes added tokens special that tokenizer_config names as such, as transformers does: it
     saves them with special false where a training script added them as words. Other names change
     nothing."""
@@ -137,7 +146,9 @@ def _make_special(library, tokenizer_config: dict) -> None:
     library.add_special_tokens(sorted(named & added))
 
 
-def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> list[bytes]:
+def _token_bytes(
+    vocab: dict[str, int], specials: dict[str, int], to_bytes: Callable[[str], bytes]
+) -> list[bytes]:
     table = [b""] * (max(vocab.values()) + 1)  # ids may have gaps: not len(vocab)
     for token, i in vocab.items():
         if token not in specials:
@@ -145,7 +156,7 @@ def _token_bytes(vocab: dict[str, int], specials: dict[str, int], to_bytes) -> l
     return table
 
 
-def _byte_reader(decoder: dict | None, where: str):
+def _byte_reader(decoder: dict[str, Any] | None, where: str) -> Callable[[str], bytes]:
     """The function from a token as tokenizer.json spells it to its bytes, chosen by the file's
     decoder."""
     steps = (decoder or {}).get("decoders") or [decoder or {}]
@@ -184,9 +195,13 @@ def _sentencepiece(token: str) -> bytes:
 
 
 def _bos_id(
-    library, specials: dict[str, int], tokenizer_config: dict, generation_config: dict, config: dict
+    library: Library,
+    specials: dict[str, int],
+    tokenizer_config: dict[str, Any],
+    generation_config: dict[str, Any],
+    config: dict[str, Any],
 ) -> int | None:
-    plain, whole = (library.encode("a", add_special_tokens=adds).ids for adds in (False, True))
+    plain, whole = _ids(library, "a", False), _ids(library, "a", True)
     if whole[: len(plain)] != plain:
         return whole[0]
     candidates = (
@@ -199,15 +214,21 @@ def _bos_id(
     return next((i for i in candidates if i in specials.values()), None)
 
 
-def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: dict) -> list[int]:
+def _stop_ids(
+    library: Library,
+    tokenizer_config: dict[str, Any],
+    generation_config: dict[str, Any],
+    config: dict[str, Any],
+) -> list[int]:
     candidates = (
         generation_config.get("eos_token_id"),
         config.get("eos_token_id"),
         _named_id(library, tokenizer_config.get("eos_token")),
     )
-    found = next((value for value in candidates if value is not None), [])
-    ids = found if isinstance(found, list) else [found]
-    if not all(type(i) is int for i in ids):
+    found: object = next((value for value in candidates if value is not None), [])
+    listed = found if isinstance(found, list) else [found]
+    ids = [i for i in listed if type(i) is int]
+    if len(ids) < len(listed):
         raise UserError(
             "eos_token_id must be a token id or a list of them",
             f"found {found!r}",
@@ -216,10 +237,11 @@ def _stop_ids(library, tokenizer_config: dict, generation_config: dict, config: 
     return ids
 
 
-def _named_id(library, token: object) -> int | None:
+def _named_id(library: Library, token: object) -> int | None:
     """Id of a token that tokenizer_config.json names."""
     name = _name(token)
-    return library.token_to_id(name) if name else None
+    found: int | None = library.token_to_id(name) if name else None
+    return found
 
 
 def _name(token: object) -> str:

@@ -13,8 +13,8 @@ form (grammar_process) hold.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from llama_tp.arch.errors import UserError
 
@@ -79,7 +79,7 @@ class _Expression:
     """Groups, alternatives and repetitions of whatever atoms, as they are read from left to
     right."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._groups: list[tuple[list[Size], Size]] = []
         self._branches: list[Size] = []
         self._before, self._last = Size(), Size()  # of this branch: all but the last atom, and that
@@ -151,7 +151,7 @@ def regex_size(pattern: str) -> Size:
     return expression.end()
 
 
-_SIGNS = {
+_SIGNS: dict[str, Callable[[_Expression], None]] = {
     "(": _Expression.open,
     ")": _Expression.close,
     "|": _Expression.alternative,
@@ -214,7 +214,7 @@ def lark_size(grammar: str) -> Size:
     return Size(*(max(each) for each in zip(*sizes))) if sizes else Size()
 
 
-def _rule_size(body: str, size_of_name) -> Size:
+def _rule_size(body: str, size_of_name: Callable[[str], Size]) -> Size:
     expression = _Expression()
     for kind, text in _lark_tokens(body):
         if kind == "string":
@@ -258,7 +258,7 @@ def _lark_tokens(grammar: str) -> Iterator[tuple[str, str]]:
                 end = json.JSONDecoder().raw_decode(grammar, end)[1]
             except (ValueError, RecursionError):
                 end = len(grammar)
-        yield found.lastgroup, grammar[at:end]
+        yield str(found.lastgroup), grammar[at:end]  # each alternative has a name
         at = end
 
 
@@ -310,7 +310,7 @@ def check_schema(schema: object) -> None:
             left += part
 
 
-def checked_lark(grammar: str, json_options: Mapping) -> str:
+def checked_lark(grammar: str, json_options: Mapping[str, Any]) -> str:
     """The grammar, whose %json parts get these options of llguidance where they have none. Raises
     UserError for one that repeats too much, in itself or in a part."""
     check_size("the grammar", lark_size(grammar))

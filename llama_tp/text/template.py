@@ -20,7 +20,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.json_file import read_json
@@ -31,6 +33,8 @@ from llama_tp.text.token_table import Tokenizer, well_formed
 MAX_TEMPLATE = 1 << 18  # characters of source
 MAX_SIZE = 1 << 22  # characters or items of anything that it makes
 MAX_S = 2.0
+T = TypeVar("T")
+Jinja = Any  # jinja2 is an extra, so the names of its types are not known here
 _MARK = "\ud800"  # a lone surrogate: no well-formed text holds it
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")  # a tag that only training uses
 
@@ -69,7 +73,7 @@ def find_template(ckpt_dir: str) -> tuple[str, str | None, dict[str, str]]:
     )
 
 
-def _read(folder: str) -> tuple[dict, dict]:
+def _read(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A folder's tokenizer_config.json, and its templates by name."""
     where = os.path.join(folder, "tokenizer_config.json")
     config = read_json(where) if os.path.lexists(where) else {}
@@ -129,10 +133,10 @@ class ChatTemplate:
 
     def encode_dialog(
         self,
-        messages: Sequence[Mapping],
+        messages: Sequence[Mapping[str, Any]],
         strip: bool = False,
         add_generation_prompt: bool = True,
-        tools: Sequence[Mapping] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Ids of a conversation, with ChatFormat's arguments. UserError for what is no list of
         messages, and where the template refuses the dialog (its own words) or goes over a limit."""
@@ -160,12 +164,14 @@ class ChatTemplate:
             repr((self._sources, sorted(self._tokens.items()))).encode()
         ).hexdigest()
 
-    def _render(self, messages, tools, add_generation_prompt: bool, now: datetime.datetime) -> str:
+    def _render(
+        self, messages: object, tools: object, add_generation_prompt: bool, now: datetime.datetime
+    ) -> str:
         template = self._tool_template if tools else self._template
         deadline = time.monotonic() + MAX_S
 
         # called for each line that runs, also in a loop that writes nothing
-        def watch(frame, event, arg):
+        def watch(frame: FrameType, event: str, arg: Any) -> Any:
             if time.monotonic() > deadline:
                 raise _Limit(f"it took more than {MAX_S:g} s")
             return watch
@@ -173,7 +179,7 @@ class ChatTemplate:
         before = sys.gettrace()
         sys.settrace(watch)
         try:
-            return template.render(
+            text: str = template.render(
                 messages=messages,
                 tools=tools,
                 documents=None,
@@ -181,6 +187,7 @@ class ChatTemplate:
                 strftime_now=now.strftime,
                 **self._tokens,
             )
+            return text
         except _Limit as limit:
             raise UserError(
                 "the chat template goes too far", str(limit), "use --chat_template meta"
@@ -199,7 +206,7 @@ class _Limit(Exception):
     """A template goes over a limit."""
 
 
-def _compiled(source: str):
+def _compiled(source: str) -> Jinja:
     """The template in its sandbox. UserError if it does not compile."""
     try:
         import jinja2
@@ -224,16 +231,16 @@ def _compiled(source: str):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
 
-    def refuse(message):
+    def refuse(message: object) -> NoReturn:
         raise jinja2.TemplateError(str(message))
 
     class Namespace(jinja2.utils.Namespace):  # jinja2's own sets attributes of any name
-        def __setitem__(self, name, value):
+        def __setitem__(self, name: Any, value: Any) -> None:
             if str(name).startswith("_"):
                 raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name}")
             super().__setitem__(name, value)
 
-    def namespace(**attributes):
+    def namespace(**attributes: Any) -> Namespace:
         made = Namespace()
         for name, value in attributes.items():
             made[name] = value
@@ -261,7 +268,7 @@ def _compiled(source: str):
     return template
 
 
-def _limit(environment) -> None:
+def _limit(environment: Jinja) -> None:
     """Puts a size check around each operator, filter and call of a sandbox."""
     checked = {"+": operator.add, "*": operator.mul, "**": operator.pow, "%": operator.mod}
     environment.intercepted_binops = frozenset(checked)
@@ -279,7 +286,7 @@ def _limit(environment) -> None:
     )
 
 
-def _operate(sign: str, function: Callable, left, right):
+def _operate(sign: str, function: Callable[..., Any], left: Any, right: Any) -> Any:
     if sign == "*":
         for many, n in ((left, right), (right, left)):
             if (
@@ -296,30 +303,30 @@ def _operate(sign: str, function: Callable, left, right):
     return _sized(function(left, right))
 
 
-def _modest(function: Callable) -> Callable:
+def _modest(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which takes no huge numbers and gives nothing huge."""
 
     @functools.wraps(function)
-    def limited(*args, **named):
+    def limited(*args: Any, **named: Any) -> Any:
         return _sized(function(*_modestly(args), **dict(zip(named, _modestly(named.values())))))
 
     return limited
 
 
-def _modestly(values) -> list:
+def _modestly(values: Iterable[Any]) -> list[Any]:
     values = list(values)
     if any(isinstance(value, int) and abs(value) > MAX_SIZE for value in values):
         raise _Limit("it asks for something huge")
     return values
 
 
-def _sized(value):
+def _sized(value: T) -> T:
     if isinstance(value, (str, list, tuple, dict)) and len(value) > MAX_SIZE:
         raise _Limit(f"it makes something of {len(value):,} characters or items")
     return value
 
 
-def _within(pieces):
+def _within(pieces: Iterable[str]) -> Iterator[str]:
     total = 0
     for piece in pieces:
         total += len(piece)
@@ -328,18 +335,24 @@ def _within(pieces):
         yield piece
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """transformers' filter: jinja2's own escapes for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
-def _spelling(token: str | dict | None) -> str:
+def _spelling(token: str | dict[str, Any] | None) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-def _as_templates_expect(message: Mapping, strip: bool) -> dict:
+def _as_templates_expect(message: Mapping[str, Any], strip: bool) -> dict[str, Any]:
     """An OpenAI message with arguments as objects where they are JSON: templates write them with
     tojson."""
     message = dict(message)
@@ -353,7 +366,7 @@ def _as_templates_expect(message: Mapping, strip: bool) -> dict:
     return message
 
 
-def _with_object(call: Mapping) -> dict:
+def _with_object(call: Mapping[str, Any]) -> dict[str, Any]:
     function = dict(call["function"])
     try:
         function["arguments"] = json.loads(function["arguments"] or "{}")
@@ -363,7 +376,7 @@ def _with_object(call: Mapping) -> dict:
     return {**call, "function": function}
 
 
-def _guarded(value, special: re.Pattern):
+def _guarded(value: Any, special: re.Pattern[str]) -> Any:
     """`value` with the mark inside each spelling of a special token, and nowhere else, in whatever
     texts it holds."""
     if isinstance(value, str):

@@ -67,12 +67,13 @@ def _open(path: str | None, ckpt_dir: str) -> Tokenizer:
         # where to look first
         beside, ckpt = [file.parent, Path(ckpt_dir)], [Path(ckpt_dir), file.parent]
         if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
-            names = _settings("tokenizer_config.json", beside)
-            ids = [_settings(name, ckpt) for name in ("generation_config.json", "config.json")]
-            _check_names(names)
-            for each in ids:
-                _check_ids(each)
-            return HfTokenizer(data, str(file), names.raw, *(each.raw for each in ids))
+            tokens = _settings("tokenizer_config.json", beside)
+            generation = _settings("generation_config.json", ckpt)
+            config = _settings("config.json", ckpt)
+            _check_names(tokens)
+            _check_ids(generation)
+            _check_ids(config)
+            return HfTokenizer(data, str(file), tokens.raw, generation.raw, config.raw)
         return TiktokenTokenizer(
             data, str(file), stop_at_eom=_is_llama_3_1(_settings("params.json", ckpt))
         )

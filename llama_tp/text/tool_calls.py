@@ -25,7 +25,8 @@ Knows no tokens: who feeds it says where <|python_tag|> stood.
 import itertools
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llama_tp.text.call_grammar import CallDelta, CallGrammar
 
@@ -49,7 +50,7 @@ class Answer:
     def add(self, delta: str | CallDelta) -> None:
         if isinstance(delta, str):
             self.content += delta
-        elif delta.name is not None:
+        elif delta.id is not None and delta.name is not None:
             self.tool_calls.append(ToolCall(delta.id, delta.name, delta.arguments))
         else:
             self.tool_calls[delta.index].arguments += delta.arguments
@@ -64,10 +65,13 @@ def fold(deltas: Iterable[str | CallDelta]) -> Answer:
 
 
 def parse(
-    text: str, tools: Sequence[Mapping] | None = None, python_tag: bool = False, **options
+    text: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    python_tag: bool = False,
+    parallel: bool = True,
 ) -> Answer:
     """A whole message at once; `python_tag` if <|python_tag|> stood before it. Never raises."""
-    parser = ToolCallParser(tools, **options)
+    parser = ToolCallParser(tools, parallel)
     return fold([*parser.push(text, python_tag), *parser.finish()])
 
 
@@ -76,7 +80,7 @@ def random_id(index: int) -> str:
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
-def signature(tool: Mapping) -> tuple[str, list[str]]:
+def signature(tool: Mapping[str, Any]) -> tuple[str, list[str]]:
     """(name, names of the parameters in order) of a tool in OpenAI's shape, or in the short one of
     a built-in tool, {"type": "brave_search"}."""
     function = tool.get("function")
@@ -111,7 +115,7 @@ class ToolCallParser:
 
     def __init__(
         self,
-        tools: Sequence[Mapping] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         parallel: bool = True,
         new_id: Callable[[int], str] = random_id,
     ):
@@ -152,7 +156,7 @@ class ToolCallParser:
     def _end_section(self) -> None:
         """Shows the end to the grammar until it returns; in between it may read again what it had
         held."""
-        ended = False
+        ended: bool | None = None
         while not ended:
             self._read()
             self._grammar.reader.ch = ""
@@ -161,19 +165,17 @@ class ToolCallParser:
     def _take(self) -> list[str | CallDelta]:
         """The deltas since the last time, neighbours that continue each other joined."""
         joined: list[str | CallDelta] = []
-        for index, group in itertools.groupby(
+        for _, group in itertools.groupby(
             self._grammar.out, key=lambda one: None if isinstance(one, str) else one.index
         ):
-            pieces = list(group)
-            joined.append(
-                "".join(pieces)
-                if index is None
-                else CallDelta(
-                    index,
-                    pieces[0].id,
-                    pieces[0].name,
-                    "".join(piece.arguments for piece in pieces),
-                )
-            )
+            joined.append(_as_one(list(group)))
         self._grammar.out.clear()
         return joined
+
+
+def _as_one(pieces: list[str | CallDelta]) -> str | CallDelta:
+    """Pieces of one call, or of one text, as a single piece."""
+    calls = [piece for piece in pieces if isinstance(piece, CallDelta)]
+    if calls:
+        return replace(calls[0], arguments="".join(call.arguments for call in calls))
+    return "".join(piece for piece in pieces if isinstance(piece, str))

@@ -23,6 +23,7 @@ from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes
 from llama_tp.arch.shard_map import ShardMap
 from llama_tp.arch.weights import table
+from tests.examples import examples
 
 # Meta's own params.json of each size; what the model card and the HF config say of them stands in
 # the tests.
@@ -410,7 +411,7 @@ def of_file(value):
     return json.loads(json.dumps(value))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     changes=st.dictionaries(st.sampled_from(META_KEYS), ANY, max_size=4),
     name=st.sampled_from(sorted(META)),
@@ -420,7 +421,7 @@ def test_any_params_give_a_config_or_one_error(changes, name):
     is_a_config_or_one_error(from_params, of_file({**META[name], **changes}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(HF_KEYS), ANY, max_size=4))
 def test_any_hf_config_gives_a_config_or_one_error(changes):
     is_a_config_or_one_error(from_hf, of_file({**HF, **changes}))
@@ -443,7 +444,7 @@ def is_a_config_or_one_error(read, raw):
     assert from_params(as_params(config)).dim == config.dim
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     changes=st.dictionaries(st.sampled_from(HF_KEYS), ANY, max_size=2),
     rope=st.dictionaries(

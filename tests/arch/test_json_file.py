@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_tp.arch.errors import UserError
-from llama_tp.arch.json_file import MAX_JSON, Fields, key_name, read_json, short
+from llama_tp.arch.errors import UserError, short
+from llama_tp.arch.json_file import MAX_JSON, Fields, key_name, read_json
 from llama_tp.arch.regular_file import list_folder, open_regular, read_file
 
 

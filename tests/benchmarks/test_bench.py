@@ -2,8 +2,6 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +15,9 @@ from llama_tp.benchmarks.throughput import throughput
 from llama_tp.parallel.groups import single_rank
 from tests import reference
 from tests.engines import engine
-from tests.ranks import torchrun
+from tests.ranks import command, torchrun
 from tests.shapes import SHRUNK
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO = [
     "--ckpt_dir",
     "checkpoints/demo",
@@ -36,15 +33,7 @@ DEMO = [
 
 
 def bench(*words: str, code: int = 0) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.bench", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == code, done.stderr
-    return done
+    return command("bench", *words, code=code)
 
 
 def last_line(text: str) -> dict:

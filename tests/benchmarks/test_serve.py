@@ -18,6 +18,7 @@ from llama_tp.benchmarks import served
 from llama_tp.benchmarks.serve import WORDS, Load, limits_of, measure, prompts_in
 from llama_tp.benchmarks.served import DETAILS, Outcome, percentile, result_of
 from tests.fake_openai import FakeServer
+from tests.ranks import command
 
 pytest.importorskip("httpx")
 
@@ -357,11 +358,5 @@ def test_the_command_prints_tables_and_json_and_draws(tmp_path):
     ],
 )
 def test_the_command_refuses(words, says):
-    done = subprocess.run(
-        [sys.executable, "-m", "llama_tp.bench", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = command("bench", *words)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

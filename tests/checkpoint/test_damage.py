@@ -35,7 +35,9 @@ torch.set_num_threads(1)
 def load_shard(source, rank: int, tp: int):
     """The steps of one rank's load."""
     shard = ShardMap.even(source.config, tp).shard(rank)
-    return load(source, shard, lambda weight: torch.empty(weight.local_shape(shard)))
+    return load(
+        source, shard, lambda weight, tensor: torch.empty(tensor.local_shape(weight, shard))
+    )
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"

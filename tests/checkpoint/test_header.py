@@ -14,6 +14,7 @@ from safetensors.torch import save
 from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.hf import METADATA_BYTES, read_header
+from tests.examples import examples
 
 FILE = save(
     {
@@ -67,7 +68,7 @@ BYTE = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(
     changes=st.lists(BYTE, max_size=2),
     at=st.integers(0, LENGTH),
@@ -99,7 +100,7 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(
     entries=st.dictionaries(
         st.text(max_size=3) | st.just("__metadata__"), ENTRY | SMALL, max_size=3

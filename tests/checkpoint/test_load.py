@@ -32,8 +32,8 @@ def loaded(source, rank, tp, dtype=None, progress=None):
     """{name: tensor} of one rank; destinations begin as NaN, so that what is not written shows."""
     out, shard = {}, ShardMap.even(source.config, tp).shard(rank)
 
-    def into(weight):
-        shape = weight.local_shape(shard)
+    def into(weight, tensor):
+        shape = tensor.local_shape(weight, shard)
         out[weight.name] = torch.full(shape, float("nan"), dtype=dtype or source.dtype)
         return out[weight.name]
 
@@ -318,8 +318,8 @@ def test_destinations_may_be_strided_slices_of_a_packed_tensor(tmp_path):
     packed = torch.zeros(GQA.dim, 4 * 64, dtype=torch.float32)
     views = {}
 
-    def into(weight):
-        shape = weight.local_shape(ShardMap.even(source.config, 2).shard(1))
+    def into(weight, tensor):
+        shape = tensor.local_shape(weight, ShardMap.even(source.config, 2).shard(1))
         if weight.name.startswith("layers.0.") and weight.name.endswith(
             ("wq.weight", "wk.weight", "w2.weight")
         ):
@@ -347,16 +347,14 @@ def test_an_impossible_degree_reads_nothing_and_names_the_possible_ones(tmp_path
         load(
             source,
             ShardMap.even(source.config, 3).shard(0),
-            lambda weight: pytest.fail("asked for a destination"),
+            lambda *_: pytest.fail("asked for a destination"),
         )
 
 
 def test_a_wrong_destination_or_rank_is_a_programming_error(tmp_path):
     source = open_checkpoint(write_meta(tmp_path, GQA, random_weights(GQA), 2))
     with pytest.raises(ValueError, match="destination"):
-        list(
-            load(source, ShardMap.even(source.config, 2).shard(0), lambda weight: torch.empty(1, 1))
-        )
+        list(load(source, ShardMap.even(source.config, 2).shard(0), lambda *_: torch.empty(1, 1)))
     with pytest.raises(ValueError, match="rank 2"):
         ShardMap.even(source.config, 2).shard(2)
 

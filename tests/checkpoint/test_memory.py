@@ -42,8 +42,8 @@ source = open_checkpoint(folder)
 opened = number("/proc/self/io", "rchar:")
 shard = ShardMap.even(source.config, tp).shard(rank)
 held = []
-def into(weight):
-    held.append(torch.empty(weight.local_shape(shard), dtype=source.dtype))
+def into(weight, tensor):
+    held.append(torch.empty(tensor.local_shape(weight, shard), dtype=source.dtype))
     return held[-1]
 for weight in load(source, shard, into):
     pass

@@ -14,6 +14,7 @@ from llama_tp.arch.errors import UserError
 from llama_tp.checkpoint.files import Files
 from llama_tp.checkpoint.meta import _open_shard
 from llama_tp.checkpoint.state_dict import BadPickle, View, read_pickle
+from tests.examples import examples
 
 STEPS = 10_000
 BASE = torch.arange(24.0).view(4, 6)
@@ -139,7 +140,7 @@ BYTE = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(
     changes=st.lists(BYTE, min_size=1, max_size=2),
     at=st.integers(0, len(PICKLE)),
@@ -161,7 +162,7 @@ def test_a_changed_pickle_is_refused_or_read_as_torch_reads_it(tmp_path_factory,
     assert same(ours, torch.load(path, map_location="cpu", weights_only=True)), raw
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     changes=st.lists(
         st.tuples(

@@ -86,7 +86,10 @@ def every_size(client: openai.OpenAI, most: int) -> None:
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
     "duration_s, step_tokens, most",
-    [(20, 64, 24 << 20), pytest.param(600, 512, 12 << 20, marks=pytest.mark.slow)],
+    [
+        pytest.param(20, 64, 24 << 20, marks=pytest.mark.slow),
+        pytest.param(600, 512, 12 << 20, marks=pytest.mark.slow),
+    ],
 )
 def test_500_streams_at_once(duration_s, step_tokens, most):
     with serving(

@@ -52,7 +52,7 @@ for mode in MODES:
     if (client := client_of(mode)) is None:
         continue
     sent = []
-    client.on("completion:kwargs", lambda *_, **kwargs: sent.append(kwargs))
+    client.on("completion:kwargs", lambda *_, sent=sent, **kwargs: sent.append(kwargs))
     for seed in range(3):
         wish = dict(
             model="gpt-4o",

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from llama_tp.engine.blocks import BlockManager, block_key
+from tests.examples import examples
 
 IDS = list(range(10, 26))
 
@@ -219,5 +220,5 @@ class Walk(RuleBasedStateMachine):
         self.blocks.check_integrity()
 
 
-Walk.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Walk.TestCase.settings = settings(max_examples=examples(150), stateful_step_count=40, deadline=None)
 TestWalk = Walk.TestCase

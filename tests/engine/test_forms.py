@@ -96,7 +96,7 @@ def test_every_way_of_sampling_keeps_the_form(alone):
 
 
 @pytest.mark.parametrize("graphs", [False, True], ids=["plain", "ahead"])
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_at_every_tp_and_in_company(alone, tp, graphs):
     assert served(tp, REQUESTS, graphs=graphs, n_blocks=24, max_rows=6) == alone
 

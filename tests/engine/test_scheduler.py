@@ -21,6 +21,7 @@ from llama_tp.engine.blocks import BlockManager
 from llama_tp.engine.request import Request, SamplingParams, Sequence
 from llama_tp.engine.scheduler import Scheduler
 from llama_tp.engine.step import GATHERED, UNDECIDED, Step
+from tests.examples import examples
 
 N_VOCAB = 3  # few ids, so that prefixes often agree
 
@@ -784,13 +785,13 @@ def run_schedule(fields, events):
     ),
     [("add", [1], 2, None, False, None)],
 )
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(WORLD, EVENTS)
 def test_random_schedules(fields, events):
     run_schedule(fields, events)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     st.integers(3, 9),
     st.integers(1, 3),

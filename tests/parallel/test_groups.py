@@ -35,7 +35,7 @@ def getters(ranks):
     )
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_fairscale_agrees_with_ranks(tp):
     assert run(tp, getters) == [(True,) * 7] * tp
 

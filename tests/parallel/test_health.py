@@ -1,14 +1,13 @@
 """Ranks that fail in real processes: how soon all are gone, with which code, and what is said,
 once.
 
-Most ranks here are forked from a server that has imported torch already, so that a job takes a
-second to start; what depends on torchrun is tested under torchrun. tests/test_failures.py does the
-same to whole commands.
+Most ranks here are forked from a server that has imported torch already (tests/ranks.py), so that
+a job takes a second to start; what depends on torchrun is tested under torchrun.
+tests/test_failures.py does the same to whole commands.
 """
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -28,12 +27,10 @@ from llama_tp.parallel.hard_exit import kill_here
 from llama_tp.parallel.health import MAX_STRANGERS, Watch
 from llama_tp.parallel.json_lines import listen
 from tests.listeners import listeners
-from tests.ranks import free_pair, free_port, run, torchrun
+from tests.ranks import FORK, free_pair, free_port, run, torchrun
 
 STEP_S, LOAD_S = 2.0, 4.0
 END_S = 45.0  # all ranks are gone by then, on a busy machine too, and before gloo's own 60 s are up
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.parallel.test_health"])
 
 
 def rank_main() -> None:
@@ -107,7 +104,7 @@ class Job:
     def __init__(self, tp: int, folder, **env):
         self.folder, self.port = folder, free_port()
         self.ranks = [
-            server.Process(target=forked_rank, args=(rank, tp, self.port, str(folder), env))
+            FORK.Process(target=forked_rank, args=(rank, tp, self.port, str(folder), env))
             for rank in range(tp)
         ]
         for process in self.ranks:
@@ -386,6 +383,7 @@ def script(tmp_path):
     return [str(path)]
 
 
+@pytest.mark.slow
 def test_torchrun_says_which_rank_was_killed(script):
     """It ends the others within 0.1 s: the driver must find the time to explain."""
     with torchrun(2, script) as launched:
@@ -408,6 +406,7 @@ def test_a_killed_torchrun_takes_its_ranks_along(script):
         assert errors(launched) == [f"error: rank 0: torchrun (pid {launched.process.pid}) is gone"]
 
 
+@pytest.mark.slow
 def test_a_torchrun_killed_while_ranks_start_takes_them_along(script):
     with torchrun(2, script) as launched:
         while len(launched.pids()) < 2:

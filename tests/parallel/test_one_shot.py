@@ -78,7 +78,7 @@ def sums_and_the_rest(ranks) -> bool:
     return True
 
 
-@pytest.mark.parametrize("tp", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tp", [2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (4, 8))])
 def test_small_sums_take_it_and_all_else_the_group(tp):
     assert all(run(tp, sums_and_the_rest))
 

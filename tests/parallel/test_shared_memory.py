@@ -18,7 +18,7 @@ from llama_tp.parallel.collectives import (
     tree_add,
     tree_sum,
 )
-from tests.ranks import pool, run, torchrun
+from tests.ranks import PATIENCE_S, pool, run, torchrun
 
 pytestmark = pytest.mark.skipif(
     load() is None, reason="the C++ parts are not built here: python -m llama_tp.native.build"
@@ -114,7 +114,11 @@ close(ranks)
 
 @pytest.mark.parametrize(
     "env, shared",
-    [({}, True), ({"LLAMA_TP_SHARED": "0"}, False), ({"LLAMA_TP_NATIVE": "0"}, False)],
+    [
+        ({}, True),
+        ({"LLAMA_TP_SHARED": "0"}, False),
+        pytest.param({"LLAMA_TP_NATIVE": "0"}, False, marks=pytest.mark.slow),
+    ],
 )
 def test_without_it_gloo_does_the_work_and_nothing_stays_behind(tmp_path, env, shared):
     script = tmp_path / "script.py"
@@ -123,6 +127,10 @@ def test_without_it_gloo_does_the_work_and_nothing_stays_behind(tmp_path, env, s
     with torchrun(2, [str(script)], env=env) as job:
         assert job.wait() == 0, job.stderr
         assert job.stdout.split("\n")[:2] == [f"{shared} [2.0, 2.0, 2.0]"] * 2
-    assert not [
-        name for name in set(os.listdir("/dev/shm")) - before if name.startswith("llama_tp-")
-    ]
+    # other tests' jobs may begin and end beside this one
+    deadline, new = time.monotonic() + PATIENCE_S, set(os.listdir("/dev/shm")) - before
+    while left := {name for name in new if name.startswith("llama_tp-")} & set(
+        os.listdir("/dev/shm")
+    ):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)

@@ -80,7 +80,7 @@ def storm(url: str, numbers, over: threading.Event, statuses: list[int]) -> None
 
 with serving("--nproc_per_node", sys.argv[1] if len(sys.argv) > 1 else "1", "--quiet") as server:
     round_of(server.url)
-    for turn in range(3):
+    for _ in range(3):
         alone = round_of(server.url)
         over, statuses, numbers = threading.Event(), [], itertools.count()
         threads = [

@@ -11,7 +11,6 @@ import asyncio
 import json
 
 import pytest
-from tests.server.test_desk import STEP
 
 from llama_tp.protocol.reply import Chunks, Fold
 from llama_tp.server import answer
@@ -19,6 +18,7 @@ from llama_tp.server.app import Served, build_app
 from llama_tp.server.metrics import Metrics
 from llama_tp.server.request_manager import RequestManager
 from llama_tp.text.tokenizer import open_tokenizer
+from tests.server.test_request_manager import STEP
 from tests.servers import DEMO
 
 TOKENIZER = open_tokenizer(None, str(DEMO))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llama_tp.arch.errors import UserError
 from llama_tp.text.chat_format import TOOL_PROMPT, ChatFormat, call_text, with_tools
 from llama_tp.text.tool_calls import parse
+from tests.examples import examples
 from tests.text.texts import SPECIAL
 
 CONTENTS = st.text(max_size=30) | st.sampled_from(
@@ -32,13 +33,13 @@ def metas_ids(meta_chat, dialog):
     return meta_chat.encode_dialog_prompt([RawMessage(**message) for message in dialog]).tokens
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(dialog=DIALOGS)
 def test_ids_equal_llama_models(dialog, meta, meta_chat):
     assert ChatFormat(meta).encode_dialog(dialog) == metas_ids(meta_chat, dialog)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(dialog=DIALOGS)
 def test_stripped_ids_are_those_of_stripped_content(dialog, meta, meta_chat):
     bare = [{**message, "content": message["content"].strip()} for message in dialog]
@@ -141,7 +142,7 @@ VALUES = st.none() | st.booleans() | st.integers(-1000, 1000) | st.text(max_size
 ARGUMENTS = st.dictionaries(st.text(max_size=5), VALUES | st.lists(VALUES, max_size=2), max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     calls=st.lists(
         st.tuples(st.sampled_from(["f", "get_weather"]), ARGUMENTS), min_size=1, max_size=3
@@ -209,7 +210,7 @@ def test_code_and_search_are_tagged_and_end_the_message_not_the_turn(name, text,
     assert tag not in ids and ids[-1] == eot
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     name=st.sampled_from(["f", "brave_search", "wolfram_alpha", "code_interpreter"]),
     arguments=ARGUMENTS,

@@ -14,6 +14,7 @@ from llama_tp.arch.errors import UserError
 from llama_tp.text import grammar
 from llama_tp.text.grammar import Grammars, json_object, json_schema, lark, regex, tool_call
 from llama_tp.text.tool_calls import parse
+from tests.examples import examples
 
 pytest.importorskip("llguidance")
 
@@ -83,7 +84,7 @@ def test_whatever_is_sampled_has_the_form(seed, grammars, tiny):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     text=st.text("abéc ", max_size=6),
     pattern=st.sampled_from([r"[ab]*c", r"(a|bé)+", r"a?b?c?", r".{2,3}", r"ab|ac|abc", r" *é"]),

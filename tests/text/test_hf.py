@@ -14,6 +14,7 @@ from llama_tp.text.chat_format import ChatFormat
 from llama_tp.text.meta import SPECIALS, SPLIT
 from llama_tp.text.template import open_template
 from llama_tp.text.tokenizer import open_tokenizer
+from tests.examples import examples
 from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL
 
 tokenizers = pytest.importorskip("tokenizers", reason="the hf extra")
@@ -94,7 +95,7 @@ def test_a_megabyte(real_hf, fast):
         assert real_hf.decode(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=st.text() | st.text(alphabet="abceghinoprtSTOP xy\n日本é😀"))
 def test_any_text(text, tiny_hf, tiny):
     ids = tiny_hf.encode(text)
@@ -102,7 +103,7 @@ def test_any_text(text, tiny_hf, tiny):
     assert tiny_hf.decode(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(ids=st.lists(st.integers(0, 127_999), max_size=20))
 def test_decode_equals_transformers(ids, real_hf, fast):
     assert real_hf.decode(ids) == fast.decode(ids)

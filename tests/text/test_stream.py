@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from llama_tp.arch.errors import UserError
 from llama_tp.text.stream import TextStream
+from tests.examples import examples
 
 
 def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
@@ -40,7 +41,7 @@ STOPS = st.lists(st.text(alphabet="abc日😀é\ufffd", min_size=1, max_size=4),
 CUTS = st.lists(st.integers(0, 200), max_size=60)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(text=LETTERS | st.text(max_size=40), cuts=CUTS, stops=STOPS)
 @example(text="abcd", cuts=[1, 2, 3], stops=["abcd", "bc"])
 @example(text="aab", cuts=[1, 2], stops=["ab", "b"])
@@ -48,7 +49,7 @@ def test_texts(text, cuts, stops, tiny):
     check(tiny, tiny.encode(text), cuts, stops)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(data=st.data(), cuts=CUTS, stops=STOPS)
 def test_any_ids(data, cuts, stops, tiny):
     """Ids as a random model samples them: broken characters, specials in between."""

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from llama_tp.arch.errors import UserError
 from llama_tp.text import meta as meta_module
 from llama_tp.text.tokenizer import check_vocab, open_tokenizer
+from tests.examples import examples
 from tests.text.texts import SENTENCEPIECE, SHORT, SPECIAL, long_texts
 
 # --------------------------------------------------------------------------------- Meta's real file
@@ -32,7 +33,7 @@ def test_ids_of_a_megabyte_equal_metas(name, meta, meta_oracle):
     assert meta.decode(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=st.text())
 def test_ids_of_any_text_equal_metas(text, meta, meta_oracle):
     ids = meta.encode(text)
@@ -40,7 +41,7 @@ def test_ids_of_any_text_equal_metas(text, meta, meta_oracle):
     assert meta.decode(ids) == text == meta_oracle.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(ids=st.lists(st.integers(0, 127_999), max_size=20))
 def test_decode_of_any_ids_equals_metas(ids, meta, meta_oracle):
     assert meta.decode(ids) == meta_oracle.decode(ids)
@@ -66,7 +67,7 @@ def test_special_ids_equal_metas(meta, meta_oracle):
     assert meta.stop_ids == tuple(sorted(meta_oracle.stop_tokens)) == (128001, 128008, 128009)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(text=st.text(alphabet="ab \n\u3000\x1c", max_size=60))
 def test_cuts_equal_metas(text, meta_oracle):
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +102,7 @@ def test_ids_of_the_tiny_file(tiny):
     assert tiny.encode("") == [] and tiny.encode("", bos=True) == [n_base]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(text=st.text() | st.text(alphabet="abceghinoprtSTOP xy\n日本é😀"))
 def test_decode_undoes_encode(text, tiny):
     assert tiny.decode(tiny.encode(text, bos=True)) == text

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from llama_tp.text.call_grammar import CallDelta
 from llama_tp.text.tool_calls import ToolCallParser, fold, parse
+from tests.examples import examples
 
 TOOLS = [
     {
@@ -371,7 +372,7 @@ def fed(text, cuts, tools, tag, **options):
     return deltas + parser.finish()
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(
     text=TEXTS,
     cuts=st.lists(st.integers(0, 200), max_size=8),
@@ -459,7 +460,7 @@ MARKED = st.lists(WORDLESS | RECORDS | st.tuples(CALLED, RECORDS).map("".join), 
 )
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(600), deadline=None)
 @given(
     text=MARKED,
     cuts=st.lists(st.integers(0, 200), max_size=5),
@@ -499,7 +500,7 @@ CALLS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     wanted=CALLS,
     key=st.sampled_from(["parameters", "arguments"]),
@@ -534,7 +535,7 @@ PYTHON_CALLS = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(wanted=PYTHON_CALLS)
 def test_python_lists_of_calls(wanted):
     text = ", ".join(
