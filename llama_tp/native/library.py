@@ -7,6 +7,7 @@ Import torch first: the library's OpenMP is then the one that torch has loaded.
 import ctypes
 import functools
 import os
+from typing import Any
 
 from llama_tp.arch.errors import UserError
 from llama_tp.native.build import path
@@ -16,7 +17,7 @@ BOOL, ULONG, TEXT = ctypes.c_bool, ctypes.c_uint64, ctypes.c_char_p
 _CHANNEL = [POINTER, INT, INT, DOUBLE]  # of shared.cpp: base, tp, rank, timeout_s
 
 # name -> (result, arguments); a name that ends in _ stands for one function a dtype.
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "attend_": (
         None,
         [POINTER, LONG, POINTER, POINTER, POINTER, POINTER, LONG, POINTER, LONG, LONG, LONG, LONG],
@@ -43,7 +44,7 @@ DTYPE_NAMES = ("fp32", "bf16")
 WIDTH = 64  # outputs that a product computes together; packed weights have a multiple of them
 MAX_RANKS = 64  # of one shared-memory channel
 
-_TYPE_NAMES = {  # as interface.cpp calls them
+_TYPE_NAMES: dict[Any, str] = {  # as interface.cpp calls them
     None: "void",
     POINTER: "pointer",
     TEXT: "pointer",
@@ -97,7 +98,7 @@ def declared() -> list[str]:
         lines.append(f"struct {name} {ctypes.sizeof(struct)}")
         lines += [
             f"field {name}.{field} {getattr(struct, field).offset} {_TYPE_NAMES[kind]}"
-            for field, kind in struct._fields_
+            for field, kind, *_ in struct._fields_
         ]
     lines += [
         " ".join(["function", name, *(_TYPE_NAMES[kind] for kind in (result, *arguments))])
@@ -106,7 +107,7 @@ def declared() -> list[str]:
     return [*lines, f"constant WIDTH {WIDTH}", f"constant MAX_RANKS {MAX_RANKS}"]
 
 
-def _functions() -> dict[str, tuple]:
+def _functions() -> dict[str, tuple[Any, list[Any]]]:
     """Every exported function's full name -> (result, arguments)."""
     return {
         name + dtype if dtype else name: types

@@ -88,7 +88,7 @@ static inline f32x16 exp16(f32x16 x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    f32x16 power = (f32x16)(((i32x16)biased << 23) + (127 << 23));  // 2**n: n sits in the low bits of `biased`
+    f32x16 power = (f32x16)(((u32x16)biased << 23) + (127u << 23)); // 2**n: n sits in the low bits of `biased`; wraps where x is `below`
     return select(below, splat(0.0f), p * power);
 }
 
