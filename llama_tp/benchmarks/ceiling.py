@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.memory import kv_bytes_per_token, weight_bytes
-from llama_tp.arch.shard_map import ShardMap
+from llama_tp.arch.shard_map import Shard
 from llama_tp.backends.select import select_linears
 from llama_tp.native.calls import read_all
 from llama_tp.native.library import load
@@ -138,9 +137,7 @@ def probe_of(device: torch.device) -> Probe:
     return CudaProbe(device) if device.type == "cuda" else HostProbe()
 
 
-def ceiling(
-    config: ModelConfig, ranks: Ranks, dtype: torch.dtype, together: bool = True
-) -> Ceiling:
+def ceiling(shard: Shard, ranks: Ranks, dtype: torch.dtype, together: bool = True) -> Ceiling:
     """Every rank calls it. `together` False leaves the other ranks out (a simulated rank has
     none)."""
     worst = (lambda value: min(gather_ints(int(value), ranks))) if together else int
@@ -149,7 +146,7 @@ def ceiling(
     probe = probe_of(ranks.device)
     bandwidth = worst(read_rate(ranks.device, probe))
     rate = worst(matrix_rate(ranks.device, dtype, probe))
-    item, shard = dtype.itemsize, ShardMap.even(config, ranks.tp).shard(ranks.rank)
+    item, config = dtype.itemsize, shard.config
     embedding = shard.vocab.width * config.dim * item
     weights = weight_bytes(shard, item) - (0 if config.tied else embedding)
     return Ceiling(

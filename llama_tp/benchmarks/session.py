@@ -155,7 +155,7 @@ def limits_and_peak(engine: Engine, alone: bool) -> tuple[Ceiling, int]:
     """The machine's limits, and the most bytes this rank had used before they were measured. A GPU
     forgets what that took."""
     model, device, peak = engine.worker.model, engine.ranks.device, peak_bytes(engine)
-    limits = ceiling(model.config, engine.ranks, model.dtype, together=not alone)
+    limits = ceiling(model.shard, engine.ranks, model.dtype, together=not alone)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch.distributed import Store
 
-from llama_tp.arch.config import ModelConfig
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import Budget, counted, kv_bytes_per_token, weight_bytes, workspace_bytes
 from llama_tp.arch.options import DEFAULT_SEQ_LEN, STEP_TOKENS, EngineOptions
@@ -96,7 +95,7 @@ def _build(options: EngineOptions, ranks: Ranks, watch: Watch) -> Engine:
     for note in [
         *source.notes,
         *changed,
-        *startup_warnings(options, config, ranks, dtype, max_seq_len, backends),
+        *startup_warnings(options, shard, ranks, dtype, max_seq_len, backends),
     ]:
         say(note, ranks, options.quiet)
     if ranks.device.type == "cuda":
@@ -288,7 +287,7 @@ def free_bytes(ranks: Ranks) -> int:
 
 def startup_warnings(
     options: EngineOptions,
-    config: ModelConfig,
+    shard: Shard,
     ranks: Ranks,
     dtype: torch.dtype,
     max_seq_len: int,
@@ -323,7 +322,7 @@ def startup_warnings(
             f"--max_seq_len {options.max_seq_len} cut to the {max_seq_len} positions that the "
             "model was trained for"
         )
-    if options.deterministic and not ShardMap.even(config, ranks.tp).fixes_sums:
+    if options.deterministic and not shard.map.fixes_sums:
         notes.append(
             f"--deterministic at tp {ranks.tp}: the same bits in any batch, but not those of other "
             "tp"

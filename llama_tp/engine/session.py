@@ -10,7 +10,6 @@ import torch
 
 from llama_tp.arch.errors import UserError
 from llama_tp.arch.memory import GIB, weight_bytes
-from llama_tp.arch.shard_map import ShardMap
 from llama_tp.checkpoint.hub import fetch
 from llama_tp.engine.delta import Delta
 from llama_tp.engine.engine import Engine
@@ -157,7 +156,7 @@ def _grow(samples: list[Sample], place: dict[tuple[str, int], int], delta: Delta
 def report(engine: Engine, quiet: bool = False) -> None:
     """Every rank: prints the closing lines of a run on the driver (rates, bandwidth, peak
     memory)."""
-    ranks, stats, config = engine.ranks, engine.stats, engine.worker.model.config
+    ranks, stats, model = engine.ranks, engine.stats, engine.worker.model
     peaks = gather_ints(peak_bytes(engine), ranks)
     if not stats.prefill_s:
         return
@@ -169,8 +168,8 @@ def report(engine: Engine, quiet: bool = False) -> None:
         quiet,
     )
     if stats.decode_s:
-        shard_map, itemsize = ShardMap.even(config, ranks.tp), engine.worker.model.dtype.itemsize
-        weights = sum(weight_bytes(shard, itemsize) for shard in shard_map.shards())
+        shards, itemsize = model.shard.map.shards(), model.dtype.itemsize
+        weights = sum(weight_bytes(shard, itemsize) for shard in shards)
         say(
             f"decode: {stats.decode_tokens} tokens, {stats.decode_tokens / stats.decode_s:.1f} "
             "tok/s, weights read at "

@@ -431,14 +431,18 @@ def test_one_rank_without_flash_attention_is_enough_for_all_to_do_without_and_to
     monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [2])
     backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
     assert backends.attention is not flash and backends.block_size == 16
-    [said] = startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
+    [said] = startup_warnings(
+        options, shard_of(CONFIG, ranks), ranks, torch.bfloat16, 1024, backends
+    )
     assert (
         said.startswith("attention runs in plain torch, slower") and "rank 2 cannot use it" in said
     )
     monkeypatch.setattr(model_build, "which_ranks", lambda mine, ranks: [])
     backends = choose_backends(shard_of(CONFIG, ranks), ranks, torch.bfloat16, False)
     assert backends.attention is flash and backends.block_size == 256
-    assert not startup_warnings(options, CONFIG, ranks, torch.bfloat16, 1024, backends)
+    assert not startup_warnings(
+        options, shard_of(CONFIG, ranks), ranks, torch.bfloat16, 1024, backends
+    )
 
 
 def no_masks():
