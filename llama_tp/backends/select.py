@@ -194,7 +194,7 @@ def with_compiled(
     dtype: torch.dtype,
     shape: LayerShape,
     peers: Peers,
-    compiler: Callable[..., Callable] = torch.compile,
+    compiler: Callable[..., Callable[..., Any]] = torch.compile,
 ) -> Backends:
     """`chosen` with its elementwise arithmetic compiled, if that works on all ranks; if not, the
     first rank on which it does not has the reason."""

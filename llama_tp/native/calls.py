@@ -104,8 +104,8 @@ class Functions:
         q: torch.Tensor,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        spans: array,
-        tables: array,
+        spans: "array[int]",
+        tables: "array[int]",
         complete: bool,
     ) -> torch.Tensor:
         """Softmax attention of every row over its sequence's cached context.
@@ -282,7 +282,7 @@ class Functions:
         return k.shape
 
 
-def _count_spans(spans: array, tables: array) -> int:
+def _count_spans(spans: "array[int]", tables: "array[int]") -> int:
     if spans.typecode != "q" or len(spans) % SPAN_INTS or tables.typecode != "i":
         raise ValueError(
             f"spans must be {SPAN_INTS} int64 ('q') a sequence and tables int32 ('i'); they are "
@@ -355,8 +355,8 @@ class Layers:
         sin: torch.Tensor,
         blocks: torch.Tensor,
         offsets: torch.Tensor,
-        spans: array,
-        tables: array,
+        spans: "array[int]",
+        tables: "array[int]",
         complete: bool,
     ) -> StepArgs:
         """What a step of T rows keeps from layer to layer. cos, sin: (T, 1, E / 2) fp32; blocks,
@@ -488,18 +488,18 @@ class SharedMemory:
         if x.dtype not in self._sum:
             raise ValueError(f"sums are of float32 and bfloat16, not of {x.dtype}")
         require("x", x, x.dtype, *x.shape)
-        return self._sum[x.dtype](*place, x.data_ptr(), x.numel())
+        return bool(self._sum[x.dtype](*place, x.data_ptr(), x.numel()))
 
     def gather(self, place: Place, x: torch.Tensor, out: torch.Tensor) -> bool:
         """Every rank's x -> out (tp, *x.shape), in rank order. x: of any shape and dtype."""
         require("x", x, x.dtype, *x.shape)
         require("out", out, x.dtype, place.tp, *x.shape)
-        return self._gather(*place, x.data_ptr(), out.data_ptr(), x.nbytes)
+        return bool(self._gather(*place, x.data_ptr(), out.data_ptr(), x.nbytes))
 
     def broadcast(self, place: Place, x: torch.Tensor) -> bool:
         """Rank 0's x -> x on every rank. x: of any shape and dtype, the same on all ranks."""
         require("x", x, x.dtype, *x.shape)
-        return self._broadcast(*place, x.data_ptr(), x.nbytes)
+        return bool(self._broadcast(*place, x.data_ptr(), x.nbytes))
 
 
 def read_all(library: ctypes.CDLL, x: torch.Tensor) -> int:
@@ -509,4 +509,4 @@ def read_all(library: ctypes.CDLL, x: torch.Tensor) -> int:
     require("x", x, torch.int32, n)
     if n % 1024:
         raise ValueError(f"x has {n} elements, not a multiple of 1024")
-    return library.read_all(x.data_ptr(), x.nbytes // 8)
+    return int(library.read_all(x.data_ptr(), x.nbytes // 8))

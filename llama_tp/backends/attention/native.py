@@ -14,8 +14,8 @@ from llama_tp.native.calls import GROUP, Functions
 class NativePlan:
     """A step's sequences as the C++ side reads them."""
 
-    spans: array  # of int64, four a sequence: row, start, n, where its table begins
-    tables: array  # of int32: block tables, one after the other
+    spans: "array[int]"  # of int64, four a sequence: row, start, n, where its table begins
+    tables: "array[int]"  # of int32: block tables, one after the other
     complete: bool  # whether the spans cover all rows of the step
 
 

@@ -7,6 +7,7 @@ rows. On CPU the C++ kernels do the same; the tests compile for CPU. Never run o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,9 @@ class CompiledElementwise:
 
     name = "torch.compile"
 
-    def __init__(self, plain: Elementwise, compiler: Callable[..., Callable] = torch.compile):
+    def __init__(
+        self, plain: Elementwise, compiler: Callable[..., Callable[..., Any]] = torch.compile
+    ):
         # in this process, since a helper of the compiler's would outlive a rank that is killed
         options = {"compile_threads": 1}
         self.add_norm = compiler(plain.add_norm, options=options)
@@ -36,7 +39,7 @@ def try_compiled(
     shape: LayerShape,
     dtype: torch.dtype,
     device: torch.device,
-    compiler: Callable[..., Callable] = torch.compile,
+    compiler: Callable[..., Callable[..., Any]] = torch.compile,
 ) -> CompiledElementwise | str:
     """`plain` compiled, once it gave what `plain` gives, in the shapes, strides and kinds of tensor
     that it will have; or why not. Takes 10-20 s the first time on a machine and less from then on
@@ -71,7 +74,7 @@ def _difference(
 
 def _samples(
     shape: LayerShape, n_rows: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[str, tuple]]:
+) -> list[tuple[str, tuple[Any, ...]]]:
     """The arguments that the model calls each function with."""
     H, K, E = shape.n_heads, shape.n_kv_heads, shape.head_dim
 

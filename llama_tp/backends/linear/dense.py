@@ -61,7 +61,8 @@ class DenseLinear:
 
     def _times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+            return y
         return F.linear(x, weight)
 
 
