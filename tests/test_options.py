@@ -29,7 +29,7 @@ from llama_tp.serve import words_of
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "llama_tp/OPTIONS.md"
 # What each flag was before there was a table: {command: {flag: [type, default, help]}}.
-BEFORE = json.loads((ROOT / "tests/golden/flags.json").read_text())
+BEFORE = json.loads((ROOT / "tests/flags.json").read_text())
 ENGINE_COMMANDS = ["generate", "batch", "serve", "bench"]
 HUNG = (
     "NUMBER seconds after which a step counts as hung: the job ends, a server starts its ranks "
