@@ -53,7 +53,7 @@ types: $(VENV)/.test
 check-tests: $(VENV)/.test
 	$(PYTEST) -q tests/test_architecture.py tests/arch tests/model
 
-test: $(VENV)/.test  ## the tests that every change must pass (about 6 minutes on 2 cores)
+test: $(VENV)/.test  ## the tests that every change must pass (about 12 minutes on 2 cores)
 	$(PYTEST) $(WORKERS)
 
 test-slow: $(VENV)/.test  ## all tests but the 10-minute load: also many ranks, big files, every variant

@@ -118,7 +118,7 @@ def test_the_probe_is_no_part_of_a_gpus_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: next(peaks))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(session, "ceiling", lambda *args, **named: "limits")
-    model = SimpleNamespace(config=None, dtype=None)
+    model = SimpleNamespace(config=None, shard=None, dtype=None)
     on_gpu = SimpleNamespace(
         ranks=SimpleNamespace(device=CUDA), worker=SimpleNamespace(model=model)
     )
