@@ -31,13 +31,14 @@ def tree(pid: int) -> list[int]:
 
 
 def listeners(pids: list[int]) -> set[tuple[int, str, int]]:
-    """(pid, address, port) of each TCP socket on which one of them listens."""
+    """(pid, address, port) of each TCP socket on which one of them listens. A socket that several
+    hold is the first one's: a child has its parent's between fork and exec."""
     inodes = {}
     for pid in pids:
         with contextlib.suppress(OSError):
             for file in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(OSError):
-                    inodes[os.readlink(file)] = pid
+                    inodes.setdefault(os.readlink(file), pid)
     found = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

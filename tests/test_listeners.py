@@ -61,8 +61,9 @@ def test_a_server_listens_at_its_api_and_on_the_loopback_and_garbage_changes_not
         body = {"prompt": "ROMEO:", "max_tokens": 60, "temperature": 0, "ignore_eos": True}
         calm, ranks = server.post("/v1/completions", body)[1]["choices"], server.ranks()
         api = int(server.url.rpartition(":")[2])
-        # by port: a child has its parent's sockets for a moment, between fork and exec
-        assert {port for _, _, port in beyond_loopback(lookout.found)} == {api}
+        assert {(pid, port) for pid, _, port in beyond_loopback(lookout.found)} == {
+            (server.process.pid, api)
+        }
         inside = {each for each in listeners(tree(server.process.pid)) if each[2] != api}
         # gloo's and health's; none is torchrun's
         assert {pid for pid, _, _ in inside} == set(ranks)

@@ -244,7 +244,7 @@ class GrammarPool:
             worker = self.take()
             with self._quick:
                 worker.send(start_message(form, [(0, [])], is_trial=True))
-                answer = _wait(worker, QUICK_S)
+                answer = self._wait_quickly(worker)
             if not worker.gone:  # else somebody has killed it: no limit can be reached so soon
                 break
             worker.kill()
@@ -276,6 +276,15 @@ class GrammarPool:
             found,
             "make the schema, regex or grammar simpler",
         )
+
+    def _wait_quickly(self, worker: Worker) -> bytearray | None:
+        """Its answer, unless it has computed for half of QUICK_S. One that was not given a CPU
+        meanwhile is not to blame."""
+        begun_s, deadline = worker.cpu_s, time.monotonic() + self.answer_s
+        while (answer := _wait(worker, QUICK_S)) is None and not worker.gone:
+            if worker.cpu_s - begun_s >= QUICK_S / 2 or time.monotonic() > deadline:
+                break
+        return answer
 
     def _try_slowly(self, worker: Worker) -> bytearray | None:
         worker.demote()
