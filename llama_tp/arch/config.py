@@ -103,20 +103,6 @@ class ModelConfig:
         )
         return DETERMINISTIC_CHUNKS if shared else tp
 
-    def local_kv_heads(self, tp: int) -> int:
-        return max(1, self.n_kv_heads // tp)
-
-    def local_ffn(self, tp: int) -> int:
-        """FFN columns on each rank; the last ranks' are padded with zeros where `ffn_dim` does not
-        divide."""
-        chunks = self.n_chunks(tp)
-        return -(-self.ffn_dim // chunks) * (chunks // tp)
-
-    def local_vocab(self, tp: int) -> int:
-        """Vocabulary rows on each rank; the last rank's are padded with zeros where the vocabulary
-        does not divide."""
-        return -(-self.vocab_size // tp)
-
 
 def ffn_width(dim: int, multiplier: float | None, multiple_of: int) -> int:
     """Meta's rule, with both of its truncations (llama-models `model.py::FeedForward`)."""

@@ -59,14 +59,15 @@ class Axis:
         first = sum(self.dealt[:rank])
         return range(first, first + self.dealt[rank])
 
-    def subtrees(self, rank: int) -> list[range]:
-        """The leaves that `rank` holds as subtrees of a sum over all leaves (arch.summation)."""
-        return subtrees(self.leaves(rank), self.n_leaves)
+    @cached_property
+    def subtrees(self) -> list[list[range]]:
+        """For each rank, its leaves as subtrees of a sum over all leaves (arch.summation)."""
+        return [subtrees(self.leaves(rank), self.n_leaves) for rank in range(len(self.dealt))]
 
-    @property
+    @cached_property
     def n_partials(self) -> int:
         """Partial sums of the rank that has most; 1 where every rank holds one subtree."""
-        return max(len(self.subtrees(rank)) for rank in range(len(self.dealt)))
+        return max(map(len, self.subtrees))
 
     def of(self, rank: int) -> Range:
         """The units that `rank` holds."""

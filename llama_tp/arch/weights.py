@@ -62,11 +62,6 @@ class Weight:
         }[self.kind]()
         return Part(self.cut.value, held.start, held.stop, held.width)
 
-    def local_shape(self, shard: Shard) -> tuple[int, ...]:
-        """Shape on that rank, padding included."""
-        part = self.part(shard)
-        return tuple(part.width if i == part.dim else n for i, n in enumerate(self.shape))
-
 
 def table(config: ModelConfig) -> list[Weight]:
     """All weights in the order in which they are loaded: embedding, layers, final norm, head (none

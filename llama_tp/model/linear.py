@@ -26,8 +26,8 @@ class Partials:
     """What one rank has of a sum over all ranks: the product of a row-parallel linear.
 
     Attributes:
-        parts: (T, out) each. In a fixed order fp32, one for each of `axis.subtrees`; else one, in
-            `dtype`.
+        parts: (T, out) each. In a fixed order fp32, one for each of the rank's `axis.subtrees`;
+            else one, in `dtype`.
         fixed_order: whether they are added in arch.summation's order; else the order is the
             collective's.
         axis: the K-chunks, and how they are dealt to the ranks.
@@ -52,7 +52,7 @@ class Partials:
         sums = {
             tree: stack[rank, i]
             for rank in range(self.ranks.tp)
-            for i, tree in enumerate(self.axis.subtrees(rank))
+            for i, tree in enumerate(self.axis.subtrees[rank])
         }
         return add_subtrees(sums, self.axis.n_leaves).to(self.dtype)
 
@@ -79,9 +79,15 @@ class ShardedWeight:
 
 
 class ParallelLinear(ShardedWeight):
-    """A weight (out, in) of two dimensions. Once filled it lives in `linear` alone, which may have
-    laid it out anew."""
+    """A weight (out, in) of two dimensions. Once filled it lives in `linears` alone, which may have
+    laid it out anew.
 
+    Attributes:
+        products: columns and K-chunks of each product that it is cut into; usually one.
+        linears: what multiplies with each, and `linear`, the first.
+    """
+
+    linears: list[Linear]
     linear: Linear
 
     def __init__(
@@ -93,19 +99,22 @@ class ParallelLinear(ShardedWeight):
         n_chunks: int = 1,
     ):
         super().__init__((out_features, in_features), dtype)
-        self.backends, self.n_chunks = backends, n_chunks
-
-    @property
-    def linears(self) -> list[Linear]:
-        """All products; more than one where a rank holds several subtrees of a sum."""
-        return [self.linear]
+        self.backends = backends
+        self.products = [(slice(0, in_features), n_chunks)]
 
     def finish(self) -> None:
         weight, self.weight = self.weight, torch.empty_like(self.weight, device="meta")
-        self.linear = self.make_linear(weight)
+        if len(self.products) == 1:  # takes the weight's memory over
+            self.linears = [self.make_linear(weight, self.products[0][1])]
+        else:
+            self.linears = [
+                self.make_linear(weight[:, columns].contiguous(), n_chunks)
+                for columns, n_chunks in self.products
+            ]
+        self.linear = self.linears[0]
 
-    def make_linear(self, weight: torch.Tensor) -> Linear:
-        return self.backends.linear(weight, self.n_chunks)
+    def make_linear(self, weight: torch.Tensor, n_chunks: int) -> Linear:
+        return self.backends.linear(weight, n_chunks)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -138,36 +147,21 @@ class RowParallelLinear(ParallelLinear):
         backends: Backends,
         deterministic: bool = False,
     ):
-        super().__init__(axis.of(place).width, out_features, dtype, backends)
-        self.axis, self.ranks, self.fixed_order = axis, ranks, deterministic and ranks.tp > 1
         leaves = axis.leaves(place)
-        trees = axis.subtrees(place) if self.fixed_order else [leaves]
-        self.n_chunks = len(leaves) if deterministic else 1
-        # columns of each product, and its K-chunks
-        self.products = [
-            (
-                slice(
-                    (tree.start - leaves.start) * axis.leaf, (tree.stop - leaves.start) * axis.leaf
-                ),
-                len(tree),
-            )
-            for tree in trees
-        ]
-
-    @property
-    def linears(self) -> list[Linear]:
-        return self._linears
-
-    def finish(self) -> None:
-        weight, self.weight = self.weight, torch.empty_like(self.weight, device="meta")
-        if len(self.products) == 1:
-            self.linear = self.make_linear(weight)
-            self._linears = [self.linear]
-            return
-        self._linears = [
-            self.backends.linear(weight[:, columns].contiguous(), n_chunks)
-            for columns, n_chunks in self.products
-        ]
+        super().__init__(
+            axis.of(place).width,
+            out_features,
+            dtype,
+            backends,
+            n_chunks=len(leaves) if deterministic else 1,
+        )
+        self.axis, self.ranks, self.fixed_order = axis, ranks, deterministic and ranks.tp > 1
+        if self.fixed_order and len(axis.subtrees[place]) > 1:
+            starts = [(tree.start - leaves.start) * axis.leaf for tree in axis.subtrees[place]]
+            self.products = [
+                (slice(start, start + len(tree) * axis.leaf), len(tree))
+                for start, tree in zip(starts, axis.subtrees[place])
+            ]
 
     def __call__(self, x: torch.Tensor) -> Partials:
         if not self.fixed_order:
@@ -206,7 +200,7 @@ class VocabParallelEmbedding(ParallelLinear):
         self.first, self.n = vocab.start, vocab.width
         self.ranks, self.tied = ranks, tied
 
-    def make_linear(self, weight: torch.Tensor) -> EmbeddingLinear:
+    def make_linear(self, weight: torch.Tensor, n_chunks: int) -> EmbeddingLinear:
         return self.backends.embedding(weight, self.tied)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:

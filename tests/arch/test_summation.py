@@ -37,8 +37,8 @@ def test_any_deal_adds_in_the_order_of_one_rank(dealt):
     sums = {
         tree: tree_add([leaves[i] for i in tree])
         for rank in range(len(dealt))
-        for tree in axis.subtrees(rank)
+        for tree in axis.subtrees[rank]
     }
     assert sorted(i for tree in sums for i in tree) == list(range(axis.n_leaves))
     assert add_subtrees(sums, axis.n_leaves) == tree_add(leaves)
-    assert all(1 <= len(axis.subtrees(rank)) <= axis.n_partials for rank in range(len(dealt)))
+    assert all(1 <= len(axis.subtrees[rank]) <= axis.n_partials for rank in range(len(dealt)))

@@ -206,7 +206,8 @@ def expected(name: str, whole: torch.Tensor, c: ModelConfig, rank: int, tp: int)
         )
     width = whole.shape[dim] // tp
     if "feed_forward" in name:
-        width = c.local_ffn(tp)
+        chunks = 8 if 8 % tp == 0 and c.n_heads * c.head_dim % 8 == 0 else tp
+        width = -(-c.ffn_dim // chunks) * (chunks // tp)
     if name in ("tok_embeddings.weight", "output.weight"):
         width = -(-c.vocab_size // tp)
     padded = torch.zeros(
