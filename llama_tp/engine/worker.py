@@ -70,6 +70,9 @@ class Worker:
         self.numerators = numerators or numerators_on(model.ranks.device)
         self.sampler = ShardedSampler(self.ranks, n_vocab, self.numerators)
         self.tables: list[list[int]] = [[] for _ in range(max_rows)]
+        places, vocab = range(model.shard.map.n_ranks), model.shard.map.vocab
+        self.vocab_parts = [vocab.of(place) for place in places]
+        self.widest_vocab = max(part.width for part in self.vocab_parts)
         self.planning_s = 0.0  # of the last step: from ints to tensors
         # one more: padding's
         self.last = torch.zeros(max_rows + 1, dtype=torch.int64, device=model.ranks.device)
@@ -192,14 +195,14 @@ class Worker:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """(R, D) -> (R, vocab_size) on the driver, without the rows that pad the shards; None
         elsewhere."""
-        mine, vocab = self.model.logits(hidden), self.model.shard.map.vocab
-        parts = [vocab.of(place) for place in range(self.model.shard.map.n_ranks)]
-        if (missing := max(part.width for part in parts) - mine.shape[1]) > 0:
+        mine = self.model.logits(hidden)
+        if missing := self.widest_vocab - mine.shape[1]:
             mine = F.pad(mine, (0, missing))  # all ranks must send as much
         shards = gather_to_driver(mine, self.ranks)
         if shards is None:
             return None
-        return torch.cat([shard[:, : len(part)] for shard, part in zip(shards, parts)], dim=-1)
+        parts = zip(shards, self.vocab_parts)
+        return torch.cat([shard[:, : len(part)] for shard, part in parts], dim=-1)
 
     def _score(self, row: StepRow, hidden: torch.Tensor, callbacks: DriverCallbacks | None) -> None:
         for at in range(0, row.n, SCORE_ROWS):
